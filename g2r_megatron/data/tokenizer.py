@@ -1,0 +1,284 @@
+"""Text to token ids and back, such that data can never become a control token.
+
+Conversations, criteria and responses are data: a user who writes ``<|im_end|>`` has written ten characters, not
+ended a turn. So text comes in two kinds: *trusted* (a chat template's own pieces, the judge template of the config),
+in which special tokens are parsed, and *data*, in which they are not. ``encode_parts`` encodes a mixture of both;
+ordinary text is tokenized across the seams, so a prompt without hostile text has exactly its usual ids.
+
+"Special" is what the tokenizer declares special; added tokens it does not declare so (Qwen3's ``<think>``) are
+ordinary text, as they are for Hugging Face. The tokenizer must not be changed after loading: facts about it are cached.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from jinja2.exceptions import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from g2r_megatron.errors import UserError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+SLOT = "@@g2r-slot-{}@@"
+# Llama 3.2's template prints today's date unless it is given one: a prompt must not depend on the day it is rendered.
+TEMPLATE_DATE = "26 Jul 2024"
+UTF8_MAX_BYTES = 4
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a Hugging Face directory; local files only, no code from the directory is run.
+
+    Raises ``UserError`` for a missing directory, one without tokenizer files, and files that cannot be read.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError("tokenizer", f"{path} is not a directory", "give a Hugging Face model directory")
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(
+            "tokenizer", f"{path} has no tokenizer files", f"one of {', '.join(TOKENIZER_FILES)} must be there"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain Exception for a broken file
+        first_line = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            "tokenizer",
+            f"{path} cannot be read ({type(error).__name__}: {first_line})",
+            "save it again with transformers' save_pretrained",
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            "tokenizer", f"{path} is a {type(tokenizer).__name__}", "a fast tokenizer is needed (tokenizer.json)"
+        )
+    return tokenizer
+
+
+# ---- what the tokenizer calls special -------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=16)
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    """Ids of control tokens. The unknown token is ordinary (unknown words of data become it) unless it is also a control token."""
+    ids = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    control = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
+    if tokenizer.unk_token_id not in control:
+        ids.discard(tokenizer.unk_token_id)
+    return frozenset(ids)
+
+
+@lru_cache(maxsize=16)
+def _special_pattern(tokenizer: PreTrainedTokenizerFast) -> tuple[re.Pattern, list[int]]:
+    """A pattern with one group per special token (longest first), and the id of each group."""
+    added = {i: t for i, t in tokenizer.added_tokens_decoder.items() if t.special and t.content}
+    order = sorted(added, key=lambda i: -len(added[i].content))
+    groups = [
+        (r"\s*" if added[i].lstrip else "") + f"({re.escape(added[i].content)})" + (r"\s*" if added[i].rstrip else "")
+        for i in order
+    ]
+    return re.compile("|".join(groups) or r"(?!)"), order
+
+
+@lru_cache(maxsize=16)
+def stand_in_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The ordinary token that replaces special ids inside data: "?", else the unknown token, else the lowest ordinary id."""
+    special = special_ids(tokenizer)
+    question = tokenizer("?", add_special_tokens=False, split_special_tokens=True).input_ids
+    if len(question) == 1 and question[0] not in special:
+        return question[0]
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id not in special:
+        return tokenizer.unk_token_id
+    return next(i for i in range(len(tokenizer)) if i not in special)
+
+
+def neutral_ids(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[int]:
+    """``ids`` of data, same length, with every special id replaced by ``stand_in_id``: positions stay aligned."""
+    special = special_ids(tokenizer)
+    if special.isdisjoint(ids):
+        return list(ids)
+    stand_in = stand_in_id(tokenizer)
+    return [stand_in if i in special else i for i in ids]
+
+
+# ---- encoding -------------------------------------------------------------------------------------------------------
+
+
+def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Token ids of data: no special tokens added, none parsed, none produced."""
+    if not text:
+        return []
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+    # a word-level vocabulary can hold "</s>" as an ordinary word, which no parser option prevents
+    return neutral_ids(tokenizer, ids)
+
+
+def encode_parts(tokenizer: PreTrainedTokenizerFast, parts: Iterable[tuple[str, bool]]) -> list[int]:
+    """Token ids of ``(text, trusted)`` parts in order; special tokens are parsed in trusted parts only.
+
+    Ordinary text between two special tokens is tokenized in one piece even when it spans several parts.
+    """
+    pattern, pattern_ids = _special_pattern(tokenizer)
+    ids: list[int] = []
+    run = ""
+    for text, trusted in parts:
+        start = 0
+        for match in pattern.finditer(text) if trusted else ():
+            ids += encode_text(tokenizer, run + text[start : match.start()])
+            ids.append(pattern_ids[match.lastindex - 1])
+            run, start = "", match.end()
+        run += text[start:]
+    return ids + encode_text(tokenizer, run)
+
+
+@lru_cache(maxsize=16)
+def leading_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Special tokens that the tokenizer puts before every text, e.g. Llama's begin-of-text; often none."""
+    full = tokenizer("a").input_ids
+    plain = tokenizer("a", add_special_tokens=False).input_ids
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return tuple(full[:start])
+    return ()
+
+
+# ---- conversations --------------------------------------------------------------------------------------------------
+
+
+def conversation_text(messages: Sequence[dict]) -> str:
+    """The conversation as "role: content" lines."""
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def chat_parts(
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[dict],
+    where: str,
+    generation_prompt: bool = True,
+    **template_options,
+) -> list[tuple[str, bool]]:
+    """The conversation in the tokenizer's chat template: ``(piece, True)`` and ``(content, False)`` alternating, piece first.
+
+    The template sees a slot instead of each content (with the content's own surrounding blanks, which templates may
+    trim), so it cannot be steered by content. Raises ``UserError`` (naming ``where``) when there is no template, when
+    it rejects the conversation, or when it repeats, drops or reorders a content.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(where, "the tokenizer has no chat template", "set chat_template to false")
+    cores = [message["content"].strip() for message in messages]
+    slotted = [_with_slot(message, SLOT.format(i)) for i, message in enumerate(messages)]
+    options = {"date_string": TEMPLATE_DATE, **template_options}
+    try:
+        rest = tokenizer.apply_chat_template(
+            slotted, tokenize=False, add_generation_prompt=generation_prompt, **options
+        )
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        roles = [message["role"] for message in messages]
+        raise UserError(
+            where, f"the chat template rejects roles {roles} ({error})", "change the messages or the template"
+        ) from error
+    parts: list[tuple[str, bool]] = []
+    for i, core in enumerate(cores):
+        head, found, rest = rest.partition(SLOT.format(i))
+        if not found or SLOT.format(i) in rest or SLOT.format(i) in head:
+            raise UserError(
+                where,
+                f"the chat template does not print message {i} exactly once and in order",
+                "use another chat template",
+            )
+        parts += [(head, True), (core, False)]
+    return [*parts, (rest, True)]
+
+
+def _with_slot(message: dict, slot: str) -> dict:
+    """The message with its content replaced by ``slot`` between the content's own leading and trailing blanks."""
+    content = message["content"]
+    lead = content[: len(content) - len(content.lstrip())]
+    trail = content[len(lead) :][len(content[len(lead) :].rstrip()) :]
+    return {**message, "content": lead + slot + trail}
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict], chat_template: bool, where: str
+) -> list[int]:
+    """Token ids of a conversation up to where the assistant's next turn begins.
+
+    ``messages``: ``{"role", "content"}`` dicts. With ``chat_template`` the tokenizer's template and its generation
+    prompt; without, "role: content" lines and "assistant:" after the tokenizer's leading tokens. ``where`` names the
+    conversation in errors (see ``chat_parts``).
+    """
+    if chat_template:
+        return encode_parts(tokenizer, chat_parts(tokenizer, messages, where))
+    return [*leading_ids(tokenizer), *encode_text(tokenizer, conversation_text(messages) + "\nassistant:")]
+
+
+# ---- stopping -------------------------------------------------------------------------------------------------------
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerFast, extra: Sequence[str] = ()) -> set[int]:
+    """Ids that end a response: end-of-sequence, those of generation_config.json, the chat template's end of turn, ``extra``.
+
+    ``extra`` comes from ``rollout.stop``; each must be a single token (``UserError`` otherwise).
+    """
+    stop = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
+    stop |= _generation_config_eos(tokenizer)
+    if tokenizer.chat_template:
+        stop |= _end_of_turn(tokenizer)
+    for word in extra:
+        ids = tokenizer(word, add_special_tokens=False).input_ids
+        if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+            raise UserError(
+                "rollout.stop", f"{word!r} is {len(ids)} tokens, or unknown", "give strings that are one token each"
+            )
+        stop.add(ids[0])
+    return stop
+
+
+def _generation_config_eos(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    """The ``eos_token_id`` (number or list) of the generation_config.json beside the tokenizer, if there is one."""
+    path = Path(tokenizer.name_or_path) / "generation_config.json"
+    if not path.is_file():
+        return set()
+    try:
+        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise UserError(str(path), f"not a JSON object ({error})", "save it again with transformers") from error
+    ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if not all(type(i) is int and 0 <= i < len(tokenizer) for i in ids):
+        raise UserError(str(path), f"eos_token_id {eos!r}", f"token ids must be whole numbers below {len(tokenizer)}")
+    return set(ids)
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    """The special token with which the chat template closes an assistant turn (none if it closes with plain text)."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    after, _ = chat_parts(tokenizer, messages, "stop tokens", generation_prompt=False)[-1]
+    pattern, pattern_ids = _special_pattern(tokenizer)
+    match = pattern.match(after.lstrip())
+    return {pattern_ids[match.lastindex - 1]} if match else set()
+
+
+# ---- decoding -------------------------------------------------------------------------------------------------------
+
+
+def token_texts(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[str]:
+    """The text each token adds, ``len(ids)`` strings; joined they are the decoded text (special tokens shown as written).
+
+    A character spread over several byte-level tokens belongs to the last of them; the others are "".
+    """
+    decode = tokenizer.backend_tokenizer.decode
+    texts: list[str] = []
+    context = begin = 0  # tokens [context, begin) are printed already, [begin, end) wait for a whole character
+    for end in range(1, len(ids) + 1):
+        before = decode(ids[context:begin], skip_special_tokens=False)
+        text = decode(ids[context:end], skip_special_tokens=False)[len(before) :]
+        if text.endswith("\ufffd") and end - begin < UTF8_MAX_BYTES:
+            texts.append("")
+            continue
+        texts.append(text)
+        context, begin = begin, end
+    if begin < len(ids):  # the text stops inside a character
+        texts[-1] = decode(ids[context:], skip_special_tokens=False)[
+            len(decode(ids[context:begin], skip_special_tokens=False)) :
+        ]
+    return texts

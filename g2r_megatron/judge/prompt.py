@@ -1,0 +1,133 @@
+"""The judge's input: one token sequence per (response, criterion), with the exact span of the response in it."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from transformers import PreTrainedTokenizerFast
+
+from g2r_megatron.config import JudgeConfig
+from g2r_megatron.data.tokenizer import (
+    chat_parts,
+    conversation_text,
+    encode_parts,
+    encode_text,
+    leading_ids,
+    neutral_ids,
+    special_ids,
+)
+from g2r_megatron.data.types import Query, RubricItem
+from g2r_megatron.errors import UserError
+
+FIELDS = ("conversation", "response", "criterion")
+PLACEHOLDER = re.compile(r"\{(" + "|".join(FIELDS) + r")\}")
+CACHED_SIDES = 8192
+
+
+@dataclass(frozen=True)
+class JudgeInput:
+    """One judge sequence. The response is ``input_ids[response_start:response_end]``; the logits at
+    ``verdict_position`` (the last position) predict the verdict token."""
+
+    input_ids: list[int]
+    response_start: int
+    response_end: int
+    verdict_position: int
+
+
+class JudgePrompt:
+    """Builds judge inputs from ``judge.template``, and knows which token ids spell a verdict.
+
+    The template is the operator's text, so special tokens in it count. Conversation and criterion are data
+    (data/tokenizer.py). The response is placed as the token ids the policy sampled, untouched but for special ids (a policy
+    can sample ``<|im_start|>``): each of those is replaced by one ordinary token, so the span keeps its length T.
+    Other braces in the template are literal.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, config: JudgeConfig):
+        """Raises ``UserError`` for a bad ``judge.template``, ``judge.chat_template``, ``judge.true_words`` or ``judge.false_words``."""
+        self.tokenizer = tokenizer
+        self.max_length = config.max_length
+        self.true_ids = verdict_ids(tokenizer, config.true_words, "judge.true_words")
+        self.false_ids = verdict_ids(tokenizer, config.false_words, "judge.false_words")
+        both = set(self.true_ids) & set(self.false_ids)
+        if both:
+            shared = tokenizer.convert_ids_to_tokens(sorted(both))
+            raise UserError("judge.true_words", f"{shared} also spell judge.false_words", "give spellings that differ")
+        self._before, self._after = _template_sides(tokenizer, config)
+        self._leading = [] if config.chat_template else list(leading_ids(tokenizer))
+        # the text around a response recurs for every response of the group, the criterion for every item
+        self._encode_side = lru_cache(maxsize=CACHED_SIDES)(self._encode_side_uncached)
+
+    def build(self, query: Query, item: RubricItem, response_ids: Sequence[int]) -> JudgeInput:
+        """The judge input for one item; ``response_ids`` are the T body tokens, without the stop token (T may be 0).
+
+        Raises ``UserError`` naming the query when the sequence is longer than ``judge.max_length``.
+        """
+        conversation = conversation_text(query.messages)
+        before = self._side("before", conversation, item.criterion)
+        after = self._side("after", conversation, item.criterion)
+        input_ids = [*before, *neutral_ids(self.tokenizer, response_ids), *after]
+        if len(input_ids) > self.max_length:
+            raise UserError(
+                "judge.max_length",
+                f"the judge input of query {query.id!r} is {len(input_ids)} tokens, more than {self.max_length}",
+                "raise judge.max_length or shorten the responses",
+            )
+        start = len(before)
+        return JudgeInput(input_ids, start, start + len(response_ids), len(input_ids) - 1)
+
+    def _side(self, side: str, conversation: str, criterion: str) -> tuple[int, ...]:
+        """Encoded text on one side of the response; cached by the fields that stand on that side."""
+        names = {name for kind, name in self._parts(side) if kind == "field"}
+        return self._encode_side(
+            side, conversation if "conversation" in names else None, criterion if "criterion" in names else None
+        )
+
+    def _parts(self, side: str) -> list[tuple[str, str]]:
+        return self._before if side == "before" else self._after
+
+    def _encode_side_uncached(self, side: str, conversation: str | None, criterion: str | None) -> tuple[int, ...]:
+        values = {"conversation": conversation, "criterion": criterion}
+        parts = [(values[text], False) if kind == "field" else (text, True) for kind, text in self._parts(side)]
+        leading = self._leading if side == "before" else []
+        return (*leading, *encode_parts(self.tokenizer, parts))
+
+
+def verdict_ids(tokenizer: PreTrainedTokenizerFast, words: Sequence[str], option: str) -> list[int]:
+    """Sorted ids of the words, each with and without a leading space, that are one known token; ``UserError`` if none is."""
+    ids = set()
+    for word in words:
+        for spelling in (word, " " + word):
+            tokens = encode_text(tokenizer, spelling)
+            if len(tokens) == 1 and tokens[0] != tokenizer.unk_token_id and tokens[0] not in special_ids(tokenizer):
+                ids.add(tokens[0])
+    if not ids:
+        raise UserError(
+            option, f"none of {list(words)} is a single token of this tokenizer", "give words that are one token"
+        )
+    return sorted(ids)
+
+
+def _template_sides(tokenizer: PreTrainedTokenizerFast, config: JudgeConfig) -> tuple[list, list]:
+    """The parts before and after the response, each part ``("text", template text)`` or ``("field", name)``."""
+    template = config.template
+    counts = {name: template.count("{" + name + "}") for name in FIELDS}
+    wrong = [f"{{{name}}} {count} times" for name, count in counts.items() if count != 1]
+    if wrong:
+        raise UserError(
+            "judge.template",
+            f"has {', '.join(wrong)}",
+            "each of {conversation}, {response}, {criterion} must be there once",
+        )
+    prefix, suffix = "", ""
+    if config.chat_template:
+        message = {"role": "user", "content": template}
+        # a thinking judge would put its verdict after its thoughts: verdict first needs them off
+        pieces = chat_parts(tokenizer, [message], "judge.chat_template", enable_thinking=False)
+        (prefix, _), (template, _), (suffix, _) = pieces
+    pieces = PLACEHOLDER.split(prefix + template + suffix)
+    parts = [("field" if i % 2 else "text", piece) for i, piece in enumerate(pieces) if piece]
+    response = parts.index(("field", "response"))
+    return parts[:response], parts[response + 1 :]
