@@ -60,7 +60,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 
 @lru_cache(maxsize=16)
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    """Ids of control tokens. The unknown token is ordinary (unknown words of data become it) unless it is also a control token."""
+    """Ids of control tokens; the unknown token is ordinary (data may hold unknown words) unless it has another role."""
     ids = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     control = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
     if tokenizer.unk_token_id not in control:
@@ -82,7 +82,7 @@ def _special_pattern(tokenizer: PreTrainedTokenizerFast) -> tuple[re.Pattern, li
 
 @lru_cache(maxsize=16)
 def stand_in_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The ordinary token that replaces special ids inside data: "?", else the unknown token, else the lowest ordinary id."""
+    """The ordinary token that replaces special ids in data: "?", else the unknown token, else the lowest such id."""
     special = special_ids(tokenizer)
     question = tokenizer("?", add_special_tokens=False, split_special_tokens=True).input_ids
     if len(question) == 1 and question[0] not in special:
@@ -157,7 +157,7 @@ def chat_parts(
     generation_prompt: bool = True,
     **template_options,
 ) -> list[tuple[str, bool]]:
-    """The conversation in the tokenizer's chat template: ``(piece, True)`` and ``(content, False)`` alternating, piece first.
+    """The conversation in the chat template: ``(piece, True)``, ``(content, False)``, ..., ``(piece, True)``.
 
     The template sees a slot instead of each content (with the content's own surrounding blanks, which templates may
     trim), so it cannot be steered by content. Raises ``UserError`` (naming ``where``) when there is no template, when
@@ -216,7 +216,7 @@ def render_prompt(
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerFast, extra: Sequence[str] = ()) -> set[int]:
-    """Ids that end a response: end-of-sequence, those of generation_config.json, the chat template's end of turn, ``extra``.
+    """Ids that end a response: end of sequence, generation_config.json's, the chat template's end of turn, ``extra``.
 
     ``extra`` comes from ``rollout.stop``; each must be a single token (``UserError`` otherwise).
     """
@@ -262,7 +262,7 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerFast) -> set[int]:
 
 
 def token_texts(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[str]:
-    """The text each token adds, ``len(ids)`` strings; joined they are the decoded text (special tokens shown as written).
+    """The text each token adds, ``len(ids)`` strings; joined they are the decoded text (special tokens as written).
 
     A character spread over several byte-level tokens belongs to the last of them; the others are "".
     """

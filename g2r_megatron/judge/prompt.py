@@ -39,14 +39,14 @@ class JudgeInput:
 class JudgePrompt:
     """Builds judge inputs from ``judge.template``, and knows which token ids spell a verdict.
 
-    The template is the operator's text, so special tokens in it count. Conversation and criterion are data
-    (data/tokenizer.py). The response is placed as the token ids the policy sampled, untouched but for special ids (a policy
-    can sample ``<|im_start|>``): each of those is replaced by one ordinary token, so the span keeps its length T.
-    Other braces in the template are literal.
+    The template is the operator's text, so special tokens in it count; braces other than the three fields are literal.
+    Conversation and criterion are data (data/tokenizer.py). The response is placed as the token ids the policy
+    sampled, untouched but for special ids (a policy can sample ``<|im_start|>``): each of those is replaced by one
+    ordinary token (``stand_in_id``), so the span keeps its length T.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, config: JudgeConfig):
-        """Raises ``UserError`` for a bad ``judge.template``, ``judge.chat_template``, ``judge.true_words`` or ``judge.false_words``."""
+        """Raises ``UserError`` for a bad template, a missing chat template, or verdict words that cannot work."""
         self.tokenizer = tokenizer
         self.max_length = config.max_length
         self.true_ids = verdict_ids(tokenizer, config.true_words, "judge.true_words")
@@ -96,7 +96,7 @@ class JudgePrompt:
 
 
 def verdict_ids(tokenizer: PreTrainedTokenizerFast, words: Sequence[str], option: str) -> list[int]:
-    """Sorted ids of the words, each with and without a leading space, that are one known token; ``UserError`` if none is."""
+    """Sorted ids of the words, with or without leading space, that are one known token; ``UserError`` if none is."""
     ids = set()
     for word in words:
         for spelling in (word, " " + word):
