@@ -1,0 +1,317 @@
+"""Every option of g2r, one dataclass per concern.
+
+``g2r train --config FILE --policy.layout.tp 2`` fills ``TrainConfig``; the comment string under a field is
+its ``--help`` text. An option whose default is ``None`` "follows the preset" takes its value from
+``PRESETS[grpo.preset]``; ``resolve_preset`` fills it in, and the resolved file is saved with the run.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal
+
+Attribution = Literal["grad_x_embed", "l1", "l2", "contracted"]
+Target = Literal["log_prob", "logit_margin"]
+Pool = Literal["none", "smear", "sentence"]
+AdvantageKind = Literal["sequence", "token_return", "itemwise", "sequence_weighted"]
+
+DEFAULT_JUDGE_TEMPLATE = """Below are a conversation, a response to it, and one criterion. Decide whether the response meets the criterion.
+
+# Conversation
+{conversation}
+
+# Response
+{response}
+
+# Criterion
+{criterion}
+
+Does the response meet the criterion? Answer True or False only."""
+
+
+@dataclass
+class Layout:
+    """How one model is spread over the ranks; what is left over is data parallel."""
+
+    tp: int = 1
+    """tensor parallel size"""
+    pp: int = 1
+    """pipeline parallel size"""
+    vpp: int | None = None
+    """virtual pipeline stages a rank"""
+    cp: int = 1
+    """context parallel size"""
+    ep: int = 1
+    """expert parallel size"""
+    etp: int = 1
+    """expert tensor parallel size"""
+    sp: bool = False
+    """sequence parallelism (shards activations over the tensor parallel ranks; needs tp > 1)"""
+
+
+@dataclass
+class Precision:
+    """Numeric formats of one model."""
+
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """bf16 is Megatron's mixed precision: bf16 compute, fp32 main weights and gradients"""
+    fp8: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
+    """Transformer Engine FP8 recipe (GPU only, with dtype bf16)"""
+
+
+@dataclass
+class PolicyConfig:
+    """The model that is trained."""
+
+    model: str = ""
+    """Hugging Face directory (safetensors) the policy starts from"""
+    layout: Layout = field(default_factory=Layout)
+    precision: Precision = field(default_factory=Precision)
+    recompute: Literal["none", "selective", "full"] = "none"
+    """activation recompute: none, attention only, or whole layers"""
+    micro_batch_tokens: int = 8192
+    """token budget of a micro-batch (padding included)"""
+    spec: Literal["auto", "torch", "te"] = "auto"
+    """layers: plain torch or Transformer Engine; auto takes Transformer Engine on GPU where installed"""
+
+
+@dataclass
+class JudgeConfig:
+    """The frozen judge and how its gradient becomes token weights."""
+
+    model: str | None = None
+    """Hugging Face directory of the judge; none: the frozen initial policy judges itself"""
+    layout: Layout = field(default_factory=Layout)
+    precision: Precision = field(default_factory=Precision)
+    recompute: Literal["none", "selective", "full"] = "none"
+    """activation recompute in the attribution backward"""
+    micro_batch_tokens: int = 8192
+    """token budget of a micro-batch (padding included)"""
+    spec: Literal["auto", "torch", "te"] = "auto"
+    """layers: plain torch or Transformer Engine; auto takes Transformer Engine on GPU where installed"""
+    template: str = DEFAULT_JUDGE_TEMPLATE
+    """judge prompt; must contain {conversation}, {response}, {criterion} once each, in any order"""
+    chat_template: bool = True
+    """wrap the judge prompt in the tokenizer's chat template (off for a tokenizer without one)"""
+    true_words: list[str] = field(default_factory=lambda: ["True", "true", "TRUE"])
+    """spellings of a positive verdict; each also with a leading space; single-token ones count"""
+    false_words: list[str] = field(default_factory=lambda: ["False", "false", "FALSE"])
+    """spellings of a negative verdict"""
+    max_length: int = 32768
+    """longest judge input in tokens; longer ones are an error that names the row"""
+    verdict: Literal["compare", "sample"] = "compare"
+    """verdict by p(True) > p(False), or sampled with p(True) / (p(True) + p(False))"""
+    target: Target | None = None
+    """what is differentiated: log p(verdict) or logit(True) - logit(False) (follows the preset)"""
+    attribution: Attribution | None = None
+    """b_t: g.e, L1 or L2 norm of g, or g.(e - mean) at the contracted embedding (follows the preset)"""
+    contraction: float = 0.15
+    """s of `contracted`: response embeddings are moved to mean + s (e - mean) for the gradient"""
+    tau: float = 1.0
+    """softmax temperature over the response tokens"""
+    standardize: bool | None = None
+    """b to mean 0, std 1 over the response before the softmax (follows the preset)"""
+    pool: Pool | None = None
+    """alpha afterwards: unchanged, smeared backwards, or averaged over sentences (follows the preset)"""
+    smear_gamma: float = 0.7
+    """decay of `pool=smear`"""
+    sentence_delimiters: str = ".!?\n"
+    """characters that end a sentence for `pool=sentence`"""
+    flat_threshold: float = 0.95
+    """a response with ESS/T above this counts as flat in the metrics"""
+
+
+@dataclass
+class RolloutConfig:
+    """Sampling of responses."""
+
+    prompts_per_step: int = 32
+    """prompts a training step"""
+    responses_per_prompt: int = 8
+    """group size G"""
+    temperature: float = 1.0
+    """0 is greedy"""
+    top_p: float = 1.0
+    """nucleus sampling; 1 is off"""
+    top_k: int = 0
+    """0 is off"""
+    max_prompt_tokens: int = 2048
+    """longer prompts are an error that names the query"""
+    max_response_tokens: int = 1024
+    """responses are cut here"""
+    stop: list[str] = field(default_factory=list)
+    """further stop tokens (single tokens); end-of-sequence and the chat template's end of turn always stop"""
+    batch_size: int = 64
+    """sequences decoded together on a data-parallel rank"""
+    chat_template: bool = True
+    """render the conversation with the tokenizer's chat template (off for a tokenizer without one)"""
+
+
+@dataclass
+class GrpoConfig:
+    """Advantages and loss. Paper: arXiv 2602.01791."""
+
+    preset: Literal["robust", "paper", "grpo"] = "robust"
+    """grpo: sequence-level; paper: the published estimator; robust: item-wise, drift-free (default)"""
+    advantage: AdvantageKind | None = None
+    """estimator (follows the preset)"""
+    return_to_go: bool | None = None
+    """sum token rewards from t on, for advantage=token_return (follows the preset)"""
+    baseline: Literal["group", "rloo"] = "group"
+    """group mean, or leave-one-out mean of the other responses"""
+    normalize_std: bool = True
+    """divide by the group's standard deviation"""
+    mix: float | None = None
+    """m: weight of alpha against uniform, m alpha + (1 - m)/T (follows the preset)"""
+    mix_anneal: float | None = None
+    """m falls linearly to 0 at this fraction of training; 0 keeps it constant (follows the preset)"""
+    weight_clip: list[float] | None = None
+    """[low, high] bounds of T alpha, e.g. [0.5, 2.0]"""
+    top_items: float = 1.0
+    """fraction of items a response, by size of centred term, that keep their attribution"""
+    false_scale: float = 1.0
+    """factor on the centred terms of items judged False (advantage=itemwise)"""
+    clip_low: float = 0.2
+    """ratio clip: 1 - clip_low"""
+    clip_high: float = 0.2
+    """ratio clip: 1 + clip_high"""
+    kl_coef: float = 0.0
+    """coefficient of the KL penalty to the frozen initial policy"""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    loss_aggregation: Literal["seq_mean", "token_mean", "dr_grpo"] = "seq_mean"
+    """mean over tokens then sequences (paper); mean over all tokens; sum / (sequences x max_response_tokens)"""
+    mini_batches: int = 1
+    """optimizer steps a training step"""
+
+
+@dataclass
+class OptimizerConfig:
+    """Megatron-Core's Adam, schedule and clipping."""
+
+    lr: float = 1e-6
+    min_lr: float = 0.0
+    warmup_steps: int = 0
+    """training steps of linear warm-up"""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+    """global gradient norm bound; 0 is off"""
+    distributed: bool = True
+    """shard optimizer state over data-parallel ranks"""
+
+
+@dataclass
+class DataConfig:
+    """Queries."""
+
+    train: list[str] = field(default_factory=list)
+    """files of training queries (jsonl or parquet)"""
+    eval: list[str] = field(default_factory=list)
+    """files of held-out queries"""
+    format: Literal["auto", "g2r", "healthbench", "rar", "researchqa"] = "auto"
+    """auto looks at the field names of the first row"""
+    polarity: Literal["raw", "flip_negated"] = "raw"
+    """negative-weight items phrased "does not ..." (met is good, RaR-Science): raw keeps the sign, flip_negated makes them positive"""
+    shuffle: bool = True
+    """order is a function of the seed and the step; off keeps file order"""
+
+
+@dataclass
+class CheckpointConfig:
+    save_every: int = 20
+    """steps; 0 saves only at the end"""
+    keep_last: int = 2
+    """older checkpoints are deleted after a successful save"""
+    export_hf: bool = True
+    """write a Hugging Face directory at the end of training"""
+
+
+@dataclass
+class LogConfig:
+    tensorboard: bool = True
+    wandb: bool = False
+    """needs the wandb package"""
+    wandb_project: str = "g2r-megatron"
+    samples_per_step: int = 2
+    """responses a logged step kept in samples.jsonl for the report"""
+    samples_every: int = 10
+    """steps between logged samples"""
+
+
+@dataclass
+class TrainConfig:
+    """Everything `g2r train` reads."""
+
+    output_dir: str = ""
+    """run directory; an unfinished run there is resumed"""
+    steps: int = 100
+    seed: int = 1234
+    eval_every: int = 0
+    """steps between evaluations on data.eval; 0: only before and after training"""
+    eval_responses: int = 1
+    """responses a held-out prompt"""
+    eval_greedy: bool = False
+    """evaluate greedily instead of with the rollout's sampling"""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+@dataclass
+class OfflineJudgeConfig:
+    """Everything `g2r judge` reads."""
+
+    input: str = ""
+    """rows (jsonl or parquet): a query in any format plus "response" """
+    output: str = ""
+    """output jsonl; must not exist"""
+    dump_inputs: bool = False
+    """also write per item input_ids, response_start, response_end, verdict_position, true_ids, false_ids"""
+    batch_rows: int = 64
+    """rows judged and written at a time"""
+    seed: int = 1234
+    """of sampled verdicts"""
+    format: Literal["auto", "g2r", "healthbench", "rar", "researchqa"] = "auto"
+    polarity: Literal["raw", "flip_negated"] = "raw"
+    preset: Literal["paper", "robust"] = "paper"
+    """fills judge.target, attribution, standardize and pool where they are not given"""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+
+
+# Each preset is a set of ordinary options: values for the fields above whose default is None.
+PRESETS = {
+    "grpo": {
+        "judge": dict(target="log_prob", attribution="grad_x_embed", standardize=False, pool="none"),
+        "grpo": dict(advantage="sequence", return_to_go=False, mix=0.0, mix_anneal=0.0),
+    },
+    "paper": {
+        "judge": dict(target="log_prob", attribution="grad_x_embed", standardize=False, pool="none"),
+        "grpo": dict(advantage="token_return", return_to_go=True, mix=1.0, mix_anneal=0.0),
+    },
+    "robust": {
+        "judge": dict(target="logit_margin", attribution="contracted", standardize=True, pool="smear"),
+        "grpo": dict(advantage="itemwise", return_to_go=False, mix=0.5, mix_anneal=0.6),
+    },
+}
+
+
+def fill_from_preset(section, values: dict):
+    """A copy of a config dataclass whose ``None`` options are taken from ``values``."""
+    names = {f.name for f in fields(section)}
+    return replace(section, **{k: v for k, v in values.items() if k in names and getattr(section, k) is None})
+
+
+def resolve_preset(config: TrainConfig) -> TrainConfig:
+    """The config with every preset-following option made concrete."""
+    preset = PRESETS[config.grpo.preset]
+    return replace(
+        config,
+        judge=fill_from_preset(config.judge, preset["judge"]),
+        grpo=fill_from_preset(config.grpo, preset["grpo"]),
+    )

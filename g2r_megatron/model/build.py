@@ -1,0 +1,163 @@
+"""A Megatron-Core GPT model from a Hugging Face directory, on any layout."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from g2r_megatron.config import Layout, Precision
+from g2r_megatron.errors import UserError
+from g2r_megatron.model.gpt import SelectiveGPTModel, block_spec
+from g2r_megatron.model.hf import Geometry, HFModel
+from g2r_megatron.model.torch_layers import TorchSpecProvider
+from g2r_megatron.model.weights import load_hf_weights
+from g2r_megatron.parallel import cpu
+from g2r_megatron.parallel.groups import ModelGroups
+from g2r_megatron.parallel.layout import check_layout_for_model
+
+
+@dataclass
+class MegatronModel:
+    """One model on this rank's stage, with everything that is needed to run it.
+
+    ``module`` is what the schedule calls (possibly wrapped for bf16, later by DDP); ``gpt`` the bare model.
+    """
+
+    module: torch.nn.Module
+    gpt: SelectiveGPTModel
+    config: TransformerConfig
+    groups: ModelGroups
+    hf: HFModel
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.hf.geometry
+
+    @property
+    def layer_offset(self) -> int:
+        """Layers on earlier pipeline stages."""
+        return get_transformer_layer_offset(self.config, None, self.groups.pgs.pp.rank())
+
+    @property
+    def length_multiple(self) -> int:
+        """Sequence lengths are padded to this: sequence parallelism splits them over TP; FP8 wants multiples of 16."""
+        multiple = self.groups.layout.tp if self.groups.layout.sp else 1
+        return multiple * 16 if self.config.fp8 else multiple
+
+
+def spec_backend(name: str, spec: str) -> BackendSpecProvider:
+    """The layers to build from: ``spec`` is "auto", "torch" or "te"; ``name`` the section, for errors."""
+    if spec == "torch" or (spec == "auto" and cpu.on_cpu()):
+        return TorchSpecProvider()
+    if cpu.on_cpu():
+        raise UserError(f"{name}.spec", "te without a CUDA device", "use torch or auto")
+    try:
+        import transformer_engine  # noqa: F401
+    except ImportError:
+        if spec == "te":
+            raise UserError(f"{name}.spec", "te, but transformer_engine is not installed", "install the gpu extra or use torch") from None
+        return TorchSpecProvider()
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    return TESpecProvider()
+
+
+def check_precision(name: str, precision: Precision, spec: str) -> None:
+    """Raise ``UserError`` for a precision that this machine or these layers cannot run."""
+    if precision.fp8 == "none":
+        return
+    where = f"{name}.precision.fp8"
+    if cpu.on_cpu():
+        raise UserError(where, f"{precision.fp8} without a CUDA device", "FP8 needs a GPU; use none")
+    if precision.dtype != "bf16":
+        raise UserError(where, f"{precision.fp8} with dtype {precision.dtype}", f"set {name}.precision.dtype to bf16")
+    if isinstance(spec_backend(name, spec), TorchSpecProvider):
+        raise UserError(where, f"{precision.fp8} with plain torch layers", "FP8 needs Transformer Engine; install the gpu extra")
+
+
+def _recompute_options(recompute: str) -> dict:
+    if recompute == "full":
+        return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    if recompute == "selective":
+        return dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+    return {}
+
+
+def transformer_config(hf: HFModel, layout: Layout, precision: Precision, recompute: str) -> TransformerConfig:
+    """Megatron-Core's config for a dense pre-norm SwiGLU decoder; no dropout, no fused CUDA-only kernels."""
+    g, dtype = hf.geometry, torch.bfloat16 if precision.dtype == "bf16" else torch.float32
+    return TransformerConfig(
+        num_layers=g.layers,
+        hidden_size=g.hidden,
+        num_attention_heads=g.heads,
+        num_query_groups=g.kv_heads,
+        kv_channels=g.head_dim,
+        ffn_hidden_size=g.ffn,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        normalization="RMSNorm",
+        layernorm_epsilon=hf.config.rms_norm_eps,
+        add_bias_linear=False,
+        add_qkv_bias=hf.family.qkv_bias,
+        qk_layernorm=hf.family.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        fp8="hybrid" if precision.fp8 != "none" else None,
+        fp8_recipe=precision.fp8 if precision.fp8 != "none" else "delayed",
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
+        sequence_parallel=layout.sp,
+        variable_seq_lengths=True,  # micro-batches differ in rows and length
+        moe_token_dispatcher_type="alltoall",  # checked by variable_seq_lengths in dense models too
+        batch_p2p_comm=not cpu.on_cpu(),  # gloo has no batched send/receive
+        calculate_per_token_loss=True,  # the schedule then leaves the loss unscaled
+        use_cpu_initialization=cpu.on_cpu(),
+        perform_initialization=False,  # every weight is read from the checkpoint
+        gradient_accumulation_fusion=False,
+        deallocate_pipeline_outputs=True,
+        **_recompute_options(recompute),
+    )
+
+
+def build_model(
+    name: str,
+    hf: HFModel,
+    groups: ModelGroups,
+    precision: Precision,
+    recompute: str = "none",
+    spec: str = "auto",
+    load: bool = True,
+) -> MegatronModel:
+    """Build this rank's stage and, with ``load``, read its weights. ``name`` ("policy", "judge") is for errors."""
+    g, layout = hf.geometry, groups.layout
+    check_layout_for_model(name, layout, heads=g.heads, kv_heads=g.kv_heads, ffn=g.ffn, layers=g.layers)
+    check_precision(name, precision, spec)
+    config = transformer_config(hf, layout, precision, recompute)
+    gpt = SelectiveGPTModel(
+        config=config,
+        transformer_layer_spec=block_spec(config, spec_backend(name, spec), groups.pgs.pp.rank()),
+        vocab_size=g.padded_vocab(layout.tp),
+        max_sequence_length=hf.config.max_position_embeddings,
+        pre_process=groups.is_first_stage,
+        post_process=groups.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=g.tied,
+        position_embedding_type="rope",
+        rotary_base=int(hf.config.rope_parameters["rope_theta"]),
+        pg_collection=groups.pgs,
+    ).to(cpu.device())
+    # transformers' own frequencies: every rope type that open_hf_model accepts, with all its parameters.
+    gpt.rotary_pos_emb.inv_freq = hf.inverse_frequencies().to(cpu.device())
+    module = Float16Module(config, gpt) if config.bf16 else gpt
+    model = MegatronModel(module, gpt, config, groups, hf)
+    if load:
+        load_hf_weights(gpt, hf, groups, model.layer_offset)
+    return model

@@ -1,0 +1,115 @@
+"""GPTModel with one change: logits at chosen positions only.
+
+A verdict needs logits at one position a sequence, a policy update at the response positions; building them for whole
+sequences is the largest tensor of a small model and most of the waste of a large vocabulary.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+
+@contextmanager
+def _global_tensor_parallel_group(group):
+    """Let Megatron-Core code that reads the global tensor parallel group see ``group``."""
+    previous = parallel_state._TENSOR_MODEL_PARALLEL_GROUP
+    parallel_state._TENSOR_MODEL_PARALLEL_GROUP = group
+    try:
+        yield
+    finally:
+        parallel_state._TENSOR_MODEL_PARALLEL_GROUP = previous
+
+
+class GroupAwareSelfAttention(SelfAttention):
+    """SelfAttention whose QKV split also works with fewer key-value heads than TP ranks in a model with own groups.
+
+    Megatron-Core 0.16 gathers the QKV projection over the *global* TP group in that case.
+    """
+
+    def get_query_key_value_tensors(self, *args, **kwargs):
+        if self.config.num_query_groups >= self.world_size:
+            return super().get_query_key_value_tensors(*args, **kwargs)
+        with _global_tensor_parallel_group(self.pg_collection.tp):
+            return super().get_query_key_value_tensors(*args, **kwargs)
+
+
+def block_spec(config, backend: BackendSpecProvider, pp_rank: int) -> TransformerBlockSubmodules:
+    """The decoder of one pipeline stage: pre-norm, RMSNorm fused into the column-parallel products, SwiGLU."""
+    qk_norm = backend.layer_norm(for_qk=True) if config.qk_layernorm else IdentityOp
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            self_attention=ModuleSpec(
+                module=GroupAwareSelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=backend.column_parallel_layer_norm_linear(),
+                    core_attention=backend.core_attention(),
+                    linear_proj=backend.row_parallel_linear(),
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=IdentityOp,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=backend.column_parallel_layer_norm_linear(), linear_fc2=backend.row_parallel_linear()
+                ),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    layers = get_num_layers_to_build(config, None, pp_rank)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=backend.layer_norm(rms_norm=True))
+
+
+class SelectiveGPTModel(GPTModel):
+    """GPTModel whose ``forward`` takes ``logit_rows``.
+
+    ``logit_rows``: int64 [n], indices into the flattened ``[b, s]`` positions (b * s_total + s). The last pipeline
+    stage then returns logits ``[n, vocab / tp]``; other stages ignore it. Without it, GPTModel as it is.
+    """
+
+    _logit_rows = None
+
+    def forward(self, *args, logit_rows: torch.Tensor | None = None, **kwargs):
+        self._logit_rows = logit_rows
+        return super().forward(*args, **kwargs)
+
+    def _postprocess(self, hidden_states, *args, **kwargs):
+        rows, self._logit_rows = self._logit_rows, None
+        if rows is None or not self.post_process:
+            return super()._postprocess(hidden_states, *args, **kwargs)
+        output = self.output_layer
+        sequence_parallel = output.sequence_parallel
+        if sequence_parallel:
+            # Each TP rank then holds all positions and their whole gradient (the product below sums it), so the
+            # backward of this gather only splits.
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        length = hidden_states.size(0)
+        selected = hidden_states[rows % length, rows // length].unsqueeze(1)  # [n, 1, h]
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        output.sequence_parallel = False
+        # Without sequence parallelism the input gradient of a column-parallel product is all-reduced.
+        allreduce, output.allreduce_dgrad = output.allreduce_dgrad, self.pg_collection.tp.size() > 1
+        try:
+            logits, _ = output(selected, weight=weight)
+        finally:
+            output.sequence_parallel, output.allreduce_dgrad = sequence_parallel, allreduce
+        return logits.squeeze(1)

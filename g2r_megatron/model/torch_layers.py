@@ -1,0 +1,120 @@
+"""Transformer Engine's building blocks in plain torch, under Transformer Engine's parameter names.
+
+Used on CPU (and on GPU with ``spec: torch``), so that checkpoints, weight tables and tests are the same with and
+without Transformer Engine. Shapes follow Megatron-Core: activations are ``[s, b, h]``.
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+from g2r_megatron.parallel import cpu
+
+
+def _norm_weight(size: int, config) -> torch.nn.Parameter:
+    """A replicated norm weight; under sequence parallelism its gradient is summed over the TP ranks."""
+    weight = torch.nn.Parameter(torch.ones(size, dtype=config.params_dtype, device=cpu.device()))
+    weight.sequence_parallel = config.sequence_parallel
+    return weight
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 inside, returned in x's dtype."""
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+class RMSNorm(torch.nn.Module):
+    """Counterpart of ``TENorm`` with ``normalization="RMSNorm"``; accepts sequence parallelism."""
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = _norm_weight(hidden_size, config)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class LayerNormColumnParallelLinear(ColumnParallelLinear):
+    """Counterpart of ``TELayerNormColumnParallelLinear``: RMSNorm, then the column-parallel product."""
+
+    def __init__(self, input_size: int, output_size: int, *, config, **kwargs):
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        self.eps = config.layernorm_epsilon
+        self.layer_norm_weight = _norm_weight(input_size, config)
+
+    def forward(self, x: torch.Tensor):
+        # Under sequence parallelism x is this rank's slice: the norm comes before the gather.
+        return super().forward(rms_norm(x, self.layer_norm_weight, self.eps))
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """weight and bias sharded over axis 0, the norm weight replicated."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"weight": 0, "bias": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+
+
+class SDPACoreAttention(torch.nn.Module):
+    """Counterpart of ``TEDotProductAttention``: torch's scaled dot-product attention, causal or over a KV cache."""
+
+    def __init__(self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, **kwargs):
+        super().__init__()
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None
+    ):
+        """``query`` [sq, b, np, hn], ``key``/``value`` [sk, b, ng, hn] -> [sq, b, np * hn].
+
+        Only causal attention over whole sequences and unmasked attention over a cache (decode) exist here; any
+        explicit mask, bias or packing is refused rather than ignored.
+        """
+        if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
+            raise ValueError("SDPACoreAttention takes no attention_mask, attention_bias or packed_seq_params")
+        causal = attn_mask_type == AttnMaskType.causal
+        if causal and query.size(0) != key.size(0):
+            raise ValueError(f"causal attention needs equal lengths, got {query.size(0)} queries, {key.size(0)} keys")
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, heads, s, hn]
+        context = F.scaled_dot_product_attention(
+            q, k, v, is_causal=causal, scale=self.softmax_scale, enable_gqa=q.size(1) != k.size(1)
+        )
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+
+class TorchSpecProvider(BackendSpecProvider):
+    """The plain torch backend; mirrors Megatron-Core's ``TESpecProvider``."""
+
+    def column_parallel_linear(self) -> type:
+        return ColumnParallelLinear
+
+    def row_parallel_linear(self) -> type:
+        return RowParallelLinear
+
+    def fuse_layernorm_and_linear(self) -> bool:
+        return True
+
+    def column_parallel_layer_norm_linear(self) -> type:
+        return LayerNormColumnParallelLinear
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+        return RMSNorm
+
+    def core_attention(self) -> type:
+        return SDPACoreAttention
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool):
+        return SequentialMLP, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+    def activation_func(self) -> None:
+        return None

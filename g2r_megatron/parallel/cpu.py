@@ -1,0 +1,154 @@
+"""Megatron-Core 0.16 on machines without CUDA: the few CUDA names it insists on, redirected to the CPU.
+
+Nothing outside this file knows that CUDA may be missing. ``install`` does nothing where a CUDA device exists.
+Every redirection has its reason beside it; none replaces arithmetic or communication.
+"""
+
+import contextlib
+import functools
+import importlib
+import types
+
+import torch
+
+_CPU = torch.device("cpu")
+_installed = False
+
+# Modules of Megatron-Core that write device="cuda" literally into torch factory calls.
+_LITERAL_CUDA_MODULES = (
+    "megatron.core.pipeline_parallel.schedules",  # total_num_tokens
+    "megatron.core.optimizer.grad_scaler",  # loss scale
+    "megatron.core.optimizer.optimizer",  # found_inf, scale
+    "megatron.core.optimizer.clip_grads",  # norms
+    "megatron.core.distributed.param_and_grad_buffer",
+    "megatron.core.utils",  # parameter norms
+    "megatron.core.dist_checkpointing.exchange_utils",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+)
+_FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "empty_like", "zeros_like")
+
+
+def on_cpu() -> bool:
+    """True where there is no CUDA device and the redirections are (to be) installed."""
+    return not torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device that models and their inputs live on."""
+    return _CPU if on_cpu() else torch.device("cuda", torch.cuda.current_device())
+
+
+def backend() -> str:
+    """torch.distributed backend for model traffic."""
+    return "gloo" if on_cpu() else "nccl"
+
+
+def _without_cuda(factory):
+    """The torch factory with a CUDA device argument answered by the CPU."""
+
+    @functools.wraps(factory)
+    def call(*args, **kwargs):
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return call
+
+
+class _TorchOnCpu(types.ModuleType):
+    """``torch`` as seen by one Megatron-Core module: factories map cuda to cpu, all else is torch itself.
+
+    A module-level stand-in costs nothing in code outside those modules, unlike a TorchFunctionMode.
+    """
+
+    def __init__(self):
+        super().__init__("torch")
+        for name in _FACTORIES:
+            setattr(self, name, _without_cuda(getattr(torch, name)))
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+class _NoStream:
+    """Stream and event in one: CPU work is done when the call returns, so there is nothing to order."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        return None
+
+    def _done(self, *args, **kwargs):
+        return None
+
+    wait_stream = wait_event = synchronize = record = wait = _done
+
+    def record_event(self, *args, **kwargs):
+        return self
+
+    def query(self):
+        return True
+
+
+def _redirect_runtime():
+    """Device queries, streams and synchronisation."""
+    cuda = torch.cuda
+    cuda.current_device = lambda: _CPU  # used as device= all over Megatron-Core
+    cuda.synchronize = lambda *args, **kwargs: None  # CPU calls are synchronous
+    cuda.set_device = lambda *args, **kwargs: None
+    cuda.Stream = cuda.Event = _NoStream
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: _NoStream()
+    torch.Tensor.record_stream = lambda self, stream: None
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # tied embeddings call weight.data.cuda()
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *args, **kwargs: None
+
+
+def _redirect_rng():
+    """The CUDA RNG tracker keeps states of the CPU generator instead (recompute and model-parallel seeds)."""
+    cuda = torch.cuda
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _redirect_tensor_type():
+    """The optimizers sort parameters by ``param.type() == "torch.cuda.FloatTensor"``: answer that name."""
+    original = torch.Tensor.type
+
+    def tensor_type(self, *args, **kwargs):
+        name = original(self, *args, **kwargs)
+        if isinstance(name, str) and self.device.type == "cpu":
+            return name.replace("torch.", "torch.cuda.", 1)
+        return name
+
+    torch.Tensor.type = tensor_type
+
+
+def _stub_moe_gemm():
+    """Without Transformer Engine ``moe_utils`` never defines the name it later compares with None."""
+    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def install() -> None:
+    """Redirect what Megatron-Core needs of CUDA; once a process, a no-op where CUDA exists."""
+    global _installed
+    if _installed or not on_cpu():
+        return
+    _redirect_runtime()
+    _redirect_rng()
+    _redirect_tensor_type()
+    stand_in = _TorchOnCpu()
+    for name in _LITERAL_CUDA_MODULES:
+        importlib.import_module(name).torch = stand_in
+    _stub_moe_gemm()
+    _installed = True

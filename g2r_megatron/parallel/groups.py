@@ -1,0 +1,129 @@
+"""torch.distributed start-up and the process groups of one layout."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from g2r_megatron.config import Layout
+from g2r_megatron.parallel import cpu
+from g2r_megatron.parallel.layout import check_layout
+
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass
+class ModelGroups:
+    """One model's layout and its groups in the shared world."""
+
+    layout: Layout
+    pgs: ProcessGroupCollection
+
+    @property
+    def is_first_stage(self) -> bool:
+        """This rank holds the embeddings."""
+        return self.pgs.pp.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """This rank holds the output layer."""
+        return self.pgs.pp.rank() == self.pgs.pp.size() - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of the last stage of this rank's pipeline."""
+        return dist.get_process_group_ranks(self.pgs.pp)[-1]
+
+    @property
+    def first_stage_rank(self) -> int:
+        """Global rank of the first stage of this rank's pipeline."""
+        return dist.get_process_group_ranks(self.pgs.pp)[0]
+
+    @property
+    def dp_rank(self) -> int:
+        return self.pgs.dp.rank()
+
+    @property
+    def dp_size(self) -> int:
+        return self.pgs.dp.size()
+
+    @property
+    def is_replica_writer(self) -> bool:
+        """One rank a data-parallel replica: TP rank 0 of the last stage, where logits and verdicts are."""
+        return self.is_last_stage and self.pgs.tp.rank() == 0
+
+
+def initialize(seed: int) -> None:
+    """Join the world (torchrun's environment, or a world of one) and seed Megatron-Core's RNG tracker.
+
+    Megatron-Core's global ``parallel_state`` is set up trivially (every size 1): models take their groups from
+    ``ProcessGroupCollection``, but a few call sites look up a global group before they find they need none.
+    """
+    cpu.install()
+    if not dist.is_initialized():
+        if "RANK" in os.environ:
+            if not cpu.on_cpu():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group(cpu.backend(), timeout=TIMEOUT)
+        else:
+            if not cpu.on_cpu():
+                torch.cuda.set_device(0)
+            dist.init_process_group(cpu.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+    seed_all(seed)
+
+
+def seed_all(seed: int) -> None:
+    """Seed torch and the model-parallel RNG tracker alike on every rank (models here have no dropout)."""
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def _subgroup(rank_lists: list[list[int]]):
+    """The group of ``rank_lists`` that this rank is in, or None."""
+    group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=TIMEOUT)
+    return group
+
+
+def build_groups(name: str, layout: Layout) -> ModelGroups:
+    """The process groups of one model over the whole world (collective: every rank calls it).
+
+    Rank order is Megatron's: tensor parallel fastest, then context, data, pipeline slowest. Expert groups
+    come from a second grid over the same pipeline split, as in Megatron's ``parallel_state``.
+    """
+    world = dist.get_world_size()
+    check_layout(name, layout, world)
+    dp = world // (layout.tp * layout.cp * layout.pp)
+    expert_dp = world // (layout.etp * layout.ep * layout.pp)
+    os.environ["WORLD_SIZE"] = str(world)  # HyperCommGrid reads it; absent in a world of one
+    dense = HyperCommGrid([layout.tp, layout.cp, dp, layout.pp], ["tp", "cp", "dp", "pp"])
+    expert = HyperCommGrid([layout.etp, layout.ep, expert_dp, layout.pp], ["tp", "ep", "dp", "pp"])
+    pgs = ProcessGroupCollection()
+    for attribute, grid, dims in (
+        ("tp", dense, ["tp"]),
+        ("cp", dense, ["cp"]),
+        ("dp", dense, ["dp"]),
+        ("pp", dense, ["pp"]),
+        ("tp_cp", dense, ["tp", "cp"]),
+        ("dp_cp", dense, ["cp", "dp"]),
+        ("mp", dense, ["tp", "pp"]),
+        ("tp_dp_cp", dense, ["tp", "cp", "dp"]),
+        ("intra_dist_opt", dense, ["tp", "cp", "dp", "pp"]),
+        ("ep", expert, ["ep"]),
+        ("expt_tp", expert, ["tp"]),
+        ("expt_dp", expert, ["dp"]),
+        ("tp_ep", expert, ["tp", "ep"]),
+        ("tp_ep_pp", expert, ["tp", "ep", "pp"]),
+    ):
+        setattr(pgs, attribute, grid.create_pg(dims, timeout=TIMEOUT))
+    pgs.intra_dp_cp, pgs.intra_expt_dp, pgs.inter_dist_opt, pgs.hcp = pgs.dp_cp, pgs.expt_dp, None, None
+    pipelines = dense.get_rank_enum(["pp"])
+    pgs.embd = _subgroup([sorted({ranks[0], ranks[-1]}) for ranks in pipelines])
+    pgs.pos_embd = _subgroup([[ranks[0]] for ranks in pipelines])
+    return ModelGroups(layout, pgs)
