@@ -233,6 +233,9 @@ def test_top_items_keeps_the_largest_centred_terms():
     assert needed(0.5) == [0, 1, 1, 0]
     assert needed(0.51) == [0, 1, 1, 1]
     assert needed(1.0) == [1, 1, 1, 1]
+    many = torch.cat([torch.ones(1, 20), torch.zeros(1, 20)]).bool()
+    kept = items_needing_attribution(many, torch.ones(20), replace(ROBUST, top_items=0.55), 1.0)
+    assert kept[0].int().tolist() == [1] * 11 + [0] * 9  # 0.55 x 20 rounds above 11; ties go to the earlier item
     alphas = [[torch.softmax(torch.arange(3.0) * k, 0) for k in range(4)], [None] * 4]
     scores = GroupScores(verdicts, weights, alphas, [3, 3], [True, True])
     options = replace(ROBUST, top_items=0.5)

@@ -154,9 +154,7 @@ def token_weights(alpha: Tensor | None, length: int, mix: float, weight_clip: li
 def _sequence(item_scores_: Tensor, options: GrpoConfig) -> Tensor:
     """A_i = (r_i - baseline_i) / std_i(r_i): [G] fp64 from s_ik [G, K]."""
     rewards = item_scores_.sum(dim=1)
-    divisor = _divisor(rewards, options)
-    # a group without spread is 0 also where no std divides it: what is left of the difference is rounding
-    return _centred(rewards, options.baseline) / (divisor if has_spread(rewards) else math.inf)
+    return _centred(rewards, options.baseline) / _divisor(rewards, options)
 
 
 def _sequence_advantages(scores: GroupScores, options: GrpoConfig, mix: float) -> list[Tensor]:
