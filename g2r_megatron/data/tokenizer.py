@@ -264,7 +264,8 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerFast) -> set[int]:
 def token_texts(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[str]:
     """The text each token adds, ``len(ids)`` strings; joined they are the decoded text (special tokens as written).
 
-    A character spread over several byte-level tokens belongs to the last of them; the others are "".
+    A character spread over several byte-level tokens belongs to the last of them; the others are "". Tokens that are
+    not valid UTF-8 show as replacement characters, whose number may differ from the decoded text's.
     """
     decode = tokenizer.backend_tokenizer.decode
     texts: list[str] = []
