@@ -3,6 +3,7 @@
 import sys
 import time
 from collections import deque
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TextColumn
@@ -37,7 +38,7 @@ class Progress:
         self._live: RichProgress | None = None
         self._task = None
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> Self:
         self._last_step_at = time.monotonic()
         # not Console.is_terminal: FORCE_COLOR would make it true for a pipe
         if self._enabled and sys.stdout.isatty():

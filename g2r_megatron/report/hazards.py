@@ -1,0 +1,103 @@
+"""The known hazards of the method as one number a run, and the level from which each is marked."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from g2r_megatron.report.runs import Run
+
+
+@dataclass(frozen=True)
+class Hazard:
+    """``of_run``: the number, None where the run did not log it; ``is_flagged``: whether it is past its level."""
+
+    label: str
+    meaning: str
+    form: str
+    of_run: Callable[[Run], float | None]
+    is_flagged: Callable[[float], bool]
+
+
+def _average(key: str) -> Callable[[Run], float | None]:
+    return lambda run: run.average(key)
+
+
+def _last(key: str) -> Callable[[Run], float | None]:
+    return lambda run: run.last(key)
+
+
+def _ramp(run: Run) -> float | None:
+    first, last = run.average("advantage/position_0"), run.average("advantage/position_9")
+    return None if first is None or last is None else first - last
+
+
+def _growth(run: Run) -> float | None:
+    first, last = run.first("response/length_mean"), run.last("response/length_mean")
+    return last / first - 1 if first and last else None
+
+
+def _key_ratio(run: Run) -> float | None:
+    mass, chance = run.average("attribution/key_token_mass"), run.average("attribution/key_token_chance")
+    return mass / chance if mass is not None and chance else None
+
+
+HAZARDS = (
+    Hazard(
+        "Flat attribution",
+        "mean ESS/T of alpha; ▲ > 0.95",
+        "{:.2f}",
+        _average("attribution/ess_share"),
+        lambda v: v > 0.95,
+    ),
+    Hazard(
+        "Flat responses",
+        "share of attributions; ▲ > 0.5",
+        "{:.2f}",
+        _average("attribution/flat_share"),
+        lambda v: v > 0.5,
+    ),
+    Hazard(
+        "Cancelling gradient",
+        "median |cos(g, e)|; ▲ < 0.02",
+        "{:.3f}",
+        _average("attribution/cos_median"),
+        lambda v: v < 0.02,
+    ),
+    Hazard("Credit on key tokens", "times chance; ▲ < 1.2", "{:.1f}×", _key_ratio, lambda v: v < 1.2),
+    Hazard(
+        "Broken judge gradients",
+        "zero or not finite, all steps; ▲ > 0",
+        "{:.0f}",
+        lambda run: run.total("attribution/zero_or_nonfinite"),
+        lambda v: v > 0,
+    ),
+    Hazard(
+        "Position ramp", "advantage, first tenth − last tenth; ▲ beyond ±0.5", "{:+z.2f}", _ramp, lambda v: abs(v) > 0.5
+    ),
+    Hazard(
+        "Stop token",
+        "mean advantage; ▲ beyond ±0.5",
+        "{:+z.2f}",
+        _average("advantage/stop_token"),
+        lambda v: abs(v) > 0.5,
+    ),
+    Hazard(
+        "Length drift", "response length, end against start; ▲ beyond ±30%", "{:+z.0%}", _growth, lambda v: abs(v) > 0.3
+    ),
+    Hazard(
+        "Judge − true score",
+        "at the last evaluation; ▲ > 0.05",
+        "{:+z.3f}",
+        lambda run: run.judge_gap,
+        lambda v: v > 0.05,
+    ),
+    Hazard("Judge agreement", "with the truth; ▲ < 0.9", "{:.3f}", _average("judge/agreement"), lambda v: v < 0.9),
+    Hazard(
+        "Groups without variance",
+        "share, teach nothing; ▲ > 0.5",
+        "{:.2f}",
+        _average("group/zero_variance_share"),
+        lambda v: v > 0.5,
+    ),
+    Hazard("Clipped ratios", "share of tokens; ▲ > 0.3", "{:.3f}", _average("ratio/clip_share"), lambda v: v > 0.3),
+    Hazard("KL to the initial policy", "at the end", "{:.4f}", _last("loss/kl"), lambda v: False),
+)

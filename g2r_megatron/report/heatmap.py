@@ -1,0 +1,145 @@
+"""Responses drawn as token heat maps: one strip a criterion, and the advantage that came of them."""
+
+import unicodedata
+from dataclasses import dataclass
+from html import escape
+
+from g2r_megatron.report.charts import slot_class
+from g2r_megatron.report.runs import Group, mean
+
+MAX_TOKENS = 400  # of a response drawn; the rest is counted
+FULL_SHADE = 8.0  # times the uniform weight 1/T: darkest shade
+SHADE_POWER = 0.65  # of the shade in the weight: below 1, so that the uniform weight can still be seen
+STOP = "■"  # the stop token, which has no text
+
+
+@dataclass(frozen=True)
+class Picked:
+    """The sample drawn for a group, and how spread out its attributions are (mean ESS/T)."""
+
+    group: Group
+    sample: dict
+    ess_share: float
+
+
+def pick_samples(groups: list[Group]) -> list[Picked]:
+    """One sample a group that has attributions, sharpest first.
+
+    Runs that start from the same weights with the same seed sample the same first responses, so the choice
+    prefers a response that most groups share, then the earliest step, then the most attributed items.
+    """
+    candidates = {group.slot: [s for s in group.runs[0].samples if attributed(s)] for group in groups}
+    owners: dict[tuple, set[int]] = {}
+    for slot, samples in candidates.items():
+        for sample in samples:
+            owners.setdefault(_identity(sample), set()).add(slot)
+    picked = []
+    for group in groups:
+        if samples := candidates[group.slot]:
+            best = min(
+                samples, key=lambda s: (-len(owners[_identity(s)]), s["step"], -len(attributed(s)), _identity(s))
+            )
+            shares = [1 / (len(i["alpha"]) * sum(a * a for a in i["alpha"])) for i in attributed(best)]
+            picked.append(Picked(group, best, mean(shares)))
+    return sorted(picked, key=lambda p: p.ess_share)
+
+
+def attributed(sample: dict) -> list[dict]:
+    """The items of a sample that have a usable alpha."""
+    return [item for item in sample["items"] if item["alpha"] and None not in item["alpha"] and any(item["alpha"])]
+
+
+def sample_card(picked: Picked, is_open: bool) -> str:
+    """A sample as a ``<details>``: the prompt, the advantage strip, a strip an attributed item, the other verdicts."""
+    sample, group = picked.sample, picked.group
+    true = "" if sample["true_reward"] is None else f", true score {sample['true_reward']:.2f}"
+    rows = _advantage_row(sample)
+    shaded = attributed(sample)
+    rows += "".join(_item_row(item, sample["tokens"]) for item in shaded)
+    rest = [item for item in sample["items"] if item not in shaded]
+    return (
+        f'<details class="sample"{" open" if is_open else ""}><summary><span class="chip {slot_class(group.slot)}">'
+        f"{escape(group.label)}</span> step {sample['step']}, query {visible(str(sample['query_id']))}: "
+        f"judged {sample['reward']:.2f}{true}, mean ESS/T {picked.ess_share:.2f}</summary>"
+        f'<div class="prompt"><b>Prompt</b><p>{visible(str(sample["prompt"]))}</p></div>'
+        f'<div class="strips">{rows}</div>{_unattributed(rest)}</details>'
+    )
+
+
+def visible(text: str) -> str:
+    """Text of a model or a user as HTML that cannot act: escaped, control and direction characters made visible."""
+    shown = [character if character in "\n\t" else _symbol(character) for character in text]
+    return escape("".join(shown))
+
+
+def _symbol(character: str) -> str:
+    category = unicodedata.category(character)
+    if category == "Cc":
+        return chr(0x2400 + ord(character)) if ord(character) < 0x20 else "␡"
+    return "\ufffd" if category in ("Cf", "Cs", "Co", "Cn", "Zl", "Zp") and character != "\u200d" else character
+
+
+def _identity(sample: dict) -> tuple[str, str]:
+    return str(sample["query_id"]), sample["response"]
+
+
+def _advantage_row(sample: dict) -> str:
+    """Advantage of every token, on the scale of the largest one of the response."""
+    advantages = [value or 0.0 for value in sample["advantages"]]
+    scale = max(map(abs, advantages), default=0.0) or 1.0
+    tokens = sample["tokens"] + [STOP] * (len(advantages) - len(sample["tokens"]))
+    rewards = sample["token_rewards"] + [None] * (len(tokens) - len(sample["token_rewards"]))
+    spans = []
+    for position, (token, advantage, reward) in enumerate(zip(tokens, advantages, rewards, strict=False), 1):
+        tip = f"token {position} · advantage {advantage:+.3f}"
+        tip += "" if reward is None else f" · reward {reward:+.4f}"
+        spans.append(_token(token, "good" if advantage >= 0 else "bad", abs(advantage) / scale, tip))
+    label = f'<p class="what">Advantage</p><p class="fine">what the policy is trained with; darkest = ±{scale:.2f}</p>'
+    return _strip(label, spans, "advantage")
+
+
+def _item_row(item: dict, tokens: list[str]) -> str:
+    length = len(item["alpha"])
+    spans = []
+    for position, (token, alpha) in enumerate(zip(tokens, item["alpha"], strict=False), 1):
+        ratio = alpha * length
+        tip = f"token {position} of {length} · alpha {alpha:.4f} · {ratio:.1f}× uniform"
+        spans.append(
+            _token(
+                token,
+                "good" if item["weight"] >= 0 else "bad",
+                (min(ratio, FULL_SHADE) / FULL_SHADE) ** SHADE_POWER,
+                tip,
+            )
+        )
+    label = f'<p class="what">{visible(item["criterion"])}</p><p class="fine">{_verdict(item)}</p>'
+    return _strip(label, spans, "item")
+
+
+def _strip(label: str, spans: list[str], kind: str) -> str:
+    more = f'<span class="more"> … {len(spans) - MAX_TOKENS} more tokens</span>' if len(spans) > MAX_TOKENS else ""
+    return f'<div class="strip {kind}"><div class="label">{label}</div><p class="text">{"".join(spans[:MAX_TOKENS])}{more}</p></div>'
+
+
+def _token(token: str, kind: str, shade: float, tip: str) -> str:
+    text = visible(token).replace("\n", "⏎\n")
+    return f'<span class="{kind}" style="--v:{shade:.2f}" data-tip="{escape(tip)}">{text}</span>'
+
+
+def _verdict(item: dict) -> str:
+    verdict = "True" if item["verdict"] else "False"
+    agrees = ""
+    if item["truth"] is not None:
+        agrees = " · correct" if item["truth"] == item["verdict"] else ' · <b class="wrong">wrong</b>'
+    p_true = "" if item["p_true"] is None else f", p(True) {item['p_true']:.2f}"
+    return f'<b class="{"good" if item["weight"] >= 0 else "bad"}">{item["weight"]:+g}</b> · {verdict}{p_true}{agrees}'
+
+
+def _unattributed(items: list[dict]) -> str:
+    """Items without a backward pass, as one compact list."""
+    if not items:
+        return ""
+    rows = "".join(
+        f"<li>{visible(item['criterion'])} <span class='fine'>{_verdict(item)}</span></li>" for item in items
+    )
+    return f'<div class="rest"><p class="fine">No attribution (judged False, or nothing to tell the group apart):</p><ul>{rows}</ul></div>'

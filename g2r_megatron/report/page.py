@@ -1,0 +1,330 @@
+"""report.html: one self-contained page that compares runs (what was learned, where the credit went, what went wrong)."""
+
+import base64
+import hashlib
+from html import escape
+from pathlib import Path
+
+import yaml
+
+from g2r_megatron.errors import UserError
+from g2r_megatron.report.assets import CSS, SCRIPT
+from g2r_megatron.report.charts import Chart, Curve, line_chart, slot_class
+from g2r_megatron.report.hazards import HAZARDS
+from g2r_megatron.report.heatmap import FULL_SHADE, SHADE_POWER, pick_samples, sample_card, visible
+from g2r_megatron.report.runs import TARGET_SCORE, WINDOW, Group, Run, Score, choose_score, load_groups
+from g2r_megatron.report.summary import NOTHING, Number, SummaryRow, has_truth, summary_rows, target_note
+
+PHASES = ("sample", "judge", "update")
+# (metric, title, format): small charts, each drawn where some run logged the metric
+HEALTH_CHARTS = (
+    ("attribution/ess_share", "Spread of alpha: ESS/T (1 is flat)", "{:.2f}"),
+    ("attribution/flat_share", "Share of flat attributions", "{:.2f}"),
+    ("attribution/max_alpha", "Largest alpha", "{:.3f}"),
+    ("attribution/cos_median", "Median |cos(gradient, embedding)|", "{:.3f}"),
+    ("attribution/key_token_mass", "Alpha on key tokens", "{:.2f}"),
+    ("attribution/passes", "Backward passes a step", "{:.0f}"),
+)
+TRAINING_CHARTS = (
+    ("judge/gap", "Judge minus true score, training batches", "{:+z.3f}"),
+    ("judge/agreement", "Judge agrees with the truth", "{:.3f}"),
+    ("response/length_mean", "Response length, tokens", "{:.1f}"),
+    ("response/finished_share", "Finished responses", "{:.2f}"),
+    ("group/zero_variance_share", "Groups without variance", "{:.2f}"),
+    ("loss/kl", "KL to the initial policy", "{:.4f}"),
+    ("ratio/clip_share", "Clipped ratios", "{:.3f}"),
+    ("optimizer/grad_norm", "Gradient norm", "{:.2f}"),
+    ("optimizer/lr", "Learning rate", "{:.2e}"),
+)
+
+
+def write_report(run_dirs: list[Path], output: Path) -> None:
+    """Write the page for the runs to ``output`` (UTF-8); the page makes no request and text in it cannot act.
+
+    Raises UserError when a run directory is missing, empty or broken, or ``output`` cannot be written.
+    """
+    groups = load_groups(run_dirs)
+    page = render_page(groups)
+    try:
+        Path(output).write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            "--output", f"cannot write {output} ({error.strerror})", "give a file in an existing folder"
+        ) from error
+
+
+def render_page(groups: list[Group]) -> str:
+    """The whole HTML document."""
+    score = choose_score(groups)
+    rows = summary_rows(groups, score)
+    # a page that shows what a model wrote allows exactly one script: ours, by its hash
+    script_hash = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{script_hash}'"
+    sections = (
+        _table(groups, rows, score), _learning(groups), _heat_maps(groups), _attribution(groups), _positions(groups),
+        _training(groups), _phases(groups), _first_and_last(groups), _configs(groups),
+    )  # fmt: skip
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>g2r report</title>'
+        f"<style>{CSS}</style></head><body>{_navigation(groups)}<main><h1>{_headline(rows)}</h1>{''.join(sections)}</main>"
+        f'<div id="tip" role="status"></div><script>{SCRIPT}</script></body></html>\n'
+    )
+
+
+def _navigation(groups: list[Group]) -> str:
+    buttons = "".join(
+        f'<button class="swatch {slot_class(group.slot)}" data-toggle="{group.slot}" aria-pressed="true"'
+        f' title="show or hide in all charts">{escape(group.label)}</button>'
+        for group in groups
+    )
+    return (
+        f'<nav><div><b>g2r report</b>{buttons}<button id="theme" class="end" hidden>light / dark</button></div></nav>'
+    )
+
+
+def _headline(rows: list[SummaryRow]) -> str:
+    """What was measured, in one sentence."""
+    groups = [row for row in rows if not row.is_run and row.after.mean is not None]
+    if not groups:
+        return "Too few steps for a comparison yet"
+    parts = [f"{row.label} {row.before.text('{:.2f}')} → {row.after.text('{:.2f}')}" for row in groups]
+    return "Rubric score: " + "; ".join(f'<span class="whole">{escape(part)}</span>' for part in parts)
+
+
+def _table(groups: list[Group], rows: list[SummaryRow], score: Score) -> str:
+    truth = has_truth(groups)
+    steps = max(run.last_step for group in groups for run in group.runs)
+    runs = sum(len(group.runs) for group in groups)
+    ends = [number.mean for row in rows for number in (row.before, row.after) if number.mean is not None]
+    low, high = (min([0.0, *ends]), max([1.0, *ends]))
+    headings = ["before", "after"]
+    headings += [f"steps to {TARGET_SCORE}", f"seconds to {TARGET_SCORE}", "judge − true"] if truth else []
+    head = '<th>run</th><th class="dumbbell">before → after</th>'
+    head += "".join(f"<th>{heading}</th>" for heading in [*headings, "seconds a step"])
+    body = "".join(_table_row(row, truth, low, high) for row in rows)
+    note = f"Before and after: {score.label}."
+    if truth:
+        note += f" Steps to {TARGET_SCORE}: {target_note()}. Judge − true: at the last evaluation; above zero the judge is too kind."
+    if runs > len(groups):
+        note += " Groups of several seeds show the mean, and lowest–highest below it."
+    return (
+        f'<p class="lede">{runs} run{"s" * (runs > 1)}, {steps} steps. Everything below was measured in these runs.</p>'
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'<p class="fine">{escape(note)}</p>'
+    )
+
+
+def _table_row(row: SummaryRow, truth: bool, low: float, high: float) -> str:
+    cells = [f'<td class="dumbbell">{_dumbbell(row, low, high)}</td>']
+    cells += [_cell(row.before, "{:.3f}"), _cell(row.after, "{:.3f}")]
+    if truth:
+        cells += [
+            _spread_cell(row.steps_text, row.steps.spread("{:.0f}")),
+            _cell(row.seconds, "{:.0f}"),
+            _cell(row.gap, "{:+z.3f}"),
+        ]
+    cells.append(_cell(row.step_seconds, "{:.2f}"))
+    name = (
+        escape(row.label) if row.is_run else f'<span class="swatch {slot_class(row.slot)}">{escape(row.label)}</span>'
+    )
+    return f'<tr class="{"run" if row.is_run else "group"}"><td>{name}</td>{"".join(cells)}</tr>'
+
+
+def _cell(number: Number, form: str) -> str:
+    return _spread_cell(number.text(form), number.spread(form))
+
+
+def _spread_cell(text: str, spread: str) -> str:
+    return f"<td>{text}{f'<small>{spread}</small>' if spread else ''}</td>"
+
+
+def _dumbbell(row: SummaryRow, low: float, high: float) -> str:
+    """Before (open) and after (full) on one scale for the whole table."""
+    if row.before.mean is None or row.after.mean is None:
+        return ""
+    before, after = (6 + (number.mean - low) / (high - low) * 178 for number in (row.before, row.after))
+    width = 2 if row.is_run else 4
+    return (
+        f'<svg viewBox="0 0 190 16" class="{slot_class(row.slot)}" aria-hidden="true"><line class="grid" x1="6" x2="184" y1="8" y2="8"/>'
+        f'<line x1="{before:.1f}" x2="{after:.1f}" y1="8" y2="8" stroke="var(--c)" stroke-width="{width}"/>'
+        f'<circle class="dot" cx="{before:.1f}" cy="8" r="{width}"/><circle cx="{after:.1f}" cy="8" r="{width + 1}" fill="var(--c)"/></svg>'
+    )
+
+
+def _learning(groups: list[Group]) -> str:
+    key, name = ("reward/true_mean", "True") if has_truth(groups) else ("reward/mean", "Judged")
+    evaluation = "eval/true_score" if has_truth(groups) else "eval/judge_score"
+    marks = [(TARGET_SCORE, str(TARGET_SCORE))] if has_truth(groups) else []
+    bands = "Bands: lowest to highest seed. " if any(len(group.runs) > 1 for group in groups) else ""
+    by_step = [
+        Curve(
+            g.label,
+            g.slot,
+            g.curve(lambda run: run.smooth(key)),
+            [point[:2] for point in g.curve(lambda run: run.series(evaluation))],
+        )
+        for g in groups
+    ]
+    by_time = [Curve(g.label, g.slot, _against_seconds(g, key)) for g in groups]
+    charts = line_chart(
+        Chart(f"{name} score by step", "step", 660, 340, "{:.3f}", marks, end_labels=True), by_step
+    ) + line_chart(Chart(f"{name} score by training time", "seconds", 370, 340, "{:.3f}", marks), by_time)
+    return _section(
+        "Learning",
+        f"Lines: training batches, mean of the last {WINDOW} steps. Circles: held-out prompts. {bands}"
+        "By time, a method pays for its attribution.",
+        charts,
+    )
+
+
+def _against_seconds(group: Group, key: str) -> list[tuple[float, float, float, float]]:
+    """The curve of ``key`` with the steps replaced by the group's mean seconds of training up to each."""
+
+    def elapsed(run: Run) -> list[tuple[int, float]]:
+        seconds = 0.0
+        return [(step, seconds := seconds + value) for step, value in run.series("time/step")]
+
+    seconds_at = {step: seconds for step, seconds, _, _ in group.curve(elapsed)}
+    return [(seconds_at[x], *ys) for x, *ys in group.curve(lambda run: run.smooth(key)) if x in seconds_at]
+
+
+def _heat_maps(groups: list[Group]) -> str:
+    picked = pick_samples(groups)
+    scale = "".join(
+        f'<span class="good" style="--v:{(ratio / FULL_SHADE) ** SHADE_POWER:.2f}"></span>' for ratio in (0, 1, 2, 4, 8)
+    )
+    note = (
+        "One response, once per criterion: the darker a token, the more of the criterion's credit its gradient gives it. "
+        "Orange: a criterion of negative weight. An even pale strip is a flat attribution: it says nothing."
+    )
+    legend = f'<p class="fine">0<span class="scale">{scale}</span>{FULL_SHADE:.0f}× the uniform weight 1/T, or more</p>'
+    if not picked:
+        return _section("Where the credit goes", "No attribution was logged: the preset grpo makes none.", "")
+    cards = "".join(sample_card(p, is_open=index == 0) for index, p in enumerate(picked))
+    return _section("Where the credit goes", note, legend + cards, charts=False)
+
+
+def _attribution(groups: list[Group]) -> str:
+    head = "".join(
+        f'<th><span class="swatch {slot_class(group.slot)}">{escape(group.label)}</span></th>' for group in groups
+    )
+    body = ""
+    for hazard in HAZARDS:
+        values = [group.mean(hazard.of_run) for group in groups]
+        if all(value is None for value in values):
+            continue
+        cells = "".join(
+            f"<td{' class=flag' if value is not None and hazard.is_flagged(value) else ''}>"
+            f"{NOTHING if value is None else hazard.form.format(value)}</td>"
+            for value in values
+        )
+        body += f'<tr><td>{escape(hazard.label)} <span class="fine">{escape(hazard.meaning)}</span></td>{cells}</tr>'
+    table = f'<div class="scroll"><table class="health"><thead><tr><th>hazard</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    charts = "".join(_small_chart(groups, *spec) for spec in HEALTH_CHARTS)
+    note = "The known ways in which this method fails, each measured. Marked values (▲) are past the level named beside them."
+    return _section("Hazards and attribution health", note, f'{table}<div class="charts">{charts}</div>', charts=False)
+
+
+def _positions(groups: list[Group]) -> str:
+    keys = [f"advantage/position_{decile}" for decile in range(10)]
+
+    def by_place(run: Run) -> list[tuple[int, float]]:
+        averages = [run.average(key) for key in keys]
+        return [(place, value) for place, value in enumerate(averages) if value is not None]
+
+    def at_stop(run: Run) -> list[tuple[int, float]]:
+        value = run.average("advantage/stop_token")
+        return [] if value is None else [(len(keys), value)]
+
+    def ramp(run: Run) -> list[tuple[int, float]]:
+        return [(row["step"], row[keys[0]] - row[keys[-1]]) for row in run.rows if keys[0] in row and keys[-1] in row]
+
+    places = [Curve(g.label, g.slot, g.curve(by_place) + g.curve(at_stop), loose=len(g.curve(at_stop))) for g in groups]
+    ramps = [Curve(group.label, group.slot, group.curve(ramp)) for group in groups]
+    names = [*(f"{10 * place}%" for place in range(len(keys))), "stop"]
+    level = (-0.1, 0.1)
+    charts = line_chart(
+        Chart("Mean advantage by place, all steps", "place", 660, 260, "{:+z.3f}", [], names, level, end_labels=True),
+        places,
+    ) + line_chart(Chart("First tenth minus last tenth", "step", 370, 260, "{:+z.3f}", y_range=level), ramps)
+    note = "Advantage by place in the response. A level line teaches content; a slope teaches length, whatever is said."
+    return _section("Position ramp", note, charts)
+
+
+def _training(groups: list[Group]) -> str:
+    return _section("Training health", "", "".join(_small_chart(groups, *spec) for spec in TRAINING_CHARTS))
+
+
+def _small_chart(groups: list[Group], key: str, title: str, form: str) -> str:
+    curves = [Curve(group.label, group.slot, group.curve(lambda run: run.series(key))) for group in groups]
+    return line_chart(Chart(title, "step", form=form), curves)
+
+
+def _phases(groups: list[Group]) -> str:
+    totals = {group.slot: group.mean(lambda run: run.average("time/step")) for group in groups}
+    longest = max((total for total in totals.values() if total), default=None)
+    if longest is None:
+        return ""
+    bars = ""
+    for group in groups:
+        total = totals[group.slot]
+        if total is None:
+            continue
+        parts = [(name, group.mean(lambda run, name=name: run.average(f"time/{name}")) or 0.0) for name in PHASES]
+        parts.append(("other", max(0.0, total - sum(seconds for _, seconds in parts))))
+        spans = "".join(_phase(name, seconds, longest) for name, seconds in parts)
+        bars += f'<span class="swatch {slot_class(group.slot)}">{escape(group.label)}</span><div class="bar">{spans}</div><b>{total:.2f} s</b>'
+    key = "".join(f'<span class="key {name}_phase"></span>{name}' for name in (*PHASES, "other"))
+    return _section(
+        "Seconds a step",
+        "Means over all steps.",
+        f'<p class="fine">{key}</p><div class="bars">{bars}</div>',
+        charts=False,
+    )
+
+
+def _phase(name: str, seconds: float, longest: float) -> str:
+    text = f"{seconds:.2f}" if seconds > 0.07 * longest else ""
+    return f'<span class="{name}_phase" style="width:{100 * seconds / longest:.1f}%" data-tip="{name} {seconds:.3f} s">{text}</span>'
+
+
+def _first_and_last(groups: list[Group]) -> str:
+    """The first response logged at the first and at the last logged step: not chosen for its looks."""
+    parts = ""
+    for group in groups:
+        samples = group.runs[0].samples
+        if samples:
+            last = next(sample for sample in samples if sample["step"] == samples[-1]["step"])
+            parts += f'<h3 class="swatch {slot_class(group.slot)}">{escape(group.label)}</h3>{_response(samples[0])}{_response(last)}'
+    if not parts:
+        return ""
+    note = "The first response in the log of the first and of the last logged step; none was picked."
+    return _section("Responses, first and last", note, f'<div class="pairs">{parts}</div>', charts=False)
+
+
+def _response(sample: dict) -> str:
+    true = "" if sample["true_reward"] is None else f", true {sample['true_reward']:.2f}"
+    return (
+        f'<div><p class="fine">step {sample["step"]} · judged {sample["reward"]:.2f}{true} · prompt: {visible(str(sample["prompt"])[:400])}</p>'
+        f"<p>{visible(sample['response'])}</p></div>"
+    )
+
+
+def _configs(groups: list[Group]) -> str:
+    parts = ""
+    for group in groups:
+        for run in group.runs:
+            text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
+            parts += (
+                f'<details><summary><span class="chip {slot_class(group.slot)}">{escape(group.label)}</span> seed {escape(run.seed)}'
+                f' <span class="fine">{visible(str(run.path))}</span></summary><pre>{visible(text)}</pre></details>'
+            )
+    return _section("Configuration", "Every option of each run, resolved.", parts, charts=False)
+
+
+def _section(title: str, note: str, content: str, charts: bool = True) -> str:
+    if charts and content:
+        content = f'<div class="charts">{content}</div>'
+    return f"<section><h2>{escape(title)}</h2>{f'<p class=note>{escape(note)}</p>' if note else ''}{content}</section>"
