@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pty
+import select
 import sys
 
 import pytest
@@ -121,6 +122,14 @@ def test_plain_output_is_one_line_a_step_without_control_codes(capsys, monkeypat
     assert lines[4] == "step 3/3  reward 0.500  step 1.2s" and len(lines) == 5
 
 
+def read_all(master):
+    """What was written to a pseudo terminal; one read returns a part of it only."""
+    drawn = b""
+    while select.select([master], [], [], 0.05)[0]:
+        drawn += os.read(master, 1 << 16)
+    return drawn.decode()
+
+
 def test_terminal_output_is_live(monkeypatch):
     """On a (pseudo) terminal the phase, the step and the reward are drawn. Leaves out the looks."""
     master, slave = pty.openpty()
@@ -129,7 +138,8 @@ def test_terminal_output_is_live(monkeypatch):
         monkeypatch.setenv("COLUMNS", "120")
         run_progress()
         monkeypatch.undo()
-        drawn = os.read(master, 1 << 16).decode()
+        terminal.flush()
+        drawn = read_all(master)
     os.close(master)
     assert "judge" in drawn and "step 3/3" in drawn and "reward 0.500" in drawn and "resumed [at] step 0" in drawn
 
