@@ -5,16 +5,18 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from g2r_megatron.config import Layout, Precision
 from g2r_megatron.errors import UserError
+from g2r_megatron.model.families import mapping_of
 from g2r_megatron.model.gpt import SelectiveGPTModel, block_spec
 from g2r_megatron.model.hf import Geometry, HFModel
 from g2r_megatron.model.torch_layers import TorchSpecProvider
-from g2r_megatron.model.weights import load_hf_weights
+from g2r_megatron.model.weights import global_name, load_hf_weights
 from g2r_megatron.parallel import cpu
 from g2r_megatron.parallel.groups import ModelGroups
 from g2r_megatron.parallel.layout import check_layout_for_model
@@ -127,6 +129,17 @@ def transformer_config(hf: HFModel, layout: Layout, precision: Precision, recomp
     )
 
 
+def _mark_tensor_parallel(model: MegatronModel) -> None:
+    """Tell the optimizer which parameters are shards, so that the gradient norm counts every rank's.
+
+    Megatron-Core sets these marks only while it initialises weights at random, which we never do.
+    """
+    for name, parameter in model.gpt.named_parameters():
+        rule = mapping_of(model.hf.family, global_name(name, model.layer_offset)).rule
+        if rule != "replicated" and not getattr(parameter, "tensor_model_parallel", False):
+            set_tensor_model_parallel_attributes(parameter, True, 1 if rule == "row" else 0, 2 if rule == "gate_up" else 1)
+
+
 def build_model(
     name: str,
     hf: HFModel,
@@ -158,6 +171,7 @@ def build_model(
     gpt.rotary_pos_emb.inv_freq = hf.inverse_frequencies().to(cpu.device())
     module = Float16Module(config, gpt) if config.bf16 else gpt
     model = MegatronModel(module, gpt, config, groups, hf)
+    _mark_tensor_parallel(model)
     if load:
         load_hf_weights(gpt, hf, groups, model.layer_offset)
     return model

@@ -1,0 +1,88 @@
+"""Log-probs of response tokens under any model of ours, in the micro-batches the update will use."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from g2r_megatron.model.build import MegatronModel
+from g2r_megatron.model.schedule import TokenBatch, run_schedule, token_batch
+from g2r_megatron.parallel import cpu
+from g2r_megatron.parallel.microbatches import balanced_shards, pack_by_tokens
+from g2r_megatron.parallel.vocab import log_probs_at
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """A prompt and its response; ``response_ids`` (with the stop token) are what log-probs are of."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+
+    @property
+    def ids(self) -> list[int]:
+        return self.prompt_ids + self.response_ids
+
+    @property
+    def logit_positions(self) -> range:
+        """Positions whose logits predict the response tokens: each one before its token."""
+        return range(len(self.prompt_ids) - 1, len(self.prompt_ids) + len(self.response_ids) - 1)
+
+
+def plan_micro_batches(model: MegatronModel, sequences: Sequence[TokenSequence], indices: list[int], budget: int) -> list:
+    """This data-parallel rank's micro-batches of ``indices``: lists of indices into ``sequences``.
+
+    The same plan serves old log-probs and the update, so that both see bit-identical arithmetic.
+    """
+    lengths = [len(sequences[i].ids) for i in indices]
+    mine = balanced_shards(lengths, model.groups.dp_size)[model.groups.dp_rank]
+    packed = pack_by_tokens([lengths[i] for i in mine], budget, model.length_multiple)
+    return [[indices[mine[i]] for i in rows] for rows in packed]
+
+
+def response_batch(model: MegatronModel, sequences: Sequence[TokenSequence], items: list[int]) -> TokenBatch:
+    """The padded micro-batch of ``items`` with logits at the positions that predict response tokens."""
+    return token_batch(
+        model, {i: sequences[i].ids for i in items}, {i: sequences[i].logit_positions for i in items}, items
+    )
+
+
+def token_log_probs(
+    model: MegatronModel, batch: TokenBatch, logits: torch.Tensor, sequences: Sequence[TokenSequence], temperature: float
+) -> torch.Tensor:
+    """log p of every response token of the micro-batch, flat in row order: fp32 [n], from logits [n, v/tp].
+
+    ``temperature`` divides the logits, so that the policy optimised is the one that was sampled from.
+    """
+    ids = torch.tensor([t for i in batch.items for t in sequences[i].response_ids], device=logits.device)
+    scaled = logits if temperature in (0.0, 1.0) else logits.float() / temperature
+    return log_probs_at(scaled, ids.unsqueeze(1), model.geometry.vocab, model.groups.pgs.tp).squeeze(1)
+
+
+@torch.no_grad()
+def response_log_probs(
+    model: MegatronModel, sequences: Sequence[TokenSequence], plan: list, temperature: float
+) -> list[torch.Tensor]:
+    """log p [T_i] fp32 (CPU) of every sequence in any rank's ``plan``, on every rank (collective over the world)."""
+    training = model.module.training
+    model.module.eval()
+
+    def forward(batch: TokenBatch):
+        return model.module(batch.input_ids, None, None, logit_rows=batch.logit_rows)
+
+    def collect(batch: TokenBatch, logits: torch.Tensor):
+        return None, (batch.items, token_log_probs(model, batch, logits, sequences, temperature))
+
+    batches = [response_batch(model, sequences, items) for items in plan]
+    results = run_schedule(model, batches, forward, collect, backward=False)
+    model.module.train(training)
+    lengths = [len(sequence.response_ids) for sequence in sequences]
+    flat = torch.zeros(sum(lengths), device=cpu.device())
+    pieces = flat.split(lengths)
+    if model.groups.is_replica_writer:
+        for items, values in results:
+            for i, part in zip(items, values.split([lengths[i] for i in items]), strict=True):
+                pieces[i].copy_(part)
+    dist.all_reduce(flat)
+    return list(flat.cpu().split(lengths))

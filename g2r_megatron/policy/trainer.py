@@ -1,0 +1,190 @@
+"""The trained policy: Megatron-Core DDP, its (distributed) optimizer and scheduler, one update a mini-batch."""
+
+import math
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from g2r_megatron.config import OptimizerConfig, TrainConfig
+from g2r_megatron.grpo.losses import aggregation_weights, loss_metrics, policy_loss
+from g2r_megatron.model.build import MegatronModel
+from g2r_megatron.model.schedule import TokenBatch, run_schedule
+from g2r_megatron.parallel import cpu
+from g2r_megatron.policy.log_probs import (
+    TokenSequence,
+    plan_micro_batches,
+    response_batch,
+    response_log_probs,
+    token_log_probs,
+)
+
+SUMS = ("tokens", "policy", "ratio", "clipped", "kl", "k1", "k2", "k3")
+
+
+def wrap_for_training(model: MegatronModel, options: OptimizerConfig) -> None:
+    """Put ``model.module`` under Megatron-Core's DDP: gradients are *summed* over replicas, in fp32.
+
+    ``finalize_model_grads`` runs without a token count: our losses are already normalised over the mini-batch.
+    """
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=options.distributed
+    )
+    model.module = DistributedDataParallel(model.config, ddp_config, model.module, pg_collection=model.groups.pgs)
+    model.config.finalize_model_grads_func = partial(_finalize_gradients)
+
+
+def _finalize_gradients(modules, num_tokens, pg_collection, force_all_reduce=False):
+    finalize_model_grads(modules, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
+
+
+def build_optimizer(model: MegatronModel, options: OptimizerConfig):
+    """Megatron-Core's Adam over the wrapped model; fp32 main weights when the model is bf16."""
+    config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.beta1,
+        adam_beta2=options.beta2,
+        adam_eps=options.eps,
+        bf16=model.config.bf16,
+        params_dtype=model.config.params_dtype,
+        use_distributed_optimizer=options.distributed,
+        clip_grad=options.clip_grad or math.inf,  # inf: the norm is measured and nothing is clipped
+    )
+    return get_megatron_optimizer(
+        config, [model.module], use_gloo_process_groups=False, pg_collection=model.groups.pgs
+    )
+
+
+def build_scheduler(optimizer, options: OptimizerConfig, steps: int) -> OptimizerParamScheduler:
+    """Megatron-Core's scheduler, counted in training steps."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=options.lr,
+        min_lr=options.min_lr,
+        lr_warmup_steps=options.warmup_steps,
+        lr_decay_steps=max(steps, options.warmup_steps + 1),
+        lr_decay_style=options.decay,
+        start_wd=options.weight_decay,
+        end_wd=options.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # the schedule follows the config also after a resume
+    )
+
+
+class PolicyTrainer:
+    """Owns the policy's gradients, optimizer and schedule."""
+
+    def __init__(self, model: MegatronModel, config: TrainConfig):
+        self.model, self.config = model, config
+        wrap_for_training(model, config.optimizer)
+        self.optimizer = build_optimizer(model, config.optimizer)
+        self.scheduler = build_scheduler(self.optimizer, config.optimizer, config.steps)
+        model.module.train()
+
+    @property
+    def learning_rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def plan(self, sequences: list[TokenSequence], mini_batch: list[int]) -> list[list[int]]:
+        """Micro-batches of this rank for one optimizer step over ``mini_batch``."""
+        return plan_micro_batches(self.model, sequences, mini_batch, self.config.policy.micro_batch_tokens)
+
+    def log_probs(self, sequences: list[TokenSequence], mini_batches: list[list[int]]) -> list[torch.Tensor]:
+        """Log-probs before the update, computed in the update's own micro-batches: the first ratio is exactly 1."""
+        plan = [items for mini_batch in mini_batches for items in self.plan(sequences, mini_batch)]
+        return response_log_probs(self.model, sequences, plan, self.config.rollout.temperature)
+
+    def gradients(
+        self,
+        sequences: list[TokenSequence],
+        mini_batch: list[int],
+        advantages: list[torch.Tensor],
+        old: list[torch.Tensor],
+        reference: list[torch.Tensor] | None,
+    ) -> dict[str, float]:
+        """Fill the gradient buffers with the mini-batch's gradient; its loss metrics (same on every rank).
+
+        ``advantages``, ``old``, ``reference``: one [T_i] tensor per entry of ``sequences`` (with the stop token).
+        """
+        weights = aggregation_weights(
+            [len(sequences[i].response_ids) for i in mini_batch],
+            self.config.grpo.loss_aggregation,
+            self.config.rollout.max_response_tokens,
+        )
+        weight_of = dict(zip(mini_batch, weights, strict=True))
+        plan = self.plan(sequences, mini_batch)
+        if not plan:  # more replicas than responses: still join the collectives, with a loss of zero
+            plan, weight_of = [mini_batch[:1]], {mini_batch[0]: 0.0}
+        self.model.module.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self.model.module.train()
+
+        def flat(tensors, batch: TokenBatch):
+            return torch.cat([tensors[i] for i in batch.items]).to(cpu.device())
+
+        def forward(batch: TokenBatch):
+            return self.model.module(batch.input_ids, None, None, logit_rows=batch.logit_rows)
+
+        def loss(batch: TokenBatch, logits: torch.Tensor):
+            log_probs = token_log_probs(self.model, batch, logits, sequences, self.config.rollout.temperature)
+            token_weights = [torch.full((len(sequences[i].response_ids),), weight_of[i]) for i in batch.items]
+            output = policy_loss(
+                log_probs,
+                flat(old, batch),
+                flat(advantages, batch),
+                torch.cat(token_weights).to(log_probs.device),
+                self.config.grpo,
+                None if reference is None else flat(reference, batch),
+            )
+            return output.loss, output
+
+        batches = [response_batch(self.model, sequences, items) for items in plan]
+        return self._reduce_metrics(run_schedule(self.model, batches, forward, loss, backward=True))
+
+    def _reduce_metrics(self, outputs: list) -> dict[str, float]:
+        """Sum (and maximise) the micro-batches' totals over the world; every rank gets the metrics."""
+        sums, maxima = torch.zeros(len(SUMS), device=cpu.device()), torch.zeros(1, device=cpu.device())
+        present = torch.zeros(1, device=cpu.device())
+        if self.model.groups.is_replica_writer:
+            for output in outputs:
+                sums += torch.stack([output.sums.get(name, sums.new_zeros(())) for name in SUMS])
+                maxima = torch.maximum(maxima, output.maxima["ratio"])
+                present += "kl" in output.sums
+        dist.all_reduce(sums)
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+        dist.all_reduce(present)
+        totals = dict(zip(SUMS, sums.tolist(), strict=True))
+        if not present.item():
+            totals = {name: totals[name] for name in ("tokens", "policy", "ratio", "clipped")}
+        return loss_metrics(totals, {"ratio": maxima.item()})
+
+    def step(self) -> float:
+        """Apply the gradients; the global gradient norm before clipping. Raises ``RuntimeError`` if it is not finite."""
+        _, grad_norm, _ = self.optimizer.step()
+        if not math.isfinite(grad_norm):
+            raise RuntimeError(f"the policy's gradient norm is {grad_norm}; stopped, the last checkpoint is intact")
+        return float(grad_norm)
+
+    def update(self, sequences, mini_batches, advantages, old, reference) -> dict[str, float]:
+        """One training step: an optimizer step a mini-batch, then the schedule. Metrics are means over mini-batches."""
+        collected = []
+        for mini_batch in mini_batches:
+            metrics = self.gradients(sequences, mini_batch, advantages, old, reference)
+            metrics["optimizer/grad_norm"] = self.step()
+            collected.append(metrics)
+        means = {name: sum(m[name] for m in collected) / len(collected) for name in collected[0]}
+        means["ratio/max"] = max(m["ratio/max"] for m in collected)
+        means["ratio/first"] = collected[0]["ratio/mean"]
+        means["optimizer/lr"] = self.learning_rate
+        self.scheduler.step(increment=1)
+        return means
