@@ -1,0 +1,24 @@
+"""Fixtures that several test files share."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the models are tiny and the ranks share the cores
+
+
+@pytest.fixture(scope="session")
+def tiny_hf(tmp_path_factory) -> Callable[[str], Path]:
+    """``tiny_hf("qwen2" | "qwen3" | "llama3")`` -> a tiny random Hugging Face directory, built once a session; read only."""
+    from tiny_models import build_tiny_hf
+
+    built: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in built:
+            built[family] = build_tiny_hf(family, tmp_path_factory.mktemp(f"tiny_{family}"))
+        return built[family]
+
+    return get
