@@ -176,6 +176,7 @@ class GrpoConfig:
     kl_coef: float = 0.0
     """coefficient of the KL penalty to the frozen initial policy"""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """of the KL penalty: k1 = log p - log ref, k2 = k1^2 / 2, k3 = exp(-k1) - 1 + k1"""
     loss_aggregation: Literal["seq_mean", "token_mean", "dr_grpo"] = "seq_mean"
     """mean over tokens then sequences (paper); mean over all tokens; sum / (sequences x max_response_tokens)"""
     mini_batches: int = 1
@@ -187,14 +188,21 @@ class OptimizerConfig:
     """Megatron-Core's Adam, schedule and clipping."""
 
     lr: float = 1e-6
+    """learning rate after the warm-up"""
     min_lr: float = 0.0
+    """where the decay ends"""
     warmup_steps: int = 0
     """training steps of linear warm-up"""
     decay: Literal["constant", "linear", "cosine"] = "constant"
+    """of the learning rate, over the steps after the warm-up"""
     weight_decay: float = 0.0
+    """decoupled, as in AdamW"""
     beta1: float = 0.9
+    """Adam's decay of the mean gradient"""
     beta2: float = 0.95
+    """Adam's decay of the mean square gradient"""
     eps: float = 1e-8
+    """Adam's floor of the denominator"""
     clip_grad: float = 1.0
     """global gradient norm bound; 0 is off"""
     distributed: bool = True
@@ -219,6 +227,8 @@ class DataConfig:
 
 @dataclass
 class CheckpointConfig:
+    """What is saved, and how often."""
+
     save_every: int = 20
     """steps; 0 saves only at the end"""
     keep_last: int = 2
@@ -229,10 +239,14 @@ class CheckpointConfig:
 
 @dataclass
 class LogConfig:
+    """Records beside metrics.jsonl."""
+
     tensorboard: bool = True
+    """write TensorBoard events to OUTPUT_DIR/tensorboard"""
     wandb: bool = False
     """needs the wandb package"""
     wandb_project: str = "g2r-megatron"
+    """W&B project of the run"""
     samples_per_step: int = 2
     """responses a logged step kept in samples.jsonl for the report"""
     samples_every: int = 10
@@ -246,7 +260,9 @@ class TrainConfig:
     output_dir: str = ""
     """run directory; an unfinished run there is resumed"""
     steps: int = 100
+    """training steps in all"""
     seed: int = 1234
+    """of the order of the data, the sampling and the sampled verdicts"""
     eval_every: int = 0
     """steps between evaluations on data.eval; 0: only before and after training"""
     eval_responses: int = 1
@@ -278,7 +294,9 @@ class OfflineJudgeConfig:
     seed: int = 1234
     """of sampled verdicts"""
     format: Literal["auto", "g2r", "healthbench", "rar", "researchqa"] = "auto"
+    """auto looks at the field names of the first row"""
     polarity: Literal["raw", "flip_negated"] = "raw"
+    """negative-weight items phrased "does not ..." (met is good, RaR-Science): raw keeps the sign, flip_negated makes them positive"""
     preset: Literal["paper", "robust"] = "paper"
     """fills judge.target, attribution, standardize and pool where they are not given"""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
