@@ -22,3 +22,13 @@ def tiny_hf(tmp_path_factory) -> Callable[[str], Path]:
         return built[family]
 
     return get
+
+
+@pytest.fixture(scope="module")
+def worlds():
+    """``worlds[4].run(function, *args)`` -> what each of 4 ranks returned (see distributed.py); ended after the module."""
+    from distributed import Worlds
+
+    worlds = Worlds()
+    yield worlds
+    worlds.close()

@@ -1,0 +1,170 @@
+"""A world of CPU processes (gloo) that a test module starts once and then asks for one case after another.
+
+Not a test. ``World.run`` calls a function of the test module on every rank and returns what each rank returned, so
+that assertions stay in the test, in a process of their own. A case that raises, dies or hangs fails that test
+alone: its world is killed and the next case gets a new one. The worlds are forked from a server that has imported
+Megatron-Core, which takes longer than most cases.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from functools import lru_cache
+from multiprocessing.connection import wait
+
+import torch
+
+from g2r_megatron.config import Layout
+
+SLOWEST_CASE = 120.0  # seconds
+GRACE = 1.0  # seconds for the other ranks to report what went wrong with them
+
+# name -> (processes, layout); data parallel takes what tp and pp leave over
+LAYOUTS = {
+    "tp1pp1": (1, Layout()),
+    "tp2pp1": (2, Layout(tp=2)),
+    "tp2pp1sp": (2, Layout(tp=2, sp=True)),
+    "tp1pp2": (2, Layout(pp=2)),
+    "tp2pp2sp": (4, Layout(tp=2, pp=2, sp=True)),
+    "tp1pp1dp2": (2, Layout()),
+    "tp1pp4": (4, Layout(pp=4)),
+    "tp4pp1": (4, Layout(tp=4)),
+}
+
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(
+    ["g2r_megatron.judge.stage", "g2r_megatron.policy.trainer", "g2r_megatron.rollout.engine", "transformers"]
+)
+
+
+class CaseFailed(AssertionError):
+    """A case raised, died or hung; the message holds every rank's traceback."""
+
+
+def _serve(rank: int, size: int, port: int, connection) -> None:
+    """Join the world, then run the cases that come through ``connection`` until it closes."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)  # the ranks share the cores
+    from g2r_megatron.parallel.groups import initialize
+
+    initialize(seed=1)
+    while True:
+        try:
+            function, args = connection.recv()
+        except EOFError:  # the test session ended
+            return
+        try:
+            reply = (True, function(*args))
+        except Exception:  # reported to the test as this case's result
+            reply = (False, traceback.format_exc())
+        connection.send(reply)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class World:
+    """``size`` processes, started by the first case."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self._ranks: list[tuple] = []  # (process, connection)
+
+    def _start(self) -> None:
+        port = _free_port()
+        for rank in range(self.size):
+            here, there = _processes.Pipe()
+            process = _processes.Process(target=_serve, args=(rank, self.size, port, there), daemon=True)
+            process.start()
+            there.close()
+            self._ranks.append((process, here))
+
+    def run(self, function: Callable, *args, timeout: float = SLOWEST_CASE) -> list:
+        """[function(*args) of rank 0, of rank 1, ...]. ``function``: of a module; arguments and results: no tensors.
+
+        Raises ``CaseFailed`` naming every rank that raised, died or did not answer within ``timeout`` seconds.
+        """
+        if not self._ranks:
+            self._start()
+        replies: dict[int, tuple[bool, object]] = {}
+        for rank, (_, connection) in enumerate(self._ranks):
+            try:
+                connection.send((function, args))
+            except OSError:
+                replies[rank] = (False, "died before the case")
+        deadline = time.monotonic() + timeout
+        while len(replies) < self.size:
+            left = deadline - time.monotonic()
+            pending = {connection: rank for rank, (_, connection) in enumerate(self._ranks) if rank not in replies}
+            ready = wait(list(pending), timeout=max(left, 0))
+            if not ready:
+                replies |= {rank: (False, "no answer: hung, or waiting for another rank") for rank in pending.values()}
+            for connection in ready:
+                replies[pending[connection]] = self._reply(pending[connection])
+            if not all(good for good, _ in replies.values()):
+                deadline = min(deadline, time.monotonic() + GRACE)
+        if not all(good for good, _ in replies.values()):
+            self.close()  # ranks may be waiting for each other: nothing more can be asked of them
+            failures = [f"rank {rank}: {text}" for rank, (good, text) in sorted(replies.items()) if not good]
+            raise CaseFailed(f"{function.__name__}{args} in a world of {self.size}\n" + "\n".join(failures))
+        return [replies[rank][1] for rank in range(self.size)]
+
+    def _reply(self, rank: int) -> tuple[bool, object]:
+        process, connection = self._ranks[rank]
+        try:
+            return connection.recv()
+        except (EOFError, OSError):
+            process.join(timeout=GRACE)
+            return False, f"died (exit code {process.exitcode})"
+
+    def close(self) -> None:
+        """End the processes, whatever they are doing."""
+        for process, connection in self._ranks:
+            connection.close()
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGKILL)
+        for process, _ in self._ranks:
+            process.join()
+        self._ranks = []
+
+
+class Worlds:
+    """The worlds of one test module, by size."""
+
+    def __init__(self):
+        self._worlds: dict[int, World] = {}
+
+    def __getitem__(self, size: int) -> World:
+        return self._worlds.setdefault(size, World(size))
+
+    def on(self, layout: str, function: Callable, *args) -> list:
+        """``function(layout, *args)`` on the ranks that the named layout of ``LAYOUTS`` needs."""
+        return self[LAYOUTS[layout][0]].run(function, LAYOUTS[layout][1], *args)
+
+    def close(self) -> None:
+        for world in self._worlds.values():
+            world.close()
+
+
+# What follows runs in the ranks.
+
+
+@lru_cache(maxsize=None)
+def _groups(tp: int, pp: int, sp: bool):
+    from g2r_megatron.parallel.groups import build_groups
+
+    return build_groups("policy", Layout(tp=tp, pp=pp, sp=sp))
+
+
+def groups_of(layout: Layout):
+    """The process groups of ``layout``, made once a world (making them is the slow part of a case)."""
+    return _groups(layout.tp, layout.pp, layout.sp)
