@@ -1,0 +1,135 @@
+"""The ``g2r`` command: parse, check, call, print.
+
+Commands import torch and Megatron-Core only after their options have been checked, so that ``--help`` and mistakes
+are answered at once.
+"""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from g2r_megatron import options
+from g2r_megatron.config import PRESETS, OfflineJudgeConfig, TrainConfig, fill_from_preset, resolve_preset
+from g2r_megatron.config_check import check_judge_config, check_train_config
+from g2r_megatron.errors import UserError
+
+USAGE = """usage: g2r COMMAND [options]
+
+commands:
+  train   train a policy on its judge's gradients        g2r train --config FILE [--policy.layout.tp 2 ...]
+  judge   judge responses of a file, token by token      g2r judge --judge.model DIR --input FILE --output FILE
+  report  compare runs: a table and a self-contained page  g2r report RUN_DIR [RUN_DIR ...] --output report.html
+
+"g2r COMMAND --help" lists every option. Several ranks: torchrun --nproc-per-node N -m g2r_megatron.cli COMMAND ...
+"""
+
+
+def train_command(argv: list[str]) -> None:
+    """``g2r train``."""
+    config = resolve_preset(options.parse(TrainConfig, "g2r train", argv))
+    check_train_config(config, _world_size())
+    from g2r_megatron.train import train
+
+    train(config)
+
+
+def judge_command(argv: list[str]) -> None:
+    """``g2r judge``."""
+    config = options.parse(OfflineJudgeConfig, "g2r judge", argv)
+    config.judge = fill_from_preset(config.judge, PRESETS[config.preset]["judge"])
+    check_judge_config(config, _world_size())
+    from g2r_megatron.judge.offline import judge_file
+
+    judge_file(config)
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(self.prog, message, f"see {self.prog} --help")
+
+
+def report_command(argv: list[str]) -> None:
+    """``g2r report``."""
+    parser = _OneLineParser("g2r report", description="Compare runs: a table, and a self-contained HTML page.")
+    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="output_dir of a g2r train run")
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help="page to write (%(default)s)")
+    arguments = parser.parse_args(argv)
+    from g2r_megatron.report import summary_table, write_report
+
+    print(summary_table(arguments.run_dirs))
+    write_report(arguments.run_dirs, arguments.output)
+    print(f"report: {arguments.output}")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train_command,
+    "judge": judge_command,
+    "report": report_command,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line (default: ``sys.argv``) and return its exit code: 0, 2 for bad input, 130 for Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    _silence_libraries()
+    try:
+        if not argv or argv[0] not in COMMANDS:
+            return _usage(argv)
+        COMMANDS[argv[0]](argv[1:])
+    except UserError as error:
+        if _is_first_to_fail():
+            print(f"g2r: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    _leave_world()
+    return 0
+
+
+def _usage(argv: list[str]) -> int:
+    if argv and argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    found = repr(argv[0]) if argv else "missing"
+    raise UserError("command", found, f"must be one of {', '.join(COMMANDS)} (g2r --help)")
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _is_first_to_fail() -> bool:
+    """Whether this rank reports a bad input: exactly one does, the first, for the launcher then ends the others.
+
+    The ranks agree through torchrun's store. Without one (a single process), rank 0 reports.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return os.environ.get("RANK", "0") == "0"
+    from datetime import timedelta
+
+    from torch.distributed import TCPStore
+
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=10))
+    return store.add(f"g2r/user_error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1
+
+
+def _leave_world() -> None:
+    """Close torchrun's process group; NCCL complains when it is left open at exit."""
+    distributed = sys.modules.get("torch.distributed")
+    if "RANK" in os.environ and distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _silence_libraries() -> None:
+    """Hide what torch and Megatron-Core warn of at import (absent optional packages, their own deprecations)."""
+    for module in ("megatron", "torch"):
+        for category in (UserWarning, FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", category=category, module=rf"{module}(\.|$)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
