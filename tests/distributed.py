@@ -13,7 +13,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from multiprocessing.connection import wait
 
 import torch
@@ -107,7 +107,7 @@ class World:
             pending = {connection: rank for rank, (_, connection) in enumerate(self._ranks) if rank not in replies}
             ready = wait(list(pending), timeout=max(left, 0))
             if not ready:
-                replies |= {rank: (False, "no answer: hung, or waiting for another rank") for rank in pending.values()}
+                replies |= dict.fromkeys(pending.values(), (False, "no answer: hung, or waiting for another rank"))
             for connection in ready:
                 replies[pending[connection]] = self._reply(pending[connection])
             if not all(good for good, _ in replies.values()):
@@ -158,7 +158,7 @@ class Worlds:
 # What follows runs in the ranks.
 
 
-@lru_cache(maxsize=None)
+@cache
 def _groups(tp: int, pp: int, sp: bool):
     from g2r_megatron.parallel.groups import build_groups
 

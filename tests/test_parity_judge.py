@@ -1,15 +1,15 @@
 """The judge's verdicts, attributions and token rewards equal Hugging Face autograd's, on every layout.
 
 The reference is plain transformers in this process: embeddings as a leaf, one sequence at a time, its own softmax.
-Tolerances (fp32): token rewards 1e-5 of their norm, attributions 1e-4 of their norm and 1e-6 of |g_t||e_t| (g.e is
-a cancellation). Leaves out bf16, context and expert parallelism, and the judge's prompt, which is taken from ``JudgePrompt``.
+Tolerances (fp32): token rewards 1e-5 of their norm, attributions 1e-4 of their norm and 1e-6 of |g_t||e_t| (g.e is a
+cancellation). Leaves out bf16, context and expert parallelism, and the judge's prompt: ``JudgePrompt`` builds both sides'.
 """
 
 import json
 import random
 import shutil
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import torch
@@ -93,7 +93,7 @@ VARIANTS = {
 # In the ranks.
 
 
-@lru_cache(maxsize=None)
+@cache
 def megatron_model(path: str, tp: int, pp: int, sp: bool, recompute: str):
     from g2r_megatron.model.build import build_model
     from g2r_megatron.model.hf import open_hf_model
@@ -129,7 +129,10 @@ def judge(stage) -> dict:
     parameters = list(stage.judge.model.gpt.parameters())
     return {
         "items": [
-            [(item.p_true, item.p_false, item.verdict, item.attribution.tolist(), item.grad_norm, item.cos) for item in row]
+            [
+                (item.p_true, item.p_false, item.verdict, item.attribution.tolist(), item.grad_norm, item.cos)
+                for item in row
+            ]
             for row in judgements
         ],
         "alphas": [[alpha.tolist() for alpha in row] for row in alphas],
@@ -148,7 +151,7 @@ def judge_on(layout: Layout, path: str, variant: str) -> dict:
 
 @dataclass
 class Reference:
-    """Of one (response, item): verdict probabilities, b_t [T] and the bound |g_t||d_t| [T] that its error is held against."""
+    """Of one (response, item): verdict probabilities, b_t [T], and |g_t||d_t| [T] that its error is held against."""
 
     p_true: float
     p_false: float
@@ -161,7 +164,10 @@ class Reference:
 def hf_judge(model, judge_input, true_ids, false_ids, variant: Variant, key: str) -> Reference:
     """METHOD.md items 1 to 3 (and TOY.md's contracted embedding) by transformers' forward and autograd."""
     table = model.get_input_embeddings().weight.detach()
-    embeddings, span = table[torch.tensor(judge_input.input_ids)], slice(judge_input.response_start, judge_input.response_end)
+    embeddings, span = (
+        table[torch.tensor(judge_input.input_ids)],
+        slice(judge_input.response_start, judge_input.response_end),
+    )
 
     def verdict_log_probs(inputs):
         log_probs = model(inputs_embeds=inputs[None]).logits[0, judge_input.verdict_position].log_softmax(-1)
@@ -180,7 +186,9 @@ def hf_judge(model, judge_input, true_ids, false_ids, variant: Variant, key: str
     a, b = verdict_log_probs(leaf)
     target = a - b if variant.target == "logit_margin" else (a if verdict else b)
     gradient = torch.autograd.grad(target, leaf)[0][span]
-    scores = {"l1": gradient.abs().sum(-1), "l2": gradient.norm(dim=-1)}.get(variant.attribution, (gradient * direction).sum(-1))
+    scores = {"l1": gradient.abs().sum(-1), "l2": gradient.norm(dim=-1)}.get(
+        variant.attribution, (gradient * direction).sum(-1)
+    )
     size = gradient.norm(dim=-1) * direction.norm(dim=-1)
     return Reference(true.exp().item(), false.exp().item(), bool(verdict), scores, size, gradient.norm().item())
 
@@ -208,7 +216,7 @@ def reference_alpha(b: torch.Tensor, variant: Variant, texts: list[str]) -> torc
 def reference(tiny_hf):
     """``reference(family, variant)`` -> (rows of Reference, token rewards [T] a response), computed once."""
 
-    @lru_cache(maxsize=None)
+    @cache
     def compute(family: str, name: str):
         variant, path = VARIANTS[name], tiny_hf(family)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
@@ -269,7 +277,7 @@ def compare(results: list[dict], expected, attribution: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_judge_equals_hugging_face_autograd(worlds, tiny_hf, reference, layout, family, variant):
-    """Verdicts, b_t and token rewards on every layout, family and way to judge; nothing but embeddings gets a gradient."""
+    """Verdicts, b_t and token rewards on every layout, family and way to judge; no weight gets a gradient."""
     results = worlds.on(layout, judge_on, str(tiny_hf(family)), variant)
     compare(results, reference(family, variant), VARIANTS[variant].attribution)
     assert results[0]["trainable"] == results[0]["gradients"] == 0
@@ -279,7 +287,7 @@ def test_judge_equals_hugging_face_autograd(worlds, tiny_hf, reference, layout, 
 def test_cases_have_teeth(reference, variant):
     """Among the cases are both verdicts and rewards that are far from flat; a wrong scale of b would change them.
 
-    A gradient that is summed over TP ranks twice is a factor of 2 in b: alpha must notice, where it is not standardised.
+    A gradient summed over TP ranks twice is a factor of 2 in b: alpha must notice, where it is not standardised.
     """
     for family in FAMILIES:
         rows, rewards = reference(family, variant)
@@ -287,7 +295,9 @@ def test_cases_have_teeth(reference, variant):
             assert {item.verdict for row in rows for item in row} == {True, False}
             assert max(r.std() / r.abs().mean() for r in rewards if r.any()) > 0.1
         b = max((item.b for row in rows for item in row), key=lambda b: b.std())
-        once, twice = (reference_alpha(scale * b, VARIANTS[variant], ["word"] * (len(b) - 1) + ["."]) for scale in (1, 2))
+        once, twice = (
+            reference_alpha(scale * b, VARIANTS[variant], ["word"] * (len(b) - 1) + ["."]) for scale in (1, 2)
+        )
         if VARIANTS[variant].pool == "none":
             assert relative(twice, once) > 0.05
 
@@ -304,8 +314,12 @@ def policy_and_judge(path: str) -> dict:
     model = build_model("policy", open_hf_model(path, "policy.model"), groups_of(Layout()), Precision())
     trainer = PolicyTrainer(
         model,
-        TrainConfig(policy=PolicyConfig(micro_batch_tokens=60), grpo=GrpoConfig(), rollout=RolloutConfig(),
-                    optimizer=OptimizerConfig(distributed=False)),
+        TrainConfig(
+            policy=PolicyConfig(micro_batch_tokens=60),
+            grpo=GrpoConfig(),
+            rollout=RolloutConfig(),
+            optimizer=OptimizerConfig(distributed=False),
+        ),
     )
     sequences = [TokenSequence([5, 6, 7], body) for body in bodies(load_tokenizer(path))]
     advantages = [torch.linspace(-1, 1, len(s.response_ids)) for s in sequences]
@@ -358,7 +372,7 @@ def health(result: dict) -> dict[str, float]:
 
 @pytest.mark.parametrize("layout", ["tp1pp1", "tp1pp1dp2", "tp2pp2sp"])
 def test_zero_gradient_is_counted_and_weighs_all_tokens_alike(worlds, tiny_hf, tmp_path, layout):
-    """An output layer of zeros makes every gradient exactly 0: each pass is counted, alpha is uniform, cos is no number."""
+    """An output layer of zeros makes every gradient 0: each pass is counted, alpha is uniform, cos is no number."""
     path = changed_copy(tiny_hf("qwen3"), tmp_path / "zero", lambda tensors: tensors["lm_head.weight"].zero_())
     result = worlds.on(layout, judge_on, path, "paper")[0]
     passes = sum(len(row) for row in result["items"])
