@@ -7,8 +7,10 @@ are answered at once.
 import argparse
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,6 +19,7 @@ from g2r_megatron.config import PRESETS, OfflineJudgeConfig, TrainConfig, fill_f
 from g2r_megatron.config_check import check_judge_config, check_train_config
 from g2r_megatron.errors import UserError
 
+GRACE_SECONDS = 5.0
 USAGE = """usage: g2r COMMAND [options]
 
 commands:
@@ -81,8 +84,7 @@ def main(argv: list[str] | None = None) -> int:
             return _usage(argv)
         COMMANDS[argv[0]](argv[1:])
     except UserError as error:
-        if _is_first_to_fail():
-            print(f"g2r: error: {error}", file=sys.stderr, flush=True)
+        _report(error)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -102,19 +104,26 @@ def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def _is_first_to_fail() -> bool:
-    """Whether this rank reports a bad input: exactly one does, the first, for the launcher then ends the others.
+def _report(error: UserError) -> None:
+    """Print the error on one rank: the first to fail, which need not be rank 0 (a shard may be broken on one node).
 
-    The ranks agree through torchrun's store. Without one (a single process), rank 0 reports.
+    The launcher ends all ranks as soon as one has exited, so each waits a moment for the others to fail as well: they
+    mostly do, and then every rank exits with its own code 2.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return os.environ.get("RANK", "0") == "0"
-    from datetime import timedelta
-
+    line = f"g2r: error: {error}"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # a single process, or ranks without torchrun
+        if os.environ.get("RANK", "0") == "0":
+            print(line, file=sys.stderr, flush=True)
+        return
     from torch.distributed import TCPStore
 
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=10))
-    return store.add(f"g2r/user_error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1
+    failed = f"g2r/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if store.add(failed, 1) == 1:
+        print(line, file=sys.stderr, flush=True)
+    deadline = time.monotonic() + GRACE_SECONDS
+    while store.add(failed, 0) < _world_size() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _leave_world() -> None:

@@ -1,0 +1,248 @@
+"""The judge stage on its own: a file of responses in, a file of verdicts, attributions and token rewards out.
+
+One output line per input row, in order: ``id, reward, tokens, token_rewards, items``, and per item ``criterion, weight,
+p_true, p_false, verdict, attribution, alpha`` (``attribution`` and ``alpha`` null where no backward ran: items judged
+False or of weight 0). Lists run over the T tokens of the response. What the judge computed in fp32 is written with 9
+significant digits, which identify an fp32 number; a value that is not finite is null.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Self, TextIO
+
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from transformers import PreTrainedTokenizerFast
+
+from g2r_megatron.config import OfflineJudgeConfig
+from g2r_megatron.data.readers import read_queries
+from g2r_megatron.data.tokenizer import encode_text, load_tokenizer, token_texts
+from g2r_megatron.data.types import Query
+from g2r_megatron.errors import UserError
+from g2r_megatron.judge.attribution import response_reward, token_rewards
+from g2r_megatron.judge.frozen import FrozenJudge
+from g2r_megatron.judge.prompt import JudgeInput, JudgePrompt
+from g2r_megatron.judge.stage import JudgeStage
+from g2r_megatron.judge.types import ItemJudgement
+from g2r_megatron.model.build import build_model
+from g2r_megatron.model.hf import HFModel, open_hf_model
+from g2r_megatron.parallel import groups
+from g2r_megatron.records.progress import format_seconds
+
+SHOWN_ROWS = 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """A query with its response as token ids ([T], no stop token)."""
+
+    query: Query
+    body: list[int]
+
+
+@dataclass
+class GradientHealth:
+    """Backward passes, and those whose gradient was zero or not finite (such an item's alpha is uniform)."""
+
+    passes: int = 0
+    bad: list[str] = field(default_factory=list)
+
+    def count(self, row: Row, judgements: Sequence[ItemJudgement]) -> None:
+        for number, judgement in enumerate(judgements, 1):
+            if judgement.attribution is None:
+                continue
+            self.passes += 1
+            finite = math.isfinite(judgement.grad_norm) and bool(judgement.attribution.isfinite().all())
+            if not finite or judgement.grad_norm == 0:
+                self.bad.append(f"{row.query.id} item {number} ({'zero' if finite else 'not finite'})")
+
+    def warning(self) -> str | None:
+        if not self.bad:
+            return None
+        more = f" and {len(self.bad) - SHOWN_ROWS} more" if len(self.bad) > SHOWN_ROWS else ""
+        return (
+            f"the judge's gradient was zero or not finite in {len(self.bad)} of {self.passes} backward passes, whose "
+            f"tokens share the credit evenly: {', '.join(self.bad[:SHOWN_ROWS])}{more}"
+        )
+
+
+def judge_file(config: OfflineJudgeConfig) -> None:
+    """Judge every row of ``config.input`` and write ``config.output`` (collective; rank 0 writes).
+
+    ``config`` is resolved (no None among the options that follow the preset) and has passed ``check_judge_config``.
+    Raises ``UserError`` for bad rows, models, tokenizers or layouts before the weights are read. The output has its
+    name only when it is complete.
+    """
+    hf = open_hf_model(config.judge.model, "judge.model")
+    tokenizer = load_tokenizer(hf.path)
+    check_vocabulary(tokenizer, hf)
+    prompt = JudgePrompt(tokenizer, config.judge)
+    rows = read_rows(config, prompt)
+    groups.initialize(config.seed)
+    layout = groups.build_groups("judge", config.judge.layout)
+    model = build_model("judge", hf, layout, config.judge.precision, config.judge.recompute, config.judge.spec)
+    judge = FrozenJudge(model, config.judge, prompt.true_ids, prompt.false_ids)
+    stage = JudgeStage(judge, prompt, config.judge)
+    writes, health, rewards = dist.get_rank() == 0, GradientHealth(), []
+    with RowProgress(len(rows), writes) as progress, _complete_or_absent(Path(config.output), writes) as file:
+        for first in range(0, len(rows), config.batch_rows):
+            batch = rows[first : first + config.batch_rows]
+            for row, inputs, judgements in judge_rows(stage, batch, config.seed):
+                health.count(row, judgements)
+                record = output_record(stage, row, judgements)
+                if config.dump_inputs:
+                    add_inputs(record, inputs, prompt)
+                rewards.append(record["reward"])
+                if file is not None:
+                    file.write(json.dumps(record, allow_nan=False) + "\n")
+            progress.done(first + len(batch))
+    if writes:
+        print(f"{config.output}: {len(rows)} rows, mean reward {fmean(rewards):.3f}, {health.passes} backward passes")
+        if warning := health.warning():
+            print(f"g2r: warning: {warning}", file=sys.stderr, flush=True)
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerFast, hf: HFModel) -> None:
+    """Raise ``UserError`` when the tokenizer has tokens that the model has no embedding for."""
+    if len(tokenizer) > hf.geometry.vocab:
+        raise UserError(
+            hf.option,
+            f"the tokenizer of {hf.path} has {len(tokenizer)} tokens, the model {hf.geometry.vocab}",
+            "give the directory of a model with its own tokenizer",
+        )
+
+
+def read_rows(config: OfflineJudgeConfig, prompt: JudgePrompt) -> list[Row]:
+    """All rows of the input, tokenized. Raises ``UserError`` for a bad row or one whose judge input is too long."""
+    queries = read_queries([config.input], config.format, config.polarity, require_response=True)
+    rows = [Row(query, encode_text(prompt.tokenizer, query.response)) for query in queries]
+    for row in rows:
+        for item in row.query.rubric:
+            prompt.build(row.query, item, row.body)
+    return rows
+
+
+def judge_rows(
+    stage: JudgeStage, rows: Sequence[Row], seed: int
+) -> list[tuple[Row, list[JudgeInput], list[ItemJudgement]]]:
+    """Verdicts of all items, attributions of those judged True with a weight (Algorithm 1; collective)."""
+    inputs = stage.inputs([row.query for row in rows], [row.body for row in rows])
+    # a sampled verdict depends on the seed and the row alone, not on its place in the file
+    judgements = stage.verdicts(inputs, [f"{seed}/{row.query.id}/{row.query.response}" for row in rows])
+    needed = [
+        [judgement.verdict and item.weight != 0 for judgement, item in zip(items, row.query.rubric, strict=True)]
+        for items, row in zip(judgements, rows, strict=True)
+    ]
+    stage.attribute(inputs, judgements, needed)
+    return list(zip(rows, inputs, judgements, strict=True))
+
+
+def output_record(stage: JudgeStage, row: Row, judgements: Sequence[ItemJudgement]) -> dict:
+    """The output line of one row, as plain data."""
+    query = row.query
+    verdicts, weights = [judgement.verdict for judgement in judgements], [item.weight for item in query.rubric]
+    alphas = stage.alphas(row.body, judgements)
+    rewards = token_rewards(verdicts, weights, alphas, query.positive_weight, len(row.body))
+    return {
+        "id": query.id,
+        "reward": response_reward(verdicts, weights),
+        "tokens": token_texts(stage.prompt.tokenizer, row.body),
+        "token_rewards": _numbers(rewards.tolist()),
+        "items": [
+            {
+                "criterion": item.criterion,
+                "weight": item.weight,
+                "p_true": _number(judgement.p_true),
+                "p_false": _number(judgement.p_false),
+                "verdict": judgement.verdict,
+                "attribution": None if alpha is None else _numbers(judgement.attribution.tolist()),
+                "alpha": None if alpha is None else _numbers(alpha.tolist()),
+            }
+            for item, judgement, alpha in zip(query.rubric, judgements, alphas, strict=True)
+        ],
+    }
+
+
+def add_inputs(record: dict, inputs: Sequence[JudgeInput], prompt: JudgePrompt) -> None:
+    """Add to each item what the judge read, so that anyone can repeat the gradient with their own autograd."""
+    for item, judge_input in zip(record["items"], inputs, strict=True):
+        item |= {
+            "input_ids": judge_input.input_ids,
+            "response_start": judge_input.response_start,
+            "response_end": judge_input.response_end,
+            "verdict_position": judge_input.verdict_position,
+            "true_ids": prompt.true_ids,
+            "false_ids": prompt.false_ids,
+        }
+
+
+def _number(value: float) -> float | None:
+    return float(f"{value:.9g}") if math.isfinite(value) else None
+
+
+def _numbers(values: Sequence[float]) -> list[float | None]:
+    return [_number(value) for value in values]
+
+
+@contextmanager
+def _complete_or_absent(path: Path, writes: bool) -> Iterator[TextIO | None]:
+    """A file to write that gets its name at the end and disappears on any failure; None where ``writes`` is false."""
+    if not writes:
+        yield None
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise UserError("output", f"{path} cannot be written ({error.strerror})", "check the disk") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class RowProgress:
+    """Rows done and the time left, on stderr: a bar on a terminal, elsewhere one plain line a batch."""
+
+    def __init__(self, total: int, enabled: bool):
+        self.total, self._enabled, self._start = total, enabled, time.monotonic()
+        self._bar: RichProgress | None = None
+        if enabled and sys.stderr.isatty():
+            columns = (
+                TextColumn("judge"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("rows  ETA"),
+                TimeRemainingColumn(),
+            )
+            self._bar = RichProgress(*columns, console=Console(stderr=True))
+            self._task = self._bar.add_task("", total=total)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def done(self, rows: int) -> None:
+        """``rows`` of ``total`` are judged."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=rows)
+        elif self._enabled:
+            seconds = (time.monotonic() - self._start) / rows * (self.total - rows)
+            print(f"judged {rows}/{self.total} rows  ETA {format_seconds(seconds)}", file=sys.stderr, flush=True)
