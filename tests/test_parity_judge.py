@@ -2,7 +2,7 @@
 
 The reference is plain transformers in this process: embeddings as a leaf, one sequence at a time, its own softmax.
 Tolerances (fp32): token rewards 1e-5 of their norm, attributions 1e-4 of their norm and 1e-6 of |g_t||e_t| (g.e is a
-cancellation). Leaves out bf16, context and expert parallelism, and the judge's prompt: ``JudgePrompt`` builds both sides'.
+cancellation). Leaves out bf16, context and expert parallelism, and the prompt: ``JudgePrompt`` builds both sides'.
 """
 
 import json

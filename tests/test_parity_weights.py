@@ -176,7 +176,7 @@ def test_round_trip_is_bitwise(worlds, checkpoint, tmp_path, layout, name):
 
 @pytest.mark.parametrize("layout", ["tp1pp1", "tp2pp2sp"])
 def test_precision_other_than_the_files(worlds, checkpoint, tmp_path, layout):
-    """bf16 files in an fp32 model keep their values, fp32 files in a bf16 model are rounded once; config.json says so."""
+    """bf16 files in an fp32 model keep their values; fp32 ones in a bf16 model are rounded once; config.json agrees."""
     for name, precision, dtype in (
         ("llama_tied_linear_rope", "fp32", torch.float32),
         ("qwen2", "bf16", torch.bfloat16),
