@@ -6,6 +6,7 @@ are answered at once.
 
 import argparse
 import os
+import signal
 import sys
 import time
 import warnings
@@ -115,6 +116,7 @@ def _report(error: UserError) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(line, file=sys.stderr, flush=True)
         return
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this rank is ending by itself
     from torch.distributed import TCPStore
 
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=10))

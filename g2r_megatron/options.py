@@ -154,7 +154,11 @@ def described(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     if get_origin(kind) is list:
-        return f"a list, such as {'[0.5, 2.0]' if get_args(kind) == (float,) else '[a, b]'}"
+        return (
+            """a list of quoted texts, such as '["a", "b"]'"""
+            if get_args(kind) == (str,)
+            else "a list, such as [0.5, 2]"
+        )
     if is_dataclass(kind):
         return "a section of options, or a YAML file of them"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"}
