@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the models are ti
 
 @pytest.fixture(scope="session")
 def tiny_hf(tmp_path_factory) -> Callable[[str], Path]:
-    """``tiny_hf("qwen2" | "qwen3" | "llama3")`` -> a tiny random Hugging Face directory, built once a session; read only."""
+    """``tiny_hf("qwen2" | "qwen3" | "llama3")`` -> a tiny random Hugging Face directory, built once; read only."""
     from tiny_models import build_tiny_hf
 
     built: dict[str, Path] = {}
@@ -26,7 +26,7 @@ def tiny_hf(tmp_path_factory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="module")
 def worlds():
-    """``worlds[4].run(function, *args)`` -> what each of 4 ranks returned (see distributed.py); ended after the module."""
+    """``worlds[4].run(function, *args)`` -> what each of 4 ranks returned (distributed.py); one set a module."""
     from distributed import Worlds
 
     worlds = Worlds()

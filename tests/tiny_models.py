@@ -7,8 +7,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 FAMILIES = ("qwen2", "qwen3", "llama3")
 
@@ -32,7 +39,10 @@ LLAMA3_ROPE = {
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 383 tokens (a prime: padding shows) for any text, with a ChatML chat template; the verdict words are one token each."""
+    """A byte-level BPE for any text with a ChatML chat template; the verdict words are one token each.
+
+    It has 383 tokens, a prime, so that a vocabulary split over ranks is padded.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
