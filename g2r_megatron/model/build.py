@@ -157,7 +157,7 @@ def build_model(
     gpt = SelectiveGPTModel(
         config=config,
         transformer_layer_spec=block_spec(config, spec_backend(name, spec), groups.pgs.pp.rank()),
-        vocab_size=g.padded_vocab(layout.tp),
+        vocab_size=g.padded_vocab(layout.tp, groups.dp_size),
         max_sequence_length=hf.config.max_position_embeddings,
         pre_process=groups.is_first_stage,
         post_process=groups.is_last_stage,

@@ -1,6 +1,7 @@
 """A Hugging Face model directory: its config checked against what we carry over, its safetensors read slice by slice."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,9 +30,15 @@ class Geometry:
     vocab: int
     tied: bool
 
-    def padded_vocab(self, tp: int) -> int:
-        """Vocabulary rows rounded up to a multiple of the tensor parallel size."""
-        return -(-self.vocab // tp) * tp
+    def padded_vocab(self, tp: int, dp: int) -> int:
+        """Vocabulary rows rounded up so that each TP shard's element count is a multiple of lcm(dp, 128).
+
+        Megatron-Core's distributed optimizer keeps a tied embedding in a gradient bucket of its own, padded to that
+        multiple, and its reshardable checkpoints are only right (0.16) when no padding falls inside the buffer.
+        """
+        alignment = math.lcm(dp, 128)
+        multiple = tp * (alignment // math.gcd(alignment, self.hidden))
+        return -(-self.vocab // multiple) * multiple
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,11 @@ def _window(runs: list[tuple[str, int, int]], start: int, stop: int) -> list[Pie
     return result
 
 
-def pieces(mapping: Mapping, g: Geometry, tp: int, rank: int) -> list[Piece]:
-    """What TP rank ``rank`` of ``tp`` holds of one parameter, in order. Empty for ``replicated`` (all of it)."""
+def pieces(mapping: Mapping, g: Geometry, tp: int, rank: int, vocab_rows: int) -> list[Piece]:
+    """What TP rank ``rank`` of ``tp`` holds of one parameter, in order. Empty for ``replicated`` (all of it).
+
+    ``vocab_rows``: rows of one (padded) vocabulary shard; other rules do not look at it.
+    """
     rule, hf = mapping.rule, mapping.hf
     if rule == "replicated":
         return []
@@ -71,8 +74,7 @@ def pieces(mapping: Mapping, g: Geometry, tp: int, rank: int) -> list[Piece]:
         rows = g.ffn // tp
         return [Piece(name, 0, rank * rows, (rank + 1) * rows) for name in hf]
     if rule == "vocab":
-        rows = g.padded_vocab(tp) // tp
-        return _window([(hf[0], 0, g.vocab)], rank * rows, (rank + 1) * rows)
+        return _window([(hf[0], 0, g.vocab)], rank * vocab_rows, (rank + 1) * vocab_rows)
     if rule == "qkv":
         q, runs = g.heads // g.kv_heads * g.head_dim, []
         for group in range(g.kv_heads):
@@ -135,7 +137,7 @@ def load_hf_weights(model: torch.nn.Module, hf: HFModel, groups: ModelGroups, la
                 continue
             parameter.zero_()
             offset = 0
-            for piece in pieces(mapping, hf.geometry, tp, rank):
+            for piece in pieces(mapping, hf.geometry, tp, rank, parameter.size(0)):
                 part = reader.read(piece.hf, piece.dim, piece.start, piece.stop)
                 parameter.narrow(piece.dim, offset, piece.stop - piece.start).copy_(part)
                 offset += piece.stop - piece.start
@@ -173,7 +175,7 @@ def _assemble(mapping: Mapping, shards: list[torch.Tensor], g: Geometry) -> dict
     }
     for rank, shard in enumerate(shards):
         offset = 0
-        for piece in pieces(mapping, g, len(shards), rank):
+        for piece in pieces(mapping, g, len(shards), rank, shard.size(0)):
             length = piece.stop - piece.start
             result[piece.hf].narrow(piece.dim, piece.start, length).copy_(shard.narrow(piece.dim, offset, length))
             offset += length

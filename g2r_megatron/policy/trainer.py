@@ -11,6 +11,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from g2r_megatron.config import OptimizerConfig, TrainConfig
+from g2r_megatron.errors import UserError
 from g2r_megatron.grpo.losses import aggregation_weights, loss_metrics, policy_loss
 from g2r_megatron.model.build import MegatronModel
 from g2r_megatron.model.schedule import TokenBatch, run_schedule
@@ -57,9 +58,59 @@ def build_optimizer(model: MegatronModel, options: OptimizerConfig):
         use_distributed_optimizer=options.distributed,
         clip_grad=options.clip_grad or math.inf,  # inf: the norm is measured and nothing is clipped
     )
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         config, [model.module], use_gloo_process_groups=False, pg_collection=model.groups.pgs
     )
+    for inner in _torch_optimizers(optimizer):
+        _allocate_adam_state(inner)
+    _check_shards(optimizer, options)
+    return optimizer
+
+
+def _torch_optimizers(optimizer) -> list[torch.optim.Optimizer]:
+    """The plain torch optimizers inside (none where Apex or Transformer Engine brings its own Adam)."""
+    inner = [o.optimizer for o in optimizer.chained_optimizers]
+    return [o for o in inner if isinstance(o, torch.optim.Adam | torch.optim.AdamW)]
+
+
+def _allocate_adam_state(optimizer: torch.optim.Optimizer) -> None:
+    """Zero moments from the start: Megatron-Core's checkpoint code reads ``step`` before the first update."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+
+
+def load_optimizer_state(optimizer, state: dict) -> None:
+    """``optimizer.load_state_dict(state)`` that also works for torch's Adam.
+
+    Megatron-Core 0.16 stumbles over its ``step`` twice: the reshardable parameter state has none where it expects one,
+    and it loads one shared tensor into all parameters, which Adam would then increment once a parameter.
+    """
+    inner = _torch_optimizers(optimizer)
+    if not inner:
+        optimizer.load_state_dict(state)
+        return
+    sharded = state.pop("param_state", None)
+    optimizer.load_state_dict(state)
+    steps = [{p: s.pop("step").clone() for p, s in o.state.items()} for o in inner]
+    if sharded is not None:
+        optimizer.chained_optimizers[0].load_parameter_state_from_fully_reshardable(sharded)
+    for o, of_parameter in zip(inner, steps, strict=True):
+        for p, step in of_parameter.items():
+            o.state[p]["step"] = step
+
+
+def _check_shards(optimizer, options: OptimizerConfig) -> None:
+    """Every replica must own a share of a sharded optimizer state, or Megatron-Core cannot checkpoint it."""
+    owned = min(sum(len(g["params"]) for g in o.optimizer.param_groups) for o in optimizer.chained_optimizers)
+    smallest = torch.tensor([owned], device=cpu.device())
+    dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+    if smallest.item() == 0:
+        raise UserError("optimizer.distributed", "true, but some replica gets no parameter of so small a model", "set it false")
 
 
 def build_scheduler(optimizer, options: OptimizerConfig, steps: int) -> OptimizerParamScheduler:

@@ -1,0 +1,128 @@
+"""Training checkpoints: Megatron-Core's torch_dist format, complete or absent, the last N kept.
+
+A checkpoint is written as ``step_00000020.incomplete`` and renamed when every rank has finished and the files are on
+disk, so a directory without the suffix is always whole. Nothing older is deleted before that.
+"""
+
+import json
+import os
+import queue
+import re
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+from g2r_megatron.errors import UserError
+from g2r_megatron.policy.trainer import PolicyTrainer, load_optimizer_state
+
+NAME = re.compile(r"step_(\d{8})")
+STATE_FILE = "g2r.json"  # plain facts beside Megatron-Core's own files
+
+
+def complete_checkpoints(directory: Path) -> list[tuple[int, Path]]:
+    """(step, path) of the complete checkpoints under ``directory``, oldest first."""
+    if not directory.is_dir():
+        return []
+    found = [(int(m[1]), path) for path in directory.iterdir() if (m := NAME.fullmatch(path.name))]
+    return sorted(found)
+
+
+class Checkpointer:
+    """Saves and restores one policy: weights, optimizer, schedule, RNG state of every rank, step.
+
+    The step is also the data position: the order of queries is a function of seed and step.
+    """
+
+    def __init__(self, trainer: PolicyTrainer, directory: Path, keep_last: int):
+        self.trainer, self.directory, self.keep_last = trainer, directory, keep_last
+
+    def _sharded_state(self, is_loading: bool, with_rng: bool) -> dict:
+        model = self.trainer.model
+        metadata = {
+            # readable on another TP, PP and DP
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "dp_cp_group": model.groups.pgs.dp_cp,
+        }
+        weights = model.gpt.sharded_state_dict(metadata=metadata)
+        state = {
+            "model": weights,
+            "optimizer": self.trainer.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata),
+            "scheduler": self.trainer.scheduler.state_dict(),
+        }
+        if with_rng:
+            world, rank = dist.get_world_size(), dist.get_rank()
+            rng = {
+                "torch": torch.get_rng_state(),
+                "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+            }
+            state["rng"] = ShardedObject("rng", rng, (world,), (rank,), replica_id=0)
+        return state
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint of ``step`` (collective), then delete all but the newest ``keep_last``."""
+        final = self.directory / f"step_{step:08d}"
+        temporary = final.with_name(final.name + ".incomplete")
+        if dist.get_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        dist.barrier()
+        # A synchronous save reads the writers' results in this process. Megatron-Core's default queue is for asynchronous
+        # ones: it starts a manager process that would outlive a killed run.
+        filesystem_async._results_queue = queue.Queue()
+        dist_checkpointing.save(self._sharded_state(is_loading=False, with_rng=True), str(temporary))
+        dist.barrier()
+        if dist.get_rank() == 0:
+            (temporary / STATE_FILE).write_text(json.dumps({"step": step, "world_size": dist.get_world_size()}))
+            _sync_to_disk(temporary)
+            shutil.rmtree(final, ignore_errors=True)  # only ever the same step of an earlier, resumed attempt
+            os.rename(temporary, final)
+            _sync_directory(self.directory)
+            for _, path in complete_checkpoints(self.directory)[: -self.keep_last]:
+                shutil.rmtree(path)
+        dist.barrier()
+
+    def load_latest(self) -> int:
+        """Restore the newest complete checkpoint (collective); its step, or 0 when there is none."""
+        if dist.get_rank() == 0:
+            for path in self.directory.glob("*.incomplete"):
+                shutil.rmtree(path)
+        found = complete_checkpoints(self.directory)
+        if not found:
+            return 0
+        step, path = found[-1]
+        facts = json.loads((path / STATE_FILE).read_text())
+        same_world = facts["world_size"] == dist.get_world_size()
+        try:
+            state = dist_checkpointing.load(self._sharded_state(is_loading=True, with_rng=same_world), str(path))
+        except CheckpointingException as error:
+            raise UserError(str(path), f"cannot be loaded ({error})", "delete it to resume from an earlier one") from error
+        self.trainer.model.gpt.load_state_dict(state["model"])
+        load_optimizer_state(self.trainer.optimizer, state["optimizer"])
+        self.trainer.scheduler.load_state_dict(state["scheduler"])
+        if same_world:  # another world has other ranks; nothing random depends on this state (sampling is keyed)
+            torch.set_rng_state(state["rng"]["torch"])
+            tensor_parallel.get_cuda_rng_tracker().set_states(state["rng"]["tracker"])
+        return step
+
+
+def _sync_to_disk(directory: Path) -> None:
+    for path in [*directory.rglob("*"), directory]:
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        elif path.is_dir():
+            _sync_directory(path)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
