@@ -81,6 +81,14 @@ def check_precision(name: str, precision: Precision, spec: str) -> None:
         raise UserError(where, f"{precision.fp8} with plain torch layers", "FP8 needs Transformer Engine; install the gpu extra")
 
 
+def check_model(name: str, hf: HFModel, layout: Layout, precision: Precision, spec: str) -> None:
+    """Raise ``UserError`` unless the model's dimensions divide over the layout and the machine runs its precision."""
+    g = hf.geometry
+    check_layout_for_model(name, layout, heads=g.heads, kv_heads=g.kv_heads, ffn=g.ffn, layers=g.layers)
+    spec_backend(name, spec)
+    check_precision(name, precision, spec)
+
+
 def _recompute_options(recompute: str) -> dict:
     if recompute == "full":
         return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
@@ -151,8 +159,7 @@ def build_model(
 ) -> MegatronModel:
     """Build this rank's stage and, with ``load``, read its weights. ``name`` ("policy", "judge") is for errors."""
     g, layout = hf.geometry, groups.layout
-    check_layout_for_model(name, layout, heads=g.heads, kv_heads=g.kv_heads, ffn=g.ffn, layers=g.layers)
-    check_precision(name, precision, spec)
+    check_model(name, hf, layout, precision, spec)
     config = transformer_config(hf, layout, precision, recompute)
     gpt = SelectiveGPTModel(
         config=config,
