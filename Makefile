@@ -1,0 +1,32 @@
+# make quickstart   installs and trains a tiny policy on its own judge: a table and runs/quickstart/report.html
+# make test         installs and runs the tests
+# make lint         ruff
+# Needs Python >= 3.11. PYTHON=python3.12 make ... chooses another one. Arguments: make quickstart ARGS="--seeds 1 2 3"
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+
+.PHONY: quickstart test lint install clean
+
+quickstart: install
+	$(VENV)/bin/python examples/quickstart/run.py $(ARGS)
+
+test: install
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(ARGS)
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints-cpu.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "g2r-megatron needs Python >= 3.11; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-cpu.txt -e '.[dev]'
+	touch $(INSTALLED)
+
+clean:
+	rm -rf $(VENV) runs
