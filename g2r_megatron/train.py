@@ -150,7 +150,9 @@ def check_same_run(config: TrainConfig, output: Path) -> None:
         for part in option.split("."):
             old, new = old[part], new[part]
         if old != new:
-            raise UserError(option, f"{new!r}, but output_dir {output} holds a run with {old!r}", "choose another output_dir")
+            raise UserError(
+                option, f"{new!r}, but output_dir {output} holds a run with {old!r}", "choose another output_dir"
+            )
 
 
 class Run:

@@ -53,7 +53,11 @@ def read_inputs(config: TrainConfig) -> Inputs:
     check_model("judge", judge, config.judge.layout, config.judge.precision, config.judge.spec)
     tokenizer = load_tokenizer(policy.path)
     if judge is not policy and load_tokenizer(judge.path).get_vocab() != tokenizer.get_vocab():
-        raise UserError("judge.model", f"{judge.path} has another tokenizer than the policy", "use a judge with the policy's tokenizer")
+        raise UserError(
+            "judge.model",
+            f"{judge.path} has another tokenizer than the policy",
+            "use a judge with the policy's tokenizer",
+        )
     prompt = JudgePrompt(tokenizer, config.judge)
     stop_ids = stop_token_ids(tokenizer, config.rollout.stop)
     train = read_queries(config.data.train, config.data.format, config.data.polarity)

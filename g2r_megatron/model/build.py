@@ -61,7 +61,9 @@ def spec_backend(name: str, spec: str) -> BackendSpecProvider:
         import transformer_engine  # noqa: F401
     except ImportError:
         if spec == "te":
-            raise UserError(f"{name}.spec", "te, but transformer_engine is not installed", "install the gpu extra or use torch") from None
+            raise UserError(
+                f"{name}.spec", "te, but transformer_engine is not installed", "install the gpu extra or use torch"
+            ) from None
         return TorchSpecProvider()
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
@@ -78,7 +80,9 @@ def check_precision(name: str, precision: Precision, spec: str) -> None:
     if precision.dtype != "bf16":
         raise UserError(where, f"{precision.fp8} with dtype {precision.dtype}", f"set {name}.precision.dtype to bf16")
     if isinstance(spec_backend(name, spec), TorchSpecProvider):
-        raise UserError(where, f"{precision.fp8} with plain torch layers", "FP8 needs Transformer Engine; install the gpu extra")
+        raise UserError(
+            where, f"{precision.fp8} with plain torch layers", "FP8 needs Transformer Engine; install the gpu extra"
+        )
 
 
 def check_model(name: str, hf: HFModel, layout: Layout, precision: Precision, spec: str) -> None:
@@ -145,7 +149,9 @@ def _mark_tensor_parallel(model: MegatronModel) -> None:
     for name, parameter in model.gpt.named_parameters():
         rule = mapping_of(model.hf.family, global_name(name, model.layer_offset)).rule
         if rule != "replicated" and not getattr(parameter, "tensor_model_parallel", False):
-            set_tensor_model_parallel_attributes(parameter, True, 1 if rule == "row" else 0, 2 if rule == "gate_up" else 1)
+            set_tensor_model_parallel_attributes(
+                parameter, True, 1 if rule == "row" else 0, 2 if rule == "gate_up" else 1
+            )
 
 
 def build_model(

@@ -64,7 +64,9 @@ def open_hf_model(path: str, option: str) -> HFModel:
     """Read and check ``config.json``. Raises ``UserError`` for anything that we would not carry over exactly."""
     directory = Path(path)
     if not path or not directory.is_dir():
-        raise UserError(option, repr(path), "must be a Hugging Face model directory (config.json, *.safetensors, tokenizer)")
+        raise UserError(
+            option, repr(path), "must be a Hugging Face model directory (config.json, *.safetensors, tokenizer)"
+        )
     if not (directory / "config.json").is_file():
         raise UserError(option, f"{directory} has no config.json", "must be a Hugging Face model directory")
     try:
@@ -75,11 +77,17 @@ def open_hf_model(path: str, option: str) -> HFModel:
     if model_type not in FAMILIES:
         raise UserError(f"{directory}/config.json model_type", repr(model_type), f"must be one of {sorted(FAMILIES)}")
     if raw.get("quantization_config"):
-        raise UserError(f"{directory}/config.json quantization_config", "set", "quantized checkpoints cannot be loaded; dequantize it first")
+        raise UserError(
+            f"{directory}/config.json quantization_config",
+            "set",
+            "quantized checkpoints cannot be loaded; dequantize it first",
+        )
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{directory}/config.json", f"not accepted by transformers ({error})", "restore the file") from error
+        raise UserError(
+            f"{directory}/config.json", f"not accepted by transformers ({error})", "restore the file"
+        ) from error
     _refuse_what_is_not_carried_over(directory, config, FAMILIES[model_type])
     heads = config.num_attention_heads
     geometry = Geometry(
@@ -124,7 +132,9 @@ class SafetensorsReader:
     def __init__(self, directory: Path):
         index = directory / "model.safetensors.index.json"
         if index.is_file():
-            self._file_of = {name: directory / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+            self._file_of = {
+                name: directory / file for name, file in json.loads(index.read_text())["weight_map"].items()
+            }
             for file in sorted(set(self._file_of.values())):
                 if not file.is_file():
                     raise UserError(str(index), f"names {file.name}, which is missing", "restore the missing shard")
@@ -134,7 +144,9 @@ class SafetensorsReader:
         else:
             pickles = [p.name for p in directory.glob("*.bin")]
             found = f"only pickle files {pickles}" if pickles else "no model.safetensors"
-            raise UserError(str(directory), found, "weights must be safetensors files; save the model with safe_serialization=True")
+            raise UserError(
+                str(directory), found, "weights must be safetensors files; save the model with safe_serialization=True"
+            )
         self._handles = {}
 
     @staticmethod

@@ -26,7 +26,9 @@ class TokenBatch:
     items: list[int]
 
 
-def token_batch(model: MegatronModel, sequences: Sequence[list[int]], positions: Sequence, items: list[int]) -> TokenBatch:
+def token_batch(
+    model: MegatronModel, sequences: Sequence[list[int]], positions: Sequence, items: list[int]
+) -> TokenBatch:
     """Pad ``sequences[i] for i in items`` to one length; ``positions[i]`` are the positions whose logits are wanted."""
     length = padded(max(len(sequences[i]) for i in items), model.length_multiple)
     # Right padding needs no mask: attention is causal and nothing after a sequence's end is read.

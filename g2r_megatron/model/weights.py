@@ -110,13 +110,17 @@ def check_tensor_names(hf: HFModel, reader: SafetensorsReader) -> None:
     expected = expected_hf_names(hf)
     missing = sorted(expected - reader.names)
     if missing:
-        raise UserError(str(hf.path), f"tensor {missing[0]} is missing (of {len(missing)})", "the weights must match config.json")
+        raise UserError(
+            str(hf.path), f"tensor {missing[0]} is missing (of {len(missing)})", "the weights must match config.json"
+        )
     ignorable = {name for name in reader.names if name.endswith("rotary_emb.inv_freq")}
     if hf.geometry.tied:
         ignorable.add("lm_head.weight")  # some files repeat the tied embedding
     extra = sorted(reader.names - expected - ignorable)
     if extra:
-        raise UserError(str(hf.path), f"unknown tensor {extra[0]} (of {len(extra)})", f"not part of {hf.family.architecture}")
+        raise UserError(
+            str(hf.path), f"unknown tensor {extra[0]} (of {len(extra)})", f"not part of {hf.family.architecture}"
+        )
 
 
 def load_hf_weights(model: torch.nn.Module, hf: HFModel, groups: ModelGroups, layer_offset: int) -> None:

@@ -20,9 +20,13 @@ def check_layout(name: str, layout: Layout, world_size: int) -> None:
         if getattr(layout, option) != 1:
             raise UserError(f"{where}.{option}", str(getattr(layout, option)), "only 1 is supported in this version")
     if layout.vpp is not None:
-        raise UserError(f"{where}.vpp", str(layout.vpp), "virtual pipeline stages are not supported in this version; leave it out")
+        raise UserError(
+            f"{where}.vpp", str(layout.vpp), "virtual pipeline stages are not supported in this version; leave it out"
+        )
     if layout.sp and layout.tp == 1:
-        raise UserError(f"{where}.sp", "true with tp 1", "sequence parallelism needs tp > 1; set sp false or tp 2 or more")
+        raise UserError(
+            f"{where}.sp", "true with tp 1", "sequence parallelism needs tp > 1; set sp false or tp 2 or more"
+        )
     ranks = layout.tp * layout.pp * layout.cp
     if world_size % ranks:
         fits = [n for n in range(1, world_size + 1) if world_size % n == 0]
@@ -39,11 +43,17 @@ def check_layout_for_model(name: str, layout: Layout, *, heads: int, kv_heads: i
     if heads % layout.tp:
         raise UserError(tp, f"{layout.tp} does not divide the {heads} attention heads", _divisors("tp", heads))
     if kv_heads % layout.tp and layout.tp % kv_heads:
-        raise UserError(tp, f"{layout.tp} against {kv_heads} key-value heads", "one must divide the other; " + _divisors("tp", kv_heads))
+        raise UserError(
+            tp,
+            f"{layout.tp} against {kv_heads} key-value heads",
+            "one must divide the other; " + _divisors("tp", kv_heads),
+        )
     if ffn % layout.tp:
         raise UserError(tp, f"{layout.tp} does not divide the feed-forward size {ffn}", _divisors("tp", ffn))
     if layers % layout.pp:
-        raise UserError(f"{name}.layout.pp", f"{layout.pp} does not divide the {layers} layers", _divisors("pp", layers))
+        raise UserError(
+            f"{name}.layout.pp", f"{layout.pp} does not divide the {layers} layers", _divisors("pp", layers)
+        )
 
 
 def _divisors(option: str, number: int) -> str:

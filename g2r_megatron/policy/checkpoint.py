@@ -101,7 +101,9 @@ class Checkpointer:
         try:
             state = dist_checkpointing.load(self._sharded_state(is_loading=True, with_rng=same_world), str(path))
         except CheckpointingException as error:
-            raise UserError(str(path), f"cannot be loaded ({error})", "delete it to resume from an earlier one") from error
+            raise UserError(
+                str(path), f"cannot be loaded ({error})", "delete it to resume from an earlier one"
+            ) from error
         self.trainer.model.gpt.load_state_dict(state["model"])
         load_optimizer_state(self.trainer.optimizer, state["optimizer"])
         self.trainer.scheduler.load_state_dict(state["scheduler"])

@@ -30,7 +30,9 @@ class TokenSequence:
         return range(len(self.prompt_ids) - 1, len(self.prompt_ids) + len(self.response_ids) - 1)
 
 
-def plan_micro_batches(model: MegatronModel, sequences: Sequence[TokenSequence], indices: list[int], budget: int) -> list:
+def plan_micro_batches(
+    model: MegatronModel, sequences: Sequence[TokenSequence], indices: list[int], budget: int
+) -> list:
     """This data-parallel rank's micro-batches of ``indices``: lists of indices into ``sequences``.
 
     The same plan serves old log-probs and the update, so that both see bit-identical arithmetic.
@@ -49,7 +51,11 @@ def response_batch(model: MegatronModel, sequences: Sequence[TokenSequence], ite
 
 
 def token_log_probs(
-    model: MegatronModel, batch: TokenBatch, logits: torch.Tensor, sequences: Sequence[TokenSequence], temperature: float
+    model: MegatronModel,
+    batch: TokenBatch,
+    logits: torch.Tensor,
+    sequences: Sequence[TokenSequence],
+    temperature: float,
 ) -> torch.Tensor:
     """log p of every response token of the micro-batch, flat in row order: fp32 [n], from logits [n, v/tp].
 

@@ -110,7 +110,9 @@ def _check_shards(optimizer, options: OptimizerConfig) -> None:
     smallest = torch.tensor([owned], device=cpu.device())
     dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
     if smallest.item() == 0:
-        raise UserError("optimizer.distributed", "true, but some replica gets no parameter of so small a model", "set it false")
+        raise UserError(
+            "optimizer.distributed", "true, but some replica gets no parameter of so small a model", "set it false"
+        )
 
 
 def build_scheduler(optimizer, options: OptimizerConfig, steps: int) -> OptimizerParamScheduler:

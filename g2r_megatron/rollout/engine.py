@@ -51,7 +51,10 @@ class MegatronRolloutEngine:
 
     @torch.no_grad()
     def generate(
-        self, requests: Sequence[Request], temperature: float | None = None, on_progress: Callable[[int], None] = lambda n: None
+        self,
+        requests: Sequence[Request],
+        temperature: float | None = None,
+        on_progress: Callable[[int], None] = lambda n: None,
     ) -> list[tuple[list[int], bool]]:
         """(token ids with the stop token, finished) of every request, in order, on every rank.
 
@@ -101,9 +104,7 @@ class MegatronRolloutEngine:
             ends = torch.where(stopped, torch.full_like(ends, position + 1), ends)
             finished |= stopped
             position += 1
-        return [
-            (tokens[row, lengths[row] : ends[row]].tolist(), bool(finished[row])) for row in range(len(requests))
-        ]
+        return [(tokens[row, lengths[row] : ends[row]].tolist(), bool(finished[row])) for row in range(len(requests))]
 
     def _step(self, ids: torch.Tensor, context: StaticInferenceContext) -> torch.Tensor | None:
         """Feed ids [b, s] at the context's offset; logits [b, vocab] of the last position on the last stage."""
