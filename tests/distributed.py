@@ -6,6 +6,7 @@ alone: its world is killed and the next case gets a new one. The worlds are fork
 Megatron-Core, which takes longer than most cases.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -50,6 +51,7 @@ def _serve(rank: int, size: int, port: int, connection) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
+    faulthandler.enable()  # a rank that dies of a signal shows where
     torch.set_num_threads(1)  # the ranks share the cores
     from g2r_megatron.parallel.groups import initialize
 
@@ -115,7 +117,8 @@ class World:
         if not all(good for good, _ in replies.values()):
             self.close()  # ranks may be waiting for each other: nothing more can be asked of them
             failures = [f"rank {rank}: {text}" for rank, (good, text) in sorted(replies.items()) if not good]
-            raise CaseFailed(f"{function.__name__}{args} in a world of {self.size}\n" + "\n".join(failures))
+            given = ", ".join(repr(arg)[:80] for arg in args)
+            raise CaseFailed(f"{function.__name__}({given}) in a world of {self.size}\n" + "\n".join(failures))
         return [replies[rank][1] for rank in range(self.size)]
 
     def _reply(self, rank: int) -> tuple[bool, object]:

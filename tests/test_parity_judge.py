@@ -17,8 +17,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from distributed import LAYOUTS, groups_of
-from g2r_megatron.config import PRESETS, GrpoConfig, JudgeConfig, Layout, OptimizerConfig, PolicyConfig, Precision
-from g2r_megatron.config import RolloutConfig, TrainConfig
+from g2r_megatron.config import (
+    PRESETS,
+    GrpoConfig,
+    JudgeConfig,
+    Layout,
+    OptimizerConfig,
+    PolicyConfig,
+    Precision,
+    RolloutConfig,
+    TrainConfig,
+)
 from g2r_megatron.data.tokenizer import encode_text, load_tokenizer
 from g2r_megatron.data.types import Query, RubricItem
 from g2r_megatron.grpo.metrics import attribution_metrics

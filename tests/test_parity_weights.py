@@ -146,7 +146,7 @@ def bytes_read(layout: Layout, path: str) -> tuple[int, int, list[str]]:
     finally:
         SafetensorsReader.read = read
     g, tp = model.geometry, model.groups.pgs.tp
-    rows = g.padded_vocab(tp.size()) // tp.size()
+    rows = g.padded_vocab(tp.size(), model.groups.dp_size) // tp.size()
     padding = max(0, (tp.rank() + 1) * rows - g.vocab)
     weights = 0
     for name, parameter in model.gpt.named_parameters():
