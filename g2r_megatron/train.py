@@ -28,7 +28,16 @@ from g2r_megatron.workers import Inputs, Workers, build_workers, read_inputs
 
 CONFIG_FILE = "config.yaml"
 # A run directory belongs to one trajectory: these may not change when it is resumed (layouts may).
-FIXED = ("seed", "policy.model", "judge.model", "data.train", "grpo.preset", "rollout.prompts_per_step")
+FIXED = (
+    "seed",
+    "policy.model",
+    "policy.precision.dtype",
+    "judge.model",
+    "data.train",
+    "grpo.preset",
+    "rollout.prompts_per_step",
+    "optimizer.distributed",  # its checkpoints have another form
+)
 
 
 def train(config: TrainConfig) -> None:
@@ -57,7 +66,7 @@ def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: "Run"
     """One step; returns its metrics (the same on every rank)."""
     metrics: dict[str, float] = {}
     progress, rollout = run.progress, config.rollout
-    chosen = epoch_batch(len(inputs.train), rollout.prompts_per_step, step, config.seed, config.data.shuffle)
+    chosen = epoch_batch(len(inputs.train), rollout.prompts_per_step, step - 1, config.seed, config.data.shuffle)
     mix = mix_at(config.grpo.mix, config.grpo.mix_anneal, (step - 1) / config.steps)
     with timed(metrics, "time/step"):
         with timed(metrics, "time/sample", progress):
@@ -155,6 +164,13 @@ def check_same_run(config: TrainConfig, output: Path) -> None:
             )
 
 
+def write_config(path: Path, plain: dict) -> None:
+    """Atomically: a run killed right here must find its config whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(yaml.safe_dump(plain, sort_keys=False))
+    temporary.replace(path)
+
+
 class Run:
     """What rank 0 writes and shows while training; silent elsewhere."""
 
@@ -167,7 +183,7 @@ class Run:
             output.mkdir(parents=True, exist_ok=True)
             plain = asdict(config)
             self.records = MetricsLog(output, config.log, plain)
-            (output / CONFIG_FILE).write_text(yaml.safe_dump(plain, sort_keys=False))
+            write_config(output / CONFIG_FILE, plain)
             self.records.truncate_after(done if done else -1)
         self.done = done
 

@@ -8,14 +8,14 @@ from transformers import PreTrainedTokenizerFast
 from g2r_megatron.config import TrainConfig
 from g2r_megatron.data.order import epoch_batch
 from g2r_megatron.data.readers import read_queries
-from g2r_megatron.data.tokenizer import load_tokenizer, render_prompt, stop_token_ids
+from g2r_megatron.data.tokenizer import render_prompt, stop_token_ids
 from g2r_megatron.data.types import Query
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.frozen import FrozenJudge
 from g2r_megatron.judge.prompt import JudgePrompt
 from g2r_megatron.judge.stage import JudgeStage
 from g2r_megatron.model.build import MegatronModel, build_model, check_model
-from g2r_megatron.model.hf import HFModel, open_hf_model
+from g2r_megatron.model.hf import HFModel, load_model_tokenizer, open_hf_model
 from g2r_megatron.parallel.groups import build_groups, initialize
 from g2r_megatron.policy.trainer import PolicyTrainer
 from g2r_megatron.rollout.engine import MegatronRolloutEngine
@@ -51,8 +51,8 @@ def read_inputs(config: TrainConfig) -> Inputs:
     judge = policy if config.judge.model is None else open_hf_model(config.judge.model, "judge.model")
     check_model("policy", policy, config.policy.layout, config.policy.precision, config.policy.spec)
     check_model("judge", judge, config.judge.layout, config.judge.precision, config.judge.spec)
-    tokenizer = load_tokenizer(policy.path)
-    if judge is not policy and load_tokenizer(judge.path).get_vocab() != tokenizer.get_vocab():
+    tokenizer = load_model_tokenizer(policy)
+    if judge is not policy and load_model_tokenizer(judge).get_vocab() != tokenizer.get_vocab():
         raise UserError(
             "judge.model",
             f"{judge.path} has another tokenizer than the policy",
@@ -62,9 +62,19 @@ def read_inputs(config: TrainConfig) -> Inputs:
     stop_ids = stop_token_ids(tokenizer, config.rollout.stop)
     train = read_queries(config.data.train, config.data.format, config.data.polarity)
     held_out = read_queries(config.data.eval, config.data.format, config.data.polarity)
-    epoch_batch(len(train), config.rollout.prompts_per_step, 1, config.seed, config.data.shuffle)  # enough queries?
+    _check_ids(train, held_out)
+    epoch_batch(len(train), config.rollout.prompts_per_step, 0, config.seed, config.data.shuffle)  # enough queries?
     prompt_ids = {query.id: _prompt_ids(config, tokenizer, query) for query in [*held_out, *train]}
     return Inputs(policy, judge, tokenizer, prompt, stop_ids, train, held_out, prompt_ids)
+
+
+def _check_ids(train: list[Query], held_out: list[Query]) -> None:
+    """An id stands for one prompt: what is sampled, and with which random numbers, goes by it."""
+    messages = {query.id: query.messages for query in train}
+    for query in held_out:
+        if messages.get(query.id, query.messages) != query.messages:
+            problem = f"id {query.id!r} has another prompt than in data.train"
+            raise UserError("data.eval", problem, "give every prompt an id of its own")
 
 
 def _prompt_ids(config: TrainConfig, tokenizer, query: Query) -> list[int]:

@@ -6,6 +6,7 @@ disk, so a directory without the suffix is always whole. Nothing older is delete
 
 import json
 import os
+import pickle
 import queue
 import re
 import shutil
@@ -17,12 +18,15 @@ from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from torch.distributed.checkpoint.api import CheckpointException
 
 from g2r_megatron.errors import UserError
 from g2r_megatron.policy.trainer import PolicyTrainer, load_optimizer_state
 
 NAME = re.compile(r"step_(\d{8})")
 STATE_FILE = "g2r.json"  # plain facts beside Megatron-Core's own files
+UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError)  # of json, pickle and torch's zip
 
 
 def complete_checkpoints(directory: Path) -> list[tuple[int, Path]]:
@@ -72,19 +76,19 @@ class Checkpointer:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         dist.barrier()
-        # A synchronous save reads the writers' results in this process. Megatron-Core's default queue is for asynchronous
-        # ones: it starts a manager process that would outlive a killed run.
-        filesystem_async._results_queue = queue.Queue()
+        _write_without_other_processes()
         dist_checkpointing.save(self._sharded_state(is_loading=False, with_rng=True), str(temporary))
         dist.barrier()
         if dist.get_rank() == 0:
-            (temporary / STATE_FILE).write_text(json.dumps({"step": step, "world_size": dist.get_world_size()}))
+            facts = {"step": step, "world_size": dist.get_world_size(), "files": _sizes(temporary)}
+            (temporary / STATE_FILE).write_text(json.dumps(facts))
             _sync_to_disk(temporary)
             shutil.rmtree(final, ignore_errors=True)  # only ever the same step of an earlier, resumed attempt
             os.rename(temporary, final)
             _sync_directory(self.directory)
             for _, path in complete_checkpoints(self.directory)[: -self.keep_last]:
-                shutil.rmtree(path)
+                doomed = path.rename(path.with_name(path.name + ".incomplete"))  # half deleted is not whole either
+                shutil.rmtree(doomed)
         dist.barrier()
 
     def load_latest(self) -> int:
@@ -96,14 +100,8 @@ class Checkpointer:
         if not found:
             return 0
         step, path = found[-1]
-        facts = json.loads((path / STATE_FILE).read_text())
-        same_world = facts["world_size"] == dist.get_world_size()
-        try:
-            state = dist_checkpointing.load(self._sharded_state(is_loading=True, with_rng=same_world), str(path))
-        except CheckpointingException as error:
-            raise UserError(
-                str(path), f"cannot be loaded ({error})", "delete it to resume from an earlier one"
-            ) from error
+        same_world = _checked_facts(path)["world_size"] == dist.get_world_size()
+        state = _load(path, self._sharded_state(is_loading=True, with_rng=same_world))
         self.trainer.model.gpt.load_state_dict(state["model"])
         load_optimizer_state(self.trainer.optimizer, state["optimizer"])
         self.trainer.scheduler.load_state_dict(state["scheduler"])
@@ -111,6 +109,74 @@ class Checkpointer:
             torch.set_rng_state(state["rng"]["torch"])
             tensor_parallel.get_cuda_rng_tracker().set_states(state["rng"]["tracker"])
         return step
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+    """Bytes of every file of a checkpoint but our own."""
+    return {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.name != STATE_FILE}
+
+
+def _checked_facts(path: Path) -> dict:
+    """What ``save`` noted of a checkpoint. Raises ``UserError`` unless every file is there in its full size."""
+    try:
+        facts = json.loads((path / STATE_FILE).read_text())
+        sizes = facts["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, f"{STATE_FILE}: {_reason(error)}") from error
+    found = _sizes(path)
+    for name, size in sizes.items():
+        if name not in found:
+            raise _damaged(path, f"{name} is missing")
+        if found[name] != size:
+            raise _damaged(path, f"{name} has {found[name]} bytes instead of {size}")
+    return facts
+
+
+def _load(path: Path, sharded_state: dict) -> dict:
+    """The checkpoint's content in the shards of this rank (collective). ``UserError`` when it cannot be read."""
+    try:
+        return dist_checkpointing.load(sharded_state, str(path))
+    except torch.OutOfMemoryError:  # a RuntimeError, but nothing is wrong with the checkpoint
+        raise
+    except (CheckpointingException, CheckpointException, *UNREADABLE) as error:
+        raise _damaged(path, _reason(error)) from error
+
+
+def _damaged(path: Path, problem: str) -> UserError:
+    return UserError(f"checkpoint {path}", f"cannot be loaded ({problem})", "delete it to resume from an earlier one")
+
+
+def _reason(error: BaseException) -> str:
+    """The first sentence of what went wrong; on the first rank where it did, when torch has gathered it from all."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    lines = str(error).splitlines()
+    return lines[0].split(". ")[0] if lines else type(error).__name__
+
+
+def _write_without_other_processes() -> None:
+    """Keep Megatron-Core's save inside this process: what it starts for speed outlives a killed run.
+
+    Its default queue has a manager process of its own, and each file is written by a forked process, which would still
+    be writing while the next run resumes (and forking a process with CUDA and threads is a risk of its own).
+    """
+    filesystem_async._results_queue = queue.Queue()
+    FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_buckets)
+
+
+def _write_buckets(transforms: list, use_msc: bool, rank: int, buckets: list, results: queue.Queue) -> None:
+    """Same contract as ``write_preloaded_data_multiproc``: {bucket index: what was written} or an exception."""
+    written: dict | Exception = {}
+    for i, bucket in enumerate(buckets):
+        outcome, open_buckets = queue.Queue(), queue.Queue()
+        open_buckets.put(i)
+        FileSystemWriterAsync.write_preloaded_data(transforms, i, bucket, outcome, open_buckets, use_fsync=True)
+        _, entries = outcome.get()
+        if isinstance(entries, Exception):
+            written = entries
+            break
+        written[i] = entries
+    results.put(written)
 
 
 def _sync_to_disk(directory: Path) -> None:
