@@ -30,6 +30,7 @@ from g2r_megatron.config import (
 )
 from g2r_megatron.data.tokenizer import encode_text, load_tokenizer
 from g2r_megatron.data.types import Query, RubricItem
+from g2r_megatron.errors import UserError
 from g2r_megatron.grpo.metrics import attribution_metrics
 from g2r_megatron.judge.attribution import token_rewards
 from g2r_megatron.judge.prompt import JudgePrompt
@@ -393,10 +394,10 @@ def test_zero_gradient_is_counted_and_weighs_all_tokens_alike(worlds, tiny_hf, t
             assert torch.equal(torch.tensor(alpha), torch.full((len(alpha),), 1 / len(alpha)))
 
 
-def judge_expecting_runtime_error(layout: Layout, path: str) -> str:
+def judge_expecting_user_error(layout: Layout, path: str) -> str:
     try:
         judge_on(layout, path, "paper")
-    except RuntimeError as error:
+    except UserError as error:
         return str(error)
     return "nothing was raised"
 
@@ -409,7 +410,7 @@ def test_nan_weight_stops_the_judge_on_every_rank(worlds, tiny_hf, tmp_path, lay
         tensors["model.layers.3.mlp.down_proj.weight"][5, 70] = float("nan")
 
     path = changed_copy(tiny_hf("qwen2"), tmp_path / "nan", poison)
-    for message in worlds.on(layout, judge_expecting_runtime_error, path):
+    for message in worlds.on(layout, judge_expecting_user_error, path):
         assert "verdict log-probs of input 0 are not finite" in message
 
 

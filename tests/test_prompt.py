@@ -81,7 +81,12 @@ def llama():
 
 @pytest.fixture(scope="module")
 def words():
-    vocab = {w: i for i, w in enumerate("[UNK] <pad> </s> True False fever rash note user: assistant: | =>".split())}
+    vocab = {
+        w: i
+        for i, w in enumerate(
+            ["[UNK]", "<pad>", "</s>", "True", "False", "fever", "rash", "note", "user:", "assistant:", "|", "=>"]
+        )
+    }
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="<pad>", eos_token="</s>")

@@ -1,4 +1,4 @@
-"""The frozen judge on its own layout: verdict log-probs forward, embedding gradients backward, both gathered to all ranks.
+"""The frozen judge on its own layout: verdict log-probs forward, embedding gradients backward, gathered to all ranks.
 
 Every rank passes the same global list of inputs; data-parallel replicas each do their share, and the results (scalars a
 sequence, a few scalars a response token) are summed into place over the world. Hidden-sized tensors never travel.
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from g2r_megatron.config import JudgeConfig
+from g2r_megatron.errors import UserError
 from g2r_megatron.judge.prompt import JudgeInput
 from g2r_megatron.model.build import MegatronModel
 from g2r_megatron.model.schedule import TokenBatch, run_schedule, token_batch
@@ -79,7 +80,7 @@ class FrozenJudge:
     def verdict_log_probs(self, inputs: list[JudgeInput]) -> torch.Tensor:
         """(log p(True), log p(False)) of every input: fp32 [len(inputs), 2] on the CPU of every rank (collective).
 
-        Raises ``RuntimeError`` when one is not a number.
+        Raises ``UserError`` when one is not finite: the judge's weights or its precision are broken.
         """
         self.model.module.eval()
 
@@ -98,7 +99,11 @@ class FrozenJudge:
         dist.all_reduce(table)
         if not torch.isfinite(table).all():
             bad = int((~torch.isfinite(table).all(1)).nonzero()[0])
-            raise RuntimeError(f"the judge's verdict log-probs of input {bad} are not finite: {table[bad].tolist()}")
+            raise UserError(
+                "judge.model",
+                f"the verdict log-probs of input {bad} are not finite: {table[bad].tolist()}",
+                "check the judge's weights and judge.precision",
+            )
         return table.cpu()
 
     def token_gradients(self, inputs: list[JudgeInput], verdicts: dict[int, bool]) -> dict[int, TokenGradients]:

@@ -22,11 +22,10 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
-from transformers import PreTrainedTokenizerFast
 
 from g2r_megatron.config import OfflineJudgeConfig
 from g2r_megatron.data.readers import read_queries
-from g2r_megatron.data.tokenizer import encode_text, load_tokenizer, token_texts
+from g2r_megatron.data.tokenizer import encode_text, token_texts
 from g2r_megatron.data.types import Query
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.attribution import response_reward, token_rewards
@@ -35,7 +34,7 @@ from g2r_megatron.judge.prompt import JudgeInput, JudgePrompt
 from g2r_megatron.judge.stage import JudgeStage
 from g2r_megatron.judge.types import ItemJudgement
 from g2r_megatron.model.build import build_model
-from g2r_megatron.model.hf import HFModel, open_hf_model
+from g2r_megatron.model.hf import load_model_tokenizer, open_hf_model
 from g2r_megatron.parallel import groups
 from g2r_megatron.records.progress import format_seconds
 
@@ -84,8 +83,7 @@ def judge_file(config: OfflineJudgeConfig) -> None:
     name only when it is complete.
     """
     hf = open_hf_model(config.judge.model, "judge.model")
-    tokenizer = load_tokenizer(hf.path)
-    check_vocabulary(tokenizer, hf)
+    tokenizer = load_model_tokenizer(hf)
     prompt = JudgePrompt(tokenizer, config.judge)
     rows = read_rows(config, prompt)
     groups.initialize(config.seed)
@@ -110,16 +108,6 @@ def judge_file(config: OfflineJudgeConfig) -> None:
         print(f"{config.output}: {len(rows)} rows, mean reward {fmean(rewards):.3f}, {health.passes} backward passes")
         if warning := health.warning():
             print(f"g2r: warning: {warning}", file=sys.stderr, flush=True)
-
-
-def check_vocabulary(tokenizer: PreTrainedTokenizerFast, hf: HFModel) -> None:
-    """Raise ``UserError`` when the tokenizer has tokens that the model has no embedding for."""
-    if len(tokenizer) > hf.geometry.vocab:
-        raise UserError(
-            hf.option,
-            f"the tokenizer of {hf.path} has {len(tokenizer)} tokens, the model {hf.geometry.vocab}",
-            "give the directory of a model with its own tokenizer",
-        )
 
 
 def read_rows(config: OfflineJudgeConfig, prompt: JudgePrompt) -> list[Row]:

@@ -1,4 +1,4 @@
-"""A Hugging Face model directory: its config checked against what we carry over, its safetensors read slice by slice."""
+"""A Hugging Face model directory: config checked against what we carry over, safetensors read slice by slice."""
 
 import json
 import math
@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from g2r_megatron.data.tokenizer import load_tokenizer
 from g2r_megatron.errors import UserError
 from g2r_megatron.model.families import FAMILIES, Family
 
@@ -124,6 +125,18 @@ def _refuse_what_is_not_carried_over(directory: Path, config, family: Family) ->
         refuse("mlp_bias", True, "false")
     if config.hidden_size % config.num_attention_heads and not getattr(config, "head_dim", None):
         refuse("num_attention_heads", config.num_attention_heads, f"a divisor of hidden_size {config.hidden_size}")
+
+
+def load_model_tokenizer(hf: HFModel) -> PreTrainedTokenizerFast:
+    """The directory's tokenizer. Raises ``UserError`` when it has tokens that the model has no embedding for."""
+    tokenizer = load_tokenizer(hf.path)
+    if len(tokenizer) > hf.geometry.vocab:
+        raise UserError(
+            hf.option,
+            f"the tokenizer of {hf.path} has {len(tokenizer)} tokens, the model {hf.geometry.vocab}",
+            "give the directory of a model with its own tokenizer",
+        )
+    return tokenizer
 
 
 class SafetensorsReader:

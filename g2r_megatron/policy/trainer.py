@@ -222,10 +222,14 @@ class PolicyTrainer:
         return loss_metrics(totals, {"ratio": maxima.item()})
 
     def step(self) -> float:
-        """Apply the gradients; the global gradient norm before clipping. Raises ``RuntimeError`` if it is not finite."""
+        """Apply the gradients; the global gradient norm before clipping. Raises ``UserError`` if it is not finite."""
         _, grad_norm, _ = self.optimizer.step()
         if not math.isfinite(grad_norm):
-            raise RuntimeError(f"the policy's gradient norm is {grad_norm}; stopped, the last checkpoint is intact")
+            raise UserError(
+                "optimizer.lr",
+                f"{self.learning_rate:g} led to a gradient norm of {grad_norm}",
+                "lower it, or check the data; the last checkpoint is intact",
+            )
         return float(grad_norm)
 
     def update(self, sequences, mini_batches, advantages, old, reference) -> dict[str, float]:
