@@ -118,13 +118,21 @@ class FrozenJudge:
             offsets[i] = total
             total += inputs[i].response_end - inputs[i].response_start
         table = torch.zeros(total, 4, device=cpu.device())
-        leaves: list[tuple[TokenBatch, torch.Tensor, torch.Tensor]] = []
+        batches = self._micro_batches(inputs, indices)
+        reduced: list[TokenBatch] = []
 
         def forward(batch: TokenBatch):
             leaf = None
             if self.model.groups.is_first_stage:
                 leaf, direction = self._embedding_leaf(batch, inputs)
-                leaves.append((batch, leaf, direction))
+
+                def reduce(leaf: torch.Tensor) -> None:
+                    """Scalars out of the gradient as soon as it is there: one micro-batch of it is ever held."""
+                    self._reduce_into(table, offsets, inputs, batch, leaf.grad, direction)
+                    leaf.grad = None
+                    reduced.append(batch)
+
+                leaf.register_post_accumulate_grad_hook(reduce)
             return self.model.module(batch.input_ids, None, None, decoder_input=leaf, logit_rows=batch.logit_rows)
 
         def target(batch: TokenBatch, logits: torch.Tensor):
@@ -136,10 +144,10 @@ class FrozenJudge:
 
         # Megatron-Core recomputes activations in train mode only; the model has no dropout.
         self.model.module.train(self.model.config.recompute_granularity is not None)
-        run_schedule(self.model, self._micro_batches(inputs, indices), forward, target, backward=True)
+        run_schedule(self.model, batches, forward, target, backward=True)
         self.model.module.eval()
-        for batch, leaf, direction in leaves:
-            self._reduce_into(table, offsets, inputs, batch, leaf, direction)
+        if self.model.groups.is_first_stage and len(reduced) != len(batches):
+            raise RuntimeError(f"{len(batches)} judge backward passes left {len(reduced)} gradients at the embeddings")
         dist.all_reduce(table)
         table = table.cpu()
         result = {}
@@ -178,7 +186,7 @@ class FrozenJudge:
         """First position of this TP rank's slice (0 without sequence parallelism)."""
         return self.model.groups.pgs.tp.rank() * local_length if self.model.config.sequence_parallel else 0
 
-    def _reduce_into(self, table, offsets, inputs, batch: TokenBatch, leaf, direction) -> None:
+    def _reduce_into(self, table, offsets, inputs, batch: TokenBatch, grad, direction) -> None:
         """Write this rank's (g.d, |g|_1, |g|^2, |d|^2) of its response tokens into the flat table [total, 4].
 
         Each token is written by exactly one rank: TP rank 0, or under SP the rank that holds its slice.
@@ -186,9 +194,7 @@ class FrozenJudge:
         sequence_parallel = self.model.config.sequence_parallel
         if self.model.groups.pgs.tp.rank() > 0 and not sequence_parallel:
             return
-        if leaf.grad is None:
-            raise RuntimeError("the judge's backward pass left no gradient at the embeddings")
-        g, d = leaf.grad.float(), direction.float()
+        g, d = grad.float(), direction.float()
         stats = torch.stack([(g * d).sum(-1), g.abs().sum(-1), g.square().sum(-1), d.square().sum(-1)], dim=-1)
         first = self._sequence_offset(stats.size(0))
         for row, i in enumerate(batch.items):
