@@ -69,7 +69,10 @@ class Checkpointer:
         return state
 
     def save(self, step: int) -> None:
-        """Write the checkpoint of ``step`` (collective), then delete all but the newest ``keep_last``."""
+        """Write the checkpoint of ``step`` (collective), then delete all but the newest ``keep_last``.
+
+        Raises ``UserError`` when it cannot be written, say for want of space.
+        """
         final = self.directory / f"step_{step:08d}"
         temporary = final.with_name(final.name + ".incomplete")
         if dist.get_rank() == 0:
@@ -77,7 +80,13 @@ class Checkpointer:
             temporary.mkdir(parents=True)
         dist.barrier()
         _write_without_other_processes()
-        dist_checkpointing.save(self._sharded_state(is_loading=False, with_rng=True), str(temporary))
+        try:
+            dist_checkpointing.save(self._sharded_state(is_loading=False, with_rng=True), str(temporary))
+        except CheckpointException as error:  # on every rank, but only rank 0 is told why
+            reason = [_reason(error) if dist.get_rank() == 0 else None]
+            dist.broadcast_object_list(reason, src=0)
+            remedy = "make room; the checkpoints before it are intact, and the same command resumes"
+            raise UserError(f"checkpoint {final}", f"cannot be written ({reason[0]})", remedy) from error
         dist.barrier()
         if dist.get_rank() == 0:
             facts = {"step": step, "world_size": dist.get_world_size(), "files": _sizes(temporary)}
