@@ -1,0 +1,327 @@
+"""Killed with SIGKILL anywhere and started again, ``g2r train`` ends with the run that was never interrupted, bit for bit.
+
+Real runs of the command in processes of their own, killed in the middle of a step and in the middle of a save, alone and
+under torchrun. Equal are the exported weights, metrics.jsonl (times left out) and samples.jsonl. The run to compare
+with, and resumed runs that are not killed, are made in the processes of ``distributed.py``, which start faster. Leaves
+out losing what the kernel had not yet written (power loss), and the checkpoint itself (test_checkpoint.py).
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from g2r_megatron.cli import main
+from g2r_megatron.errors import UserError
+from g2r_megatron.train import FIXED
+
+ROOT = Path(__file__).parents[1]
+TASK = ROOT / "examples" / "quickstart"
+STEPS, SAVE_EVERY = 6, 2
+PATIENCE = 200.0  # seconds for anything to happen on a busy machine
+MARK = "G2R_TEST_RUN"  # in the environment of every process of a run, whatever it calls itself
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory) -> list[str]:
+    """The quickstart's task and model with a few prompts: a step takes half a second."""
+    data = tmp_path_factory.mktemp("data")
+    for name, rows in (("train", 8), ("eval", 2)):
+        lines = (TASK / "data" / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        (data / f"{name}.jsonl").write_text("".join(lines[:rows]))
+    return [
+        *("--config", str(TASK / "config.yaml"), "--policy.model", str(TASK / "model")),
+        *("--data.train", f'["{data}/train.jsonl"]', "--data.eval", f'["{data}/eval.jsonl"]'),
+        *("--steps", str(STEPS), "--eval_every", "3", "--checkpoint.save_every", str(SAVE_EVERY)),
+        *("--checkpoint.keep_last", "2", "--log.samples_every", "1", "--log.tensorboard", "false"),
+        *("--rollout.prompts_per_step", "2", "--rollout.responses_per_prompt", "4"),
+        *("--rollout.max_response_tokens", "20", "--grpo.preset", "paper"),
+    ]
+
+
+# A run of the command that can be killed.
+
+
+def processes_of(run: Path, rank: int | None = None) -> list[int]:
+    """Living processes of the runs in ``run``: launcher, ranks and all they started; or those of one rank."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                environment = (entry / "environ").read_bytes().split(b"\0")
+            except OSError:  # ended meanwhile
+                continue
+            of_rank = rank is None or f"RANK={rank}".encode() in environment
+            if f"{MARK}={run}".encode() in environment and of_rank:
+                found.append(int(entry.name))
+    return found
+
+
+def send(run: Path, number: signal.Signals) -> None:
+    """To all processes of the run, until no new one is found."""
+    reached: set[int] = set()
+    while new := set(processes_of(run)) - reached:
+        for pid in new:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+        reached |= new
+
+
+def start(run: Path, options: list[str], ranks: int) -> subprocess.Popen:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *torchrun, "-m", "g2r_megatron.cli", "train", *options, "--output_dir", str(run)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", MARK: str(run)}
+    with open(f"{run}.log", "ab") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def log_of(run: Path) -> str:
+    return Path(f"{run}.log").read_text()
+
+
+def wait_for(happened: Callable[[], bool], process: subprocess.Popen, run: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not happened():
+        assert process.poll() is None, f"ended before it could be killed:\n{log_of(run)}"
+        assert time.monotonic() < deadline, f"nothing happened:\n{log_of(run)}"
+        time.sleep(0.002)
+
+
+def finish(run: Path, options: list[str], ranks: int) -> None:
+    process = start(run, options, ranks)
+    try:
+        assert process.wait(PATIENCE) == 0, log_of(run)
+    finally:
+        send(run, signal.SIGKILL)
+
+
+def nothing_is_left_of(run: Path) -> bool:
+    deadline = time.monotonic() + 10.0
+    while processes_of(run) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not processes_of(run)
+
+
+def last_recorded(run: Path) -> int:
+    file = run / "metrics.jsonl"
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    return json.loads(lines[-1])["step"] if lines else -1
+
+
+def checkpoints(run: Path) -> list[str]:
+    directory = run / "checkpoints"
+    return sorted(p.name for p in directory.iterdir()) if directory.exists() else []
+
+
+def is_saving(run: Path) -> bool:
+    """A checkpoint newer than all complete ones has its first files."""
+    names = checkpoints(run)
+    if not names or not names[-1].endswith(".incomplete"):
+        return False
+    return any((run / "checkpoints" / names[-1]).glob("*.distcp"))
+
+
+def kill_in_training(run: Path, options: list[str], ranks: int, after_step: int) -> None:
+    process = start(run, options, ranks)
+    wait_for(lambda: last_recorded(run) >= after_step, process, run)
+    send(run, signal.SIGKILL)
+    process.wait()
+    assert not (run / "hf").exists() and nothing_is_left_of(run)
+
+
+def kill_one_rank(run: Path, options: list[str], ranks: int, after_step: int) -> None:
+    """The last rank is gone, as after the kernel ran out of memory: the launcher ends the others."""
+    process = start(run, options, ranks)
+    wait_for(lambda: last_recorded(run) >= after_step, process, run)
+    for pid in processes_of(run, rank=ranks - 1):
+        os.kill(pid, signal.SIGKILL)
+    assert process.wait(PATIENCE) != 0
+    assert not (run / "hf").exists() and nothing_is_left_of(run)
+
+
+def kill_in_save(run: Path, options: list[str], ranks: int) -> None:
+    """All are stopped first, so that it is certain what they were doing when they are killed."""
+    process = start(run, [*options, "--checkpoint.save_every", "1"], ranks)  # more occasions
+    while True:
+        wait_for(lambda: is_saving(run), process, run)
+        send(run, signal.SIGSTOP)
+        if is_saving(run):
+            break
+        send(run, signal.SIGCONT)  # too late for this one
+    send(run, signal.SIGKILL)
+    process.wait()
+    assert is_saving(run) and not (run / "hf").exists() and nothing_is_left_of(run)
+
+
+# In the ranks.
+
+
+def train_here(arguments: list[str]) -> str:
+    """``g2r train`` in this process; the error, or an empty string."""
+    from g2r_megatron.cli import train_command
+
+    try:
+        train_command(arguments)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+# The tests.
+
+
+def records(run: Path, name: str) -> list[dict]:
+    """The lines of a file of the run without the times."""
+    lines = [json.loads(line) for line in (run / name).read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+
+
+def assert_same_run(run: Path, reference: Path) -> None:
+    assert (run / "hf" / "model.safetensors").read_bytes() == (reference / "hf" / "model.safetensors").read_bytes()
+    assert records(run, "metrics.jsonl") == records(reference, "metrics.jsonl")
+    assert records(run, "samples.jsonl") == records(reference, "samples.jsonl")
+    assert len(checkpoints(run)) == 2 and checkpoints(run)[-1] == checkpoints(reference)[-1] == "step_00000006"
+
+
+def content(run: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(worlds, options, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert worlds[1].run(train_here, [*options, "--output_dir", str(run)]) == [""]
+    assert [line["step"] for line in records(run, "metrics.jsonl")] == list(range(STEPS + 1))
+    assert (run / "hf" / "model.safetensors").read_bytes() != (TASK / "model" / "model.safetensors").read_bytes()
+    return run
+
+
+@pytest.fixture(scope="module")
+def killed(options, tmp_path_factory) -> Path:
+    """A run of one process, killed in a step after its first checkpoint."""
+    run = tmp_path_factory.mktemp("killed") / "run"
+    kill_in_training(run, options, 1, after_step=3)
+    assert checkpoints(run)[0] == "step_00000002"
+    return run
+
+
+def test_killed_in_training_then_in_a_save(options, uninterrupted, killed, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(killed, run)
+    kill_in_save(run, options, 1)
+    finish(run, options, 1)
+    assert log_of(run).count("resuming after step ") == 2
+    assert_same_run(run, uninterrupted)
+
+
+def test_two_ranks_one_killed_in_training_then_all_in_a_save(worlds, options, tmp_path):
+    options = [*options, "--grpo.preset", "robust"]
+    reference, run = tmp_path / "reference", tmp_path / "run"
+    assert worlds[2].run(train_here, [*options, "--output_dir", str(reference)]) == ["", ""]
+    kill_one_rank(run, options, 2, after_step=3)
+    kill_in_save(run, options, 2)
+    finish(run, options, 2)
+    assert_same_run(run, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_killed_at_any_moment(options, uninterrupted, tmp_path):
+    """Ten kills, the first ones before anything is saved, spread over start, steps, saves and export."""
+    run, rng = tmp_path / "run", random.Random(1)
+    kill_in_training(run, options, 1, after_step=1)
+    assert not checkpoints(run)
+    for _ in range(10):
+        process, since = start(run, options, 1), time.monotonic()
+        begun = len(log_of(run))
+        wait_for(lambda at=begun: len(log_of(run)) > at, process, run)  # the resumed training has begun
+        time.sleep(rng.uniform(0.0, 1.5) * (time.monotonic() - since) / 8)  # on a busy machine everything is slower
+        send(run, signal.SIGKILL)
+        process.wait()
+        assert nothing_is_left_of(run)
+    finish(run, options, 1)
+    assert_same_run(run, uninterrupted)
+
+
+def test_resumed_on_another_layout(worlds, options, uninterrupted, killed, tmp_path):
+    """From one rank to two with tensor and sequence parallel models: goes on, to rounding."""
+    run = tmp_path / "run"
+    shutil.copytree(killed, run)
+    resumed_after = int(checkpoints(run)[-1].removesuffix(".incomplete")[-8:])
+    layouts = [f"--{model}.layout.{option}" for model in ("policy", "judge") for option in ("tp=2", "sp=true")]
+    assert worlds[2].run(train_here, [*options, *layouts, "--output_dir", str(run)]) == ["", ""]
+    lines, expected = records(run, "metrics.jsonl"), records(uninterrupted, "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(STEPS + 1))
+    assert lines[: resumed_after + 1] == expected[: resumed_after + 1]
+    first, same = lines[resumed_after + 1], expected[resumed_after + 1]
+    for name in ("reward/mean", "response/length_mean", "optimizer/grad_norm", "advantage/max_abs"):
+        assert first[name] == pytest.approx(same[name], rel=1e-3), name
+    weights, others = (load_file(path / "hf" / "model.safetensors") for path in (run, uninterrupted))
+    assert all(torch.isfinite(weights[name]).all() for name in others)
+
+
+def test_a_finished_run_started_again_does_nothing(worlds, options, uninterrupted):
+    before = content(uninterrupted)
+    assert worlds[1].run(train_here, [*options, "--output_dir", str(uninterrupted)]) == [""]
+    assert content(uninterrupted) == before
+
+
+def test_more_steps_continue_a_finished_run(worlds, options, uninterrupted, tmp_path):
+    """With a constant learning rate and mix: as if it had been asked for them at once, but for one evaluation."""
+    run, longer = tmp_path / "run", tmp_path / "longer"
+    shutil.copytree(uninterrupted, run)
+    options = [*options, "--steps", str(STEPS + 1)]
+    for directory in (run, longer):
+        assert worlds[1].run(train_here, [*options, "--output_dir", str(directory)]) == [""]
+    assert records(run, "metrics.jsonl") == records(longer, "metrics.jsonl")
+    assert len(records(run, "metrics.jsonl")) == STEPS + 2
+    assert (run / "hf" / "model.safetensors").read_bytes() == (longer / "hf" / "model.safetensors").read_bytes()
+
+
+def test_a_damaged_checkpoint_ends_the_run_with_one_line(worlds, options, killed, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(killed, run)
+    (run / "checkpoints" / "step_00000002" / "common.pt").write_bytes(b"")
+    for later in checkpoints(run)[1:]:
+        shutil.rmtree(run / "checkpoints" / later)
+    before = content(run)
+    (error,) = worlds[1].run(train_here, [*options, "--output_dir", str(run)])
+    assert f"{run}/checkpoints/step_00000002: cannot be loaded (common.pt has 0 bytes" in error
+    assert content(run) == before
+
+
+CHANGED = {
+    "seed": "7",
+    "policy.model": str(TASK / "data"),
+    "policy.precision.dtype": "bf16",
+    "judge.model": str(TASK / "model"),
+    "data.train": f'["{TASK}/data/train.jsonl"]',
+    "grpo.preset": "grpo",
+    "rollout.prompts_per_step": "3",
+    "optimizer.distributed": "false",
+}
+
+
+def test_every_fixed_option_is_tried():
+    assert set(CHANGED) == set(FIXED)
+
+
+@pytest.mark.parametrize("option", CHANGED)
+def test_another_trajectory_in_the_same_directory_is_refused(options, uninterrupted, capsys, option):
+    before = content(uninterrupted)
+    assert main(["train", *options, "--output_dir", str(uninterrupted), f"--{option}", CHANGED[option]]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"g2r: error: {option}: ") and error.count("\n") == 1 and str(uninterrupted) in error
+    assert content(uninterrupted) == before
