@@ -53,8 +53,8 @@ class Precision:
 
     dtype: Literal["fp32", "bf16"] = "fp32"
     """bf16 is Megatron's mixed precision: bf16 compute, fp32 main weights and gradients"""
-    fp8: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
-    """Transformer Engine FP8 recipe (GPU only, with dtype bf16)"""
+    fp8: Literal["none", "tensorwise", "blockwise", "mxfp8"] = "none"
+    """Transformer Engine FP8 recipe, scaled from the tensors at hand (GPU only, with dtype bf16)"""
 
 
 @dataclass
@@ -70,7 +70,7 @@ class PolicyConfig:
     micro_batch_tokens: int = 8192
     """token budget of a micro-batch (padding included)"""
     spec: Literal["auto", "torch", "te"] = "auto"
-    """layers: plain torch or Transformer Engine; auto takes Transformer Engine on GPU where installed"""
+    """layers: plain torch or Transformer Engine (TF32 in fp32); auto: Transformer Engine on GPU, except in fp32"""
 
 
 @dataclass
@@ -86,7 +86,7 @@ class JudgeConfig:
     micro_batch_tokens: int = 8192
     """token budget of a micro-batch (padding included)"""
     spec: Literal["auto", "torch", "te"] = "auto"
-    """layers: plain torch or Transformer Engine; auto takes Transformer Engine on GPU where installed"""
+    """layers: plain torch or Transformer Engine (TF32 in fp32); auto: Transformer Engine on GPU, except in fp32"""
     template: str = DEFAULT_JUDGE_TEMPLATE
     """judge prompt; must contain {conversation}, {response}, {criterion} once each, in any order"""
     chat_template: bool = True

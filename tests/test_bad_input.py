@@ -348,8 +348,8 @@ def test_judge_checkpoint(name, case, worlds):
 
 
 def test_fp8_without_a_gpu(case, worlds):
-    [result] = worlds[1].run(run, case.argv("--judge.precision.fp8", "delayed", "--judge.precision.dtype", "bf16"))
-    assert_refused(result, "judge.precision.fp8", "delayed", "none")
+    [result] = worlds[1].run(run, case.argv("--judge.precision.fp8", "tensorwise", "--judge.precision.dtype", "bf16"))
+    assert_refused(result, "judge.precision.fp8", "tensorwise", "none")
 
 
 def test_layout_that_does_not_divide_the_model(case, worlds):

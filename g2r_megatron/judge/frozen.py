@@ -142,8 +142,9 @@ class FrozenJudge:
             chosen = torch.tensor([0 if verdicts[i] else 1 for i in batch.items], device=log_probs.device)
             return log_probs.gather(1, chosen.unsqueeze(1)).sum(), None
 
-        # Megatron-Core recomputes activations in train mode only; the model has no dropout.
-        self.model.module.train(self.model.config.recompute_granularity is not None)
+        # Megatron-Core recomputes activations in train mode only, and Transformer Engine picks attention kernels that have a
+        # backward only there; the model has no dropout.
+        self.model.module.train()
         run_schedule(self.model, batches, forward, target, backward=True)
         self.model.module.eval()
         if self.model.groups.is_first_stage and len(reduced) != len(batches):

@@ -21,6 +21,9 @@ from g2r_megatron.parallel import cpu
 from g2r_megatron.parallel.groups import ModelGroups
 from g2r_megatron.parallel.layout import check_layout_for_model
 
+# Rows (tokens) of an FP8 product come in multiples of this: the recipe's block of scales, at least 16.
+FP8_TOKENS = {"tensorwise": 16, "blockwise": 128, "mxfp8": 32}
+
 
 @dataclass
 class MegatronModel:
@@ -45,15 +48,22 @@ class MegatronModel:
         return get_transformer_layer_offset(self.config, None, self.groups.pgs.pp.rank())
 
     @property
+    def token_multiple(self) -> int:
+        """What runs through the layers at once must be a multiple of this many tokens; 1 without FP8."""
+        return FP8_TOKENS[self.config.fp8_recipe] if self.config.fp8 else 1
+
+    @property
     def length_multiple(self) -> int:
-        """Sequence lengths are padded to this: sequence parallelism splits them over TP; FP8 wants multiples of 16."""
-        multiple = self.groups.layout.tp if self.groups.layout.sp else 1
-        return multiple * 16 if self.config.fp8 else multiple
+        """Sequence lengths are padded to this: sequence parallelism splits them over TP."""
+        return self.token_multiple * (self.groups.layout.tp if self.groups.layout.sp else 1)
 
 
-def spec_backend(name: str, spec: str) -> BackendSpecProvider:
-    """The layers to build from: ``spec`` is "auto", "torch" or "te"; ``name`` the section, for errors."""
-    if spec == "torch" or (spec == "auto" and cpu.on_cpu()):
+def spec_backend(name: str, spec: str, dtype: str) -> BackendSpecProvider:
+    """The layers to build from: ``spec`` is "auto", "torch" or "te"; ``name`` the section, for errors.
+
+    "auto" keeps fp32 models on plain torch: Transformer Engine multiplies fp32 matrices in TF32.
+    """
+    if spec == "torch" or (spec == "auto" and (cpu.on_cpu() or dtype == "fp32")):
         return TorchSpecProvider()
     if cpu.on_cpu():
         raise UserError(f"{name}.spec", "te without a CUDA device", "use torch or auto")
@@ -79,17 +89,27 @@ def check_precision(name: str, precision: Precision, spec: str) -> None:
         raise UserError(where, f"{precision.fp8} without a CUDA device", "FP8 needs a GPU; use none")
     if precision.dtype != "bf16":
         raise UserError(where, f"{precision.fp8} with dtype {precision.dtype}", f"set {name}.precision.dtype to bf16")
-    if isinstance(spec_backend(name, spec), TorchSpecProvider):
+    if isinstance(spec_backend(name, spec, precision.dtype), TorchSpecProvider):
         raise UserError(
             where, f"{precision.fp8} with plain torch layers", "FP8 needs Transformer Engine; install the gpu extra"
         )
+    import transformer_engine.pytorch as te
+
+    available = {
+        "tensorwise": te.is_fp8_available,
+        "blockwise": te.is_fp8_block_scaling_available,
+        "mxfp8": te.is_mxfp8_available,
+    }
+    can, reason = available[precision.fp8](return_reason=True)
+    if not can:
+        raise UserError(where, f"{precision.fp8} on this GPU ({reason})", "choose another recipe or none")
 
 
 def check_model(name: str, hf: HFModel, layout: Layout, precision: Precision, spec: str) -> None:
     """Raise ``UserError`` unless the model's dimensions divide over the layout and the machine runs its precision."""
     g = hf.geometry
     check_layout_for_model(name, layout, heads=g.heads, kv_heads=g.kv_heads, ffn=g.ffn, layers=g.layers)
-    spec_backend(name, spec)
+    spec_backend(name, spec, precision.dtype)
     check_precision(name, precision, spec)
 
 
@@ -124,7 +144,9 @@ def transformer_config(hf: HFModel, layout: Layout, precision: Precision, recomp
         params_dtype=dtype,
         pipeline_dtype=dtype,
         fp8="hybrid" if precision.fp8 != "none" else None,
-        fp8_recipe=precision.fp8 if precision.fp8 != "none" else "delayed",
+        # "delayed" is not offered: its scales start at 1, move in passes with gradients only (never in rollouts, old
+        # log-probs, verdicts) and are reduced together for all models of a process, whatever their groups.
+        fp8_recipe=precision.fp8 if precision.fp8 != "none" else "tensorwise",
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         context_parallel_size=layout.cp,
@@ -169,7 +191,7 @@ def build_model(
     config = transformer_config(hf, layout, precision, recompute)
     gpt = SelectiveGPTModel(
         config=config,
-        transformer_layer_spec=block_spec(config, spec_backend(name, spec), groups.pgs.pp.rank()),
+        transformer_layer_spec=block_spec(config, spec_backend(name, spec, precision.dtype), groups.pgs.pp.rank()),
         vocab_size=g.padded_vocab(layout.tp, groups.dp_size),
         max_sequence_length=hf.config.max_position_embeddings,
         pre_process=groups.is_first_stage,

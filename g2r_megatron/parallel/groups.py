@@ -65,6 +65,9 @@ def initialize(seed: int) -> None:
     ``ProcessGroupCollection``, but a few call sites look up a global group before they find they need none.
     """
     cpu.install()
+    if not cpu.on_cpu():
+        # Megatron-Core overlaps communication with products by the order of their launch; read when CUDA starts.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not dist.is_initialized():
         if "RANK" in os.environ:
             if not cpu.on_cpu():
@@ -75,7 +78,7 @@ def initialize(seed: int) -> None:
                 torch.cuda.set_device(0)
             dist.init_process_group(cpu.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel()
+        parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
     seed_all(seed)
 
 

@@ -12,6 +12,7 @@ from g2r_megatron.config import RolloutConfig
 from g2r_megatron.model.build import MegatronModel
 from g2r_megatron.model.schedule import run_schedule
 from g2r_megatron.parallel import cpu
+from g2r_megatron.parallel.microbatches import padded
 from g2r_megatron.rollout.sampling import next_tokens, uniforms
 
 
@@ -80,7 +81,9 @@ class MegatronRolloutEngine:
 
     def _generate_batch(self, requests: list[Request], temperature: float) -> list[tuple[list[int], bool]]:
         """One batch to the end, on this replica's model-parallel ranks (which all return the same)."""
-        device, limit = cpu.device(), self.config.max_response_tokens
+        device, limit, wanted = cpu.device(), self.config.max_response_tokens, len(requests)
+        # FP8 products need rows in multiples, also where one token a sequence is fed: repeat the last request.
+        requests = requests + [requests[-1]] * (padded(wanted, self.model.token_multiple) - wanted)
         lengths = torch.tensor([len(r.prompt_ids) for r in requests], device=device)
         longest, start = int(lengths.max()), int(lengths.min())
         tokens = torch.zeros(len(requests), longest + limit, dtype=torch.int64, device=device)
@@ -104,7 +107,7 @@ class MegatronRolloutEngine:
             ends = torch.where(stopped, torch.full_like(ends, position + 1), ends)
             finished |= stopped
             position += 1
-        return [(tokens[row, lengths[row] : ends[row]].tolist(), bool(finished[row])) for row in range(len(requests))]
+        return [(tokens[row, lengths[row] : ends[row]].tolist(), bool(finished[row])) for row in range(wanted)]
 
     def _step(self, ids: torch.Tensor, context: StaticInferenceContext) -> torch.Tensor | None:
         """Feed ids [b, s] at the context's offset; logits [b, vocab] of the last position on the last stage."""
