@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from functools import cache
 from multiprocessing.connection import wait
+from multiprocessing.forkserver import ensure_running
 
 import torch
 
@@ -40,6 +41,18 @@ _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
     ["g2r_megatron.judge.stage", "g2r_megatron.policy.trainer", "g2r_megatron.rollout.engine", "transformers"]
 )
+
+
+@cache
+def _start_server() -> None:
+    """Start the server blind to GPUs: these worlds are of CPU processes, also on a machine that has one GPU."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    ensure_running()
+    if seen is None:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen
 
 
 class CaseFailed(AssertionError):
@@ -82,6 +95,7 @@ class World:
         self._ranks: list[tuple] = []  # (process, connection)
 
     def _start(self) -> None:
+        _start_server()
         port = _free_port()
         for rank in range(self.size):
             here, there = _processes.Pipe()

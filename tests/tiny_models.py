@@ -58,8 +58,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def build_model(family: str, vocab: int, seed: int = 1):
-    """A random fp32 model: hidden 64, 4 layers, 4 heads of 16, 2 key-value heads. ``family``: one of ``FAMILIES``."""
+def build_model(family: str, vocab: int, seed: int = 1, **sizes):
+    """A random fp32 model: hidden 64, 4 layers, 4 heads of 16, 2 key-value heads. ``family``: one of ``FAMILIES``.
+
+    ``sizes`` override the config's (``hidden_size=256``); heads then are of ``hidden_size / num_attention_heads``.
+    """
     shape = dict(
         vocab_size=vocab,
         hidden_size=64,
@@ -70,13 +73,14 @@ def build_model(family: str, vocab: int, seed: int = 1):
         max_position_embeddings=4096,
         initializer_range=0.1,
         dtype="float32",
-    )
+    ) | sizes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if family == "qwen2":  # QKV bias, tied embeddings
             model = Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=True))
         elif family == "qwen3":  # q/k norm
-            model = Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=16, tie_word_embeddings=False))
+            head_dim = shape["hidden_size"] // shape["num_attention_heads"]
+            model = Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=head_dim, tie_word_embeddings=False))
         elif family == "llama3":  # llama3 rope scaling
             model = LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=False))
         else:
@@ -88,10 +92,10 @@ def build_model(family: str, vocab: int, seed: int = 1):
     return model.eval()
 
 
-def build_tiny_hf(family: str, directory: Path, seed: int = 1) -> Path:
+def build_tiny_hf(family: str, directory: Path, seed: int = 1, **sizes) -> Path:
     """Write a Hugging Face directory (config, safetensors, tokenizer, generation config) and return it."""
     tokenizer = build_tokenizer()
-    model = build_model(family, len(tokenizer), seed)
+    model = build_model(family, len(tokenizer), seed, **sizes)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
