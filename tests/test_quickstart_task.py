@@ -88,12 +88,12 @@ def test_committed_data_is_what_the_script_writes():
 
 
 def test_writer_leaves_room_to_improve():
-    """Notes of random quality score 0.4 to 0.5 on average: neither good nor hopeless. Says nothing of the model."""
+    """Notes of random quality score 0.35 to 0.45 on average: neither good nor hopeless. Says nothing of the model."""
     rng, scores = random.Random(0), []
     for _ in range(500):
         case = task.sample_case(rng, held_out=False)
         scores.append(true_reward(task.query(case), " ".join(task.write_sentences(case, rng))))
-    assert 0.4 < sum(scores) / len(scores) < 0.5
+    assert 0.35 < sum(scores) / len(scores) < 0.45
 
 
 def test_tokenizer_knows_every_word(tokenizer, judge_prompt):

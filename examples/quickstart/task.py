@@ -55,6 +55,7 @@ FILLERS = ("seen today.", "review in one week.", "patient is stable.", "file upd
 
 ADVERT_WORDS, ALARM_WORDS = "buy|order", "fatal|grave"
 HELD_OUT_SHARE = 0.1
+SAID = 0.85  # chance that the writer says anything of a symptom, its advice, the allergy, the drug
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,14 @@ def truths(items: tuple[RubricItem, ...], note: str) -> list[bool]:
     return [re.search(item.check, note) is not None for item in items]
 
 
-def _other(rng: random.Random, count: int, *taken: int) -> int:
-    return rng.choice([i for i in range(count) if i not in taken])
+def _lookalike(index: int, count: int, *taken: int) -> int:
+    """The row that the writer takes for row ``index``: the next one that the case does not have itself."""
+    return next(i % count for i in range(index + 1, index + count) if i % count not in taken)
+
+
+def _share_right(index: int) -> float:
+    """How often the writer gets row ``index`` right when it says anything of it: half of the rows mostly wrong."""
+    return 0.7 if index % 2 else 0.42
 
 
 def _say(rng: random.Random, act: tuple, thing: str) -> str:
@@ -157,31 +164,33 @@ def _say(rng: random.Random, act: tuple, thing: str) -> str:
 def write_sentences(case: Case, rng: random.Random) -> list[str]:
     """A note of random quality q ~ U(0, 1), in random order: high q meets criteria, low q errs and oversteps.
 
-    Most of the chance is a criterion's own, so a policy cannot improve by turning one common knob.
+    The mistakes are fixed: a symptom's or drug's lookalike, said more often than the right thing for half of them.
+    So a policy cannot improve much by turning one common knob (saying more, overstepping less, taking the likelier
+    word): it has to learn what is right for each.
     """
     q = rng.random()
-    met, wrong, overstep = 0.4 + 0.3 * q, 0.15 + 0.2 * (1 - q), 0.1 + 0.2 * (1 - q)
+    overstep = 0.05 + 0.15 * (1 - q)
     sentences = []
 
-    def add(act: tuple, right: str, mistaken: str) -> None:
-        draw = rng.random()
-        if draw < met:
-            sentences.append(_say(rng, act, right))
-        elif draw < met + wrong:
-            sentences.append(_say(rng, act, mistaken))
+    def add(act: tuple, index: int, right: str, mistaken: str) -> None:
+        if rng.random() < SAID:
+            is_right = rng.random() < _share_right(index) + 0.3 * (q - 0.5)
+            sentences.append(_say(rng, act, right if is_right else mistaken))
 
     for index in case.symptoms:
-        right, mistaken = SYMPTOMS[index], SYMPTOMS[_other(rng, len(SYMPTOMS), *case.symptoms)]
-        add(NOTED, right[1], mistaken[1])
-        add(ADVISED, f"{right[2]} {right[3]}", f"{mistaken[2]} {mistaken[3]}")
+        right, mistaken = SYMPTOMS[index], SYMPTOMS[_lookalike(index, len(SYMPTOMS), *case.symptoms)]
+        add(NOTED, index, right[1], mistaken[1])
+        add(ADVISED, index + 1, f"{right[2]} {right[3]}", f"{mistaken[2]} {mistaken[3]}")
     drug, allergen = DRUGS[case.drug][1], DRUGS[case.allergen][1]
-    stranger = DRUGS[_other(rng, len(DRUGS), case.drug, case.allergen)][1]
-    add(WARNED, allergen, rng.choice((drug, stranger)))
-    add(CONTINUED, drug, rng.choice((allergen, stranger)))
+    mistaken_drug, mistaken_allergen = (
+        DRUGS[_lookalike(index, len(DRUGS), case.drug, case.allergen)][1] for index in (case.drug, case.allergen)
+    )
+    add(WARNED, case.allergen, allergen, mistaken_allergen)
+    add(CONTINUED, case.drug + 1, drug, mistaken_drug)
     if rng.random() < overstep:
-        sentences.append(_say(rng, GIVEN, rng.choice((allergen, allergen, stranger))))
+        sentences.append(_say(rng, GIVEN, rng.choice((allergen, allergen, mistaken_allergen))))
     if rng.random() < overstep:
-        sentences.append(_say(rng, STOPPED, rng.choice((drug, drug, stranger))))
+        sentences.append(_say(rng, STOPPED, rng.choice((drug, drug, mistaken_drug))))
     if rng.random() < overstep:
         sentences.append(rng.choice(ADVERTS))
     if rng.random() < overstep:
