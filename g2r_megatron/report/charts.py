@@ -80,9 +80,8 @@ def slot_class(slot: int) -> str:
 
 def nice_ticks(low: float, high: float, count: int) -> list[float]:
     """About ``count`` round values (1, 2 or 5 times a power of ten) whose first and last enclose low..high."""
-    if high <= low:
-        pad = abs(low) * 0.02 or 0.5
-        low, high = low - pad, high + pad
+    if high <= low:  # a constant is shown against zero
+        low, high = (min(low, 0.0), max(low, 0.0)) if low else (0.0, 1.0)
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)

@@ -1,6 +1,7 @@
 """Responses drawn as token heat maps: one strip a criterion, and the advantage that came of them."""
 
 import unicodedata
+from collections import Counter
 from dataclasses import dataclass
 from html import escape
 
@@ -26,19 +27,24 @@ def pick_samples(groups: list[Group]) -> list[Picked]:
     """One sample a group that has attributions, sharpest first.
 
     Runs that start from the same weights with the same seed sample the same first responses, so the choice
-    prefers a response that most groups share, then the earliest step, then the most attributed items.
+    prefers a response that most groups share, then the earliest step, then the most attributed items in all groups.
     """
     candidates = {group.slot: [s for s in group.runs[0].samples if attributed(s)] for group in groups}
     owners: dict[tuple, set[int]] = {}
+    items: Counter[tuple] = Counter()
     for slot, samples in candidates.items():
         for sample in samples:
             owners.setdefault(_identity(sample), set()).add(slot)
+            items[_identity(sample)] += len(attributed(sample))
+
+    def rank(sample: dict) -> tuple:
+        identity = _identity(sample)
+        return -len(owners[identity]), sample["step"], -items[identity], identity
+
     picked = []
     for group in groups:
         if samples := candidates[group.slot]:
-            best = min(
-                samples, key=lambda s: (-len(owners[_identity(s)]), s["step"], -len(attributed(s)), _identity(s))
-            )
+            best = min(samples, key=rank)
             shares = [1 / (len(i["alpha"]) * sum(a * a for a in i["alpha"])) for i in attributed(best)]
             picked.append(Picked(group, best, mean(shares)))
     return sorted(picked, key=lambda p: p.ess_share)

@@ -16,6 +16,7 @@ from g2r_megatron.report.runs import TARGET_SCORE, WINDOW, Group, Run, Score, ch
 from g2r_megatron.report.summary import NOTHING, Number, SummaryRow, has_truth, summary_rows, target_note
 
 PHASES = ("sample", "judge", "update")
+OPEN_CARDS = 2  # heat maps shown without a click: the sharpest attribution and the next
 # (metric, title, format): small charts, each drawn where some run logged the metric
 HEALTH_CHARTS = (
     ("attribution/ess_share", "Spread of alpha: ESS/T (1 is flat)", "{:.2f}"),
@@ -169,8 +170,8 @@ def _learning(groups: list[Group]) -> str:
     ]
     by_time = [Curve(g.label, g.slot, _against_seconds(g, key)) for g in groups]
     charts = line_chart(
-        Chart(f"{name} score by step", "step", 660, 340, "{:.3f}", marks, end_labels=True), by_step
-    ) + line_chart(Chart(f"{name} score by training time", "seconds", 370, 340, "{:.3f}", marks), by_time)
+        Chart(f"{name} score by step", "step", 630, 340, "{:.3f}", marks, end_labels=True), by_step
+    ) + line_chart(Chart(f"{name} score by training time", "seconds", 350, 340, "{:.3f}", marks), by_time)
     return _section(
         "Learning",
         f"Lines: training batches, mean of the last {WINDOW} steps. Circles: held-out prompts. {bands}"
@@ -202,7 +203,7 @@ def _heat_maps(groups: list[Group]) -> str:
     legend = f'<p class="fine">0<span class="scale">{scale}</span>{FULL_SHADE:.0f}× the uniform weight 1/T, or more</p>'
     if not picked:
         return _section("Where the credit goes", "No attribution was logged: the preset grpo makes none.", "")
-    cards = "".join(sample_card(p, is_open=index == 0) for index, p in enumerate(picked))
+    cards = "".join(sample_card(p, is_open=index < OPEN_CARDS) for index, p in enumerate(picked))
     return _section("Where the credit goes", note, legend + cards, charts=False)
 
 
@@ -246,9 +247,9 @@ def _positions(groups: list[Group]) -> str:
     names = [*(f"{10 * place}%" for place in range(len(keys))), "stop"]
     level = (-0.1, 0.1)
     charts = line_chart(
-        Chart("Mean advantage by place, all steps", "place", 660, 260, "{:+z.3f}", [], names, level, end_labels=True),
+        Chart("Mean advantage by place, all steps", "place", 630, 260, "{:+z.3f}", [], names, level, end_labels=True),
         places,
-    ) + line_chart(Chart("First tenth minus last tenth", "step", 370, 260, "{:+z.3f}", y_range=level), ramps)
+    ) + line_chart(Chart("First tenth minus last tenth", "step", 350, 260, "{:+z.3f}", y_range=level), ramps)
     note = "Advantage by place in the response. A level line teaches content; a slope teaches length, whatever is said."
     return _section("Position ramp", note, charts)
 
@@ -308,7 +309,7 @@ def _response(sample: dict) -> str:
     true = "" if sample["true_reward"] is None else f", true {sample['true_reward']:.2f}"
     return (
         f'<div><p class="fine">step {sample["step"]} · judged {sample["reward"]:.2f}{true} · prompt: {visible(str(sample["prompt"])[:400])}</p>'
-        f"<p>{visible(sample['response'])}</p></div>"
+        f"<p>{visible(sample['response'].strip())}</p></div>"
     )
 
 
