@@ -22,10 +22,12 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from torch.distributed.checkpoint.api import CheckpointException
 
 from g2r_megatron.errors import UserError
+from g2r_megatron.parallel import cpu
 from g2r_megatron.policy.trainer import PolicyTrainer, load_optimizer_state
 
 NAME = re.compile(r"step_(\d{8})")
 STATE_FILE = "g2r.json"  # plain facts beside Megatron-Core's own files
+EXTRA_STATE = "_extra_state"
 UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError)  # of json, pickle and torch's zip
 
 
@@ -54,6 +56,8 @@ class Checkpointer:
             "dp_cp_group": model.groups.pgs.dp_cp,
         }
         weights = model.gpt.sharded_state_dict(metadata=metadata)
+        # Layers' extra state: empty in plain torch, and Transformer Engine's is of delayed FP8 scaling, which we do not use.
+        weights = {name: shard for name, shard in weights.items() if not name.endswith(EXTRA_STATE)}
         state = {
             "model": weights,
             "optimizer": self.trainer.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata),
@@ -89,7 +93,8 @@ class Checkpointer:
             raise UserError(f"checkpoint {final}", f"cannot be written ({reason[0]})", remedy) from error
         dist.barrier()
         if dist.get_rank() == 0:
-            facts = {"step": step, "world_size": dist.get_world_size(), "files": _sizes(temporary)}
+            place = {"world_size": dist.get_world_size(), "device": cpu.device().type}
+            facts = {"step": step, **place, "files": _sizes(temporary)}
             (temporary / STATE_FILE).write_text(json.dumps(facts))
             _sync_to_disk(temporary)
             shutil.rmtree(final, ignore_errors=True)  # only ever the same step of an earlier, resumed attempt
@@ -109,12 +114,15 @@ class Checkpointer:
         if not found:
             return 0
         step, path = found[-1]
-        same_world = _checked_facts(path)["world_size"] == dist.get_world_size()
-        state = _load(path, self._sharded_state(is_loading=True, with_rng=same_world))
-        self.trainer.model.gpt.load_state_dict(state["model"])
+        facts = _checked_facts(path)
+        # another world has other ranks, another device another generator; nothing random depends on it (sampling is keyed)
+        with_rng = facts["world_size"] == dist.get_world_size() and facts.get("device") == cpu.device().type
+        state = _load(path, self._sharded_state(is_loading=True, with_rng=with_rng))
+        gpt = self.trainer.model.gpt
+        gpt.load_state_dict(state["model"] | {name: None for name in gpt.state_dict() if name.endswith(EXTRA_STATE)})
         load_optimizer_state(self.trainer.optimizer, state["optimizer"])
         self.trainer.scheduler.load_state_dict(state["scheduler"])
-        if same_world:  # another world has other ranks; nothing random depends on this state (sampling is keyed)
+        if with_rng:
             torch.set_rng_state(state["rng"]["torch"])
             tensor_parallel.get_cuda_rng_tracker().set_states(state["rng"]["tracker"])
         return step

@@ -191,26 +191,37 @@ def test_greedy_rollouts_follow_the_whole_forward(gpu_hf, format):
     assert worst <= format.near
 
 
-@pytest.mark.parametrize("spec", ["torch", pytest.param("te", marks=needs_te)])
-def test_a_checkpoint_goes_on_bitwise(gpu_hf, tmp_path, monkeypatch, spec):
+def fresh_trainer(path: str, spec: str, fp8: str = "none"):
+    from g2r_megatron.policy.trainer import PolicyTrainer
+
+    options = TrainConfig(policy=PolicyConfig(micro_batch_tokens=60), optimizer=OptimizerConfig(lr=1e-3), steps=6)
+    return PolicyTrainer(build(path, spec, fp8=fp8), options)
+
+
+@formats
+def test_a_checkpoint_goes_on_bitwise(gpu_hf, tmp_path, monkeypatch, format):
     """bf16 with fp32 main weights: saved, loaded into fresh weights, the same next update (by deterministic kernels)."""
     monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
-    options = TrainConfig(policy=PolicyConfig(micro_batch_tokens=60), optimizer=OptimizerConfig(lr=1e-3), steps=6)
-
-    def fresh():
-        from g2r_megatron.policy.trainer import PolicyTrainer
-
-        return PolicyTrainer(build(gpu_hf("qwen2"), spec), options)
-
     with sdpa_kernel(SDPBackend.MATH):
-        first = fresh()
+        first, second = (fresh_trainer(gpu_hf("qwen2"), format.spec, format.fp8) for _ in range(2))
         checkpoints.update(first)
         checkpoints.checkpointer_of(first, str(tmp_path)).save(1)
-        before, second = checkpoints.go_on(first), fresh()
+        before = checkpoints.go_on(first)
         assert checkpoints.checkpointer_of(second, str(tmp_path)).load_latest() == 1
         after = checkpoints.go_on(second)
     assert checkpoints.same(after["weights"], before["weights"]) and checkpoints.same(after["next"], before["next"])
     assert after["metrics"] == before["metrics"]
+
+
+@needs_te
+@pytest.mark.parametrize("source, target", [("torch", "te"), ("te", "torch")])
+def test_checkpoints_move_between_layers(gpu_hf, tmp_path, source, target):
+    """What plain torch layers wrote loads into Transformer Engine's and the other way round: the same weights."""
+    first, second = (fresh_trainer(gpu_hf("qwen3"), spec) for spec in (source, target))
+    checkpoints.update(first)
+    checkpoints.checkpointer_of(first, str(tmp_path)).save(1)
+    assert checkpoints.checkpointer_of(second, str(tmp_path)).load_latest() == 1
+    assert checkpoints.same(updates.hf_arrays(second.model), updates.hf_arrays(first.model))
 
 
 @needs_te
