@@ -290,6 +290,18 @@ def test_more_steps_continue_a_finished_run(worlds, options, uninterrupted, tmp_
     assert (run / "hf" / "model.safetensors").read_bytes() == (longer / "hf" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("distributed", ["true", "false"])
+def test_other_optimizer_options_hold_from_the_resumed_step_on(worlds, options, tmp_path, distributed):
+    """Not the ones in the checkpoint: the config that is saved with the run must be true."""
+    options = [*options, "--output_dir", str(tmp_path / "run"), "--eval_every", "0", "--data.eval", "[]"]
+    options += ["--optimizer.distributed", distributed, "--optimizer.lr", "1e-4", "--steps"]
+    assert worlds[1].run(train_here, [*options, "1"]) == [""]
+    others = ["--optimizer.lr", "1e-5", "--optimizer.min_lr", "4e-6", "--optimizer.decay", "linear"]
+    assert worlds[1].run(train_here, [*options, "3", *others]) == [""]
+    rates = [line["optimizer/lr"] for line in records(tmp_path / "run", "metrics.jsonl")]
+    assert rates == pytest.approx([1e-4, 8e-6, 6e-6])  # a straight line to min_lr after 3 steps
+
+
 def test_a_damaged_checkpoint_ends_the_run_with_one_line(worlds, options, killed, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(killed, run)

@@ -85,6 +85,19 @@ def _allocate_adam_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def load_optimizer_state(optimizer, state: dict) -> None:
+    """``optimizer.load_state_dict(state)``, with the options of this run's config instead of the saved ones.
+
+    (The learning rate and weight decay of the next update are the scheduler's to set.)
+    """
+    configured = [
+        {name: group[name] for name in ("max_lr", "min_lr", "betas", "eps")} for group in optimizer.param_groups
+    ]
+    _load_state(optimizer, state)
+    for group, options in zip(optimizer.param_groups, configured, strict=True):
+        group.update(options)
+
+
+def _load_state(optimizer, state: dict) -> None:
     """``optimizer.load_state_dict(state)`` that also works for torch's Adam.
 
     Megatron-Core 0.16 stumbles over its ``step`` twice: the reshardable parameter state has none where it expects one,
