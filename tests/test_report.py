@@ -38,7 +38,7 @@ HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&\u2
 
 
 def make_run(directory, preset, seed=1, steps=50, truth=True, options=None, sample_text=NOTE):
-    """A run directory as training leaves it, with curves of the shape that TOY.md reports."""
+    """A run directory as training leaves it, with curves of the shape that training has."""
     rng = random.Random(f"{preset}{seed}")
     config = {"output_dir": str(directory), "steps": steps, "seed": seed, "grpo": {"preset": preset, **(options or {})}}
     log = MetricsLog(directory, LogConfig(tensorboard=False), {})

@@ -63,17 +63,20 @@ def build_model(family: str, vocab: int, seed: int = 1, **sizes):
 
     ``sizes`` override the config's (``hidden_size=256``); heads then are of ``hidden_size / num_attention_heads``.
     """
-    shape = dict(
-        vocab_size=vocab,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        initializer_range=0.1,
-        dtype="float32",
-    ) | sizes
+    shape = (
+        dict(
+            vocab_size=vocab,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=4096,
+            initializer_range=0.1,
+            dtype="float32",
+        )
+        | sizes
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if family == "qwen2":  # QKV bias, tied embeddings

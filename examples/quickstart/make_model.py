@@ -53,7 +53,7 @@ def make_tokenizer(directory: Path) -> None:
 
 
 def make_network(tokenizer) -> Qwen3ForCausalLM:
-    """The untrained network, fp32. A wide initialisation: at this width 0.02 learns far too slowly (TOY.md)."""
+    """The untrained network, fp32. A wide initialisation: at this width 0.02 learns far too slowly."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=128,

@@ -1,4 +1,4 @@
-"""Advantages of one group: the G responses sampled for one query (METHOD.md step 6, TOY.md `robust`).
+"""Advantages of one group: the G responses sampled for one query (METHOD.md step 6).
 
 Notation: response i = 1..G, rubric item k = 1..K, token t = 1..T_i of the body; a finished response has one
 more token, the stop token, which the judge does not read. s_ik = w_k 1[z_ik] / sum_k max(w_k, 0) is the
@@ -85,7 +85,7 @@ def mix_at(mix: float, mix_anneal: float, progress: float) -> float:
 def items_needing_attribution(verdicts: Tensor, weights: Tensor, options: GrpoConfig, mix: float) -> Tensor:
     """Which (response, item) pairs need a judge backward pass: [G, K] bool from verdicts [G, K] bool, weights [K].
 
-    Without loss (skipping them does not change the advantage, TOY.md "exact savings"): nothing for
+    Without loss (skipping them does not change the advantage, METHOD.md, `robust`): nothing for
     ``sequence`` or once ``mix`` is 0; items judged False or of weight 0; for ``itemwise`` items whose s_ik does
     not vary in the group, and whole groups whose rewards have std 0; for ``sequence_weighted`` responses of
     advantage 0. ``token_return`` needs every True item: even equal rewards are spread differently.
@@ -164,7 +164,7 @@ def _sequence_advantages(scores: GroupScores, options: GrpoConfig, mix: float) -
 
 
 def _itemwise_advantages(scores: GroupScores, options: GrpoConfig, mix: float) -> list[Tensor]:
-    """A_it = sum_k f_ik (s_ik - baseline_ik) v_ikt / std_i(r_i) on the body (TOY.md); A_i on the stop token.
+    """A_it = sum_k f_ik (s_ik - baseline_ik) v_ikt / std_i(r_i) on the body (METHOD.md); A_i on the stop token.
 
     v_ikt is ``token_weights`` for items judged True and 1 for items judged False; f_ik is ``false_scale`` for
     False items and 1 for True ones. Written as A_i plus the deviations from it, so that flat alpha

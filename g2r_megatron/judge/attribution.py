@@ -47,7 +47,7 @@ def alpha_from_attribution(
 
 
 def smear(alpha: Tensor, gamma: float) -> Tensor:
-    """o_t = alpha_t + gamma o_{t+1}, divided by sum_t o_t (TOY.md): credit flows to the tokens before.
+    """o_t = alpha_t + gamma o_{t+1}, divided by sum_t o_t (METHOD.md): credit flows to the tokens before.
 
     ``alpha``: [T], sums to 1; ``gamma`` in [0, 1]. Returns [T], sums to 1, dtype of ``alpha``.
     """
@@ -61,7 +61,7 @@ def smear(alpha: Tensor, gamma: float) -> Tensor:
 
 
 def pool_sentences(alpha: Tensor, sentence_ids: Tensor) -> Tensor:
-    """alpha'_t = mean of alpha over the sentence of t (TOY.md).
+    """alpha'_t = mean of alpha over the sentence of t (METHOD.md).
 
     ``alpha``: [T]; ``sentence_ids``: [T] int64, 0.. . Returns [T] with the same sum, dtype of ``alpha``.
     """

@@ -32,7 +32,7 @@ class TokenGradients:
     d_norm: torch.Tensor  # [T] |d_t|_2
 
     def attribution(self, kind: str) -> torch.Tensor:
-        """b_t of METHOD items 3: g.e (also for ``contracted``), or the L1 / L2 norm of g."""
+        """b_t of METHOD.md step 3: g.e (also for ``contracted``), or the L1 / L2 norm of g."""
         return {"l1": self.l1, "l2": self.l2}.get(kind, self.dot)
 
     @property
@@ -110,7 +110,7 @@ class FrozenJudge:
         """Gradients of the target of ``inputs[i]`` for the ``i`` in ``verdicts`` (collective; all ranks get all).
 
         Target: log p(verdict), or logit(True) - logit(False) = log p(True) - log p(False), which does not saturate
-        (for several spellings, of their summed probabilities). Equation: METHOD items 2 and 3; TOY for ``contracted``.
+        (for several spellings, of their summed probabilities). METHOD.md steps 2 and 3.
         """
         indices = sorted(verdicts)
         offsets, total = {}, 0
