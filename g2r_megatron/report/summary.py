@@ -26,8 +26,10 @@ class Number:
         return NOTHING if self.mean is None else form.format(self.mean)
 
     def spread(self, form: str) -> str:
-        """``low–high``, empty when there is one value."""
-        return "" if self.low == self.high else f"{form.format(self.low)}–{form.format(self.high)}"
+        """``low–high`` (``low to high`` where a sign would meet the dash), empty when there is one value."""
+        if self.low == self.high:
+            return ""
+        return f"{form.format(self.low)}{' to ' if self.low < 0 else '–'}{form.format(self.high)}"
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def summary_table(run_dirs: list[Path]) -> str:
             cells += [_with_spread(row.steps_text, row.steps.spread("{:.0f}")), _cell(row.gap, "{:+z.3f}")]
         table.add_row(escape(("  " if row.is_run else "") + row.label), *cells, _cell(row.step_seconds, "{:.2f}"))
     out = StringIO()
-    console = Console(file=out, width=110, color_system=None, force_terminal=False)
+    console = Console(file=out, width=140, color_system=None, force_terminal=False)
     console.print(table)
     console.print(
         f"before, after: {score.label}" + ("; with several seeds: mean (lowest–highest)" if _many(groups) else "")
