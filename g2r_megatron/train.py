@@ -189,7 +189,9 @@ class Run:
 
     def __enter__(self) -> "Run":
         self.progress.__enter__()
-        if self.done:
+        if self.done >= self.config.steps:
+            self.progress.message(f"finished already, at step {self.done}")
+        elif self.done:
             self.progress.message(f"resuming after step {self.done}")
         return self
 
