@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from g2r_megatron.config import GrpoConfig, JudgeConfig, OfflineJudgeConfig, RolloutConfig, TrainConfig
+from g2r_megatron.config import GrpoConfig, JudgeConfig, LogConfig, OfflineJudgeConfig, RolloutConfig, TrainConfig
 from g2r_megatron.errors import UserError
 from g2r_megatron.parallel.layout import check_layout
+
+TEMPLATE_FIELDS = ("conversation", "response", "criterion")
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def check_train_config(config: TrainConfig, world_size: int) -> None:
     _check_judge(config.judge, world_size)
     _check_grpo(config.grpo, config.rollout)
     _check_schedule(config)
-    _check_packages(config)
+    check_packages(config.log)
     _check_run_directory(config.output_dir)
 
 
@@ -133,12 +135,7 @@ def _check_ranges(config, ranges: dict[str, Range]) -> None:
 
 def _check_judge(judge: JudgeConfig, world_size: int) -> None:
     check_layout("judge", judge.layout, world_size)
-    for name in ("{conversation}", "{response}", "{criterion}"):
-        if judge.template.count(name) != 1:
-            found = f"has {name} {judge.template.count(name)} times"
-            raise UserError(
-                "judge.template", found, "each of {conversation}, {response}, {criterion} must be there once"
-            )
+    check_template(judge.template)
     _require_given("judge.true_words", judge.true_words, "give at least one spelling of a positive verdict")
     _require_given("judge.false_words", judge.false_words, "give at least one spelling of a negative verdict")
     shared = sorted(set(judge.true_words) & set(judge.false_words))
@@ -187,13 +184,26 @@ def _check_schedule(config: TrainConfig) -> None:
         raise UserError("eval_every", f"{config.eval_every} without data.eval", "give data.eval files or set it to 0")
 
 
-def _check_packages(config: TrainConfig) -> None:
+def check_packages(log: LogConfig) -> None:
+    """Raise ``UserError`` unless the packages that the logging asks for are installed."""
     for option, wanted, package in (
-        ("log.tensorboard", config.log.tensorboard, "tensorboard"),
-        ("log.wandb", config.log.wandb, "wandb"),
+        ("log.tensorboard", log.tensorboard, "tensorboard"),
+        ("log.wandb", log.wandb, "wandb"),
     ):
         if wanted and find_spec(package) is None:
             raise UserError(option, f"package {package} is not installed", f"pip install {package} or set it false")
+
+
+def check_template(template: str) -> None:
+    """Raise ``UserError`` unless each field of the judge's template is there exactly once."""
+    counts = {name: template.count("{" + name + "}") for name in TEMPLATE_FIELDS}
+    wrong = [f"{{{name}}} {count} times" for name, count in counts.items() if count != 1]
+    if wrong:
+        raise UserError(
+            "judge.template",
+            f"has {', '.join(wrong)}",
+            "each of {conversation}, {response}, {criterion} must be there once",
+        )
 
 
 def _check_run_directory(path: str) -> None:

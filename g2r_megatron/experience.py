@@ -64,7 +64,7 @@ def sample(
     for i, (ids, finished) in enumerate(engine.generate(requests, temperature)):
         body = ids[:-1] if finished else ids
         text = inputs.tokenizer.decode(body, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        responses.append(Response(i // group_size, prompts[i], ids, finished, text))
+        responses.append(Response(prompts[i], ids, finished, text))
     return Experience(group_size, repeated, responses, keys, [], [], [])
 
 

@@ -5,6 +5,7 @@ sequence, a few scalars a response token) are summed into place over the world. 
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -13,9 +14,8 @@ from g2r_megatron.config import JudgeConfig
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.prompt import JudgeInput
 from g2r_megatron.model.build import MegatronModel
-from g2r_megatron.model.schedule import TokenBatch, run_schedule, token_batch
+from g2r_megatron.model.schedule import TokenBatch, forward_tokens, replica_plan, run_schedule, token_batch
 from g2r_megatron.parallel import cpu
-from g2r_megatron.parallel.microbatches import balanced_shards, pack_by_tokens
 from g2r_megatron.parallel.vocab import log_probs_at
 
 
@@ -63,11 +63,10 @@ class FrozenJudge:
     def _micro_batches(self, inputs: list[JudgeInput], indices: list[int]) -> list[TokenBatch]:
         """This replica's share of ``indices`` as micro-batches; logits at the verdict position only."""
         lengths = [len(inputs[i].input_ids) for i in indices]
-        mine = balanced_shards(lengths, self.model.groups.dp_size)[self.model.groups.dp_rank]
-        packed = pack_by_tokens([lengths[i] for i in mine], self.config.micro_batch_tokens, self.model.length_multiple)
+        plan = replica_plan(self.model, lengths, indices, self.config.micro_batch_tokens)
         sequences = [item.input_ids for item in inputs]
         positions = [[item.verdict_position] for item in inputs]
-        return [token_batch(self.model, sequences, positions, [indices[mine[i]] for i in rows]) for rows in packed]
+        return [token_batch(self.model, sequences, positions, items) for items in plan]
 
     def _verdict_log_probs(self, logits: torch.Tensor) -> torch.Tensor:
         """logits [b, v/tp] at the verdict position -> (log p(True), log p(False)) [b, 2], summed over spellings."""
@@ -84,14 +83,11 @@ class FrozenJudge:
         """
         self.model.module.eval()
 
-        def forward(batch: TokenBatch):
-            return self.model.module(batch.input_ids, None, None, logit_rows=batch.logit_rows)
-
         def collect(batch: TokenBatch, logits: torch.Tensor):
             return None, (batch.items, self._verdict_log_probs(logits))
 
         batches = self._micro_batches(inputs, list(range(len(inputs))))
-        results = run_schedule(self.model, batches, forward, collect, backward=False)
+        results = run_schedule(self.model, batches, partial(forward_tokens, self.model), collect, backward=False)
         table = torch.zeros(len(inputs), 2, device=cpu.device())
         if self.model.groups.is_replica_writer:
             for items, values in results:

@@ -8,6 +8,7 @@ from functools import lru_cache
 from transformers import PreTrainedTokenizerFast
 
 from g2r_megatron.config import JudgeConfig
+from g2r_megatron.config_check import TEMPLATE_FIELDS, check_template
 from g2r_megatron.data.tokenizer import (
     chat_parts,
     conversation_text,
@@ -20,8 +21,7 @@ from g2r_megatron.data.tokenizer import (
 from g2r_megatron.data.types import Query, RubricItem
 from g2r_megatron.errors import UserError
 
-FIELDS = ("conversation", "response", "criterion")
-PLACEHOLDER = re.compile(r"\{(" + "|".join(FIELDS) + r")\}")
+PLACEHOLDER = re.compile(r"\{(" + "|".join(TEMPLATE_FIELDS) + r")\}")
 CACHED_SIDES = 8192
 
 
@@ -113,14 +113,7 @@ def verdict_ids(tokenizer: PreTrainedTokenizerFast, words: Sequence[str], option
 def _template_sides(tokenizer: PreTrainedTokenizerFast, config: JudgeConfig) -> tuple[list, list]:
     """The parts before and after the response, each part ``("text", template text)`` or ``("field", name)``."""
     template = config.template
-    counts = {name: template.count("{" + name + "}") for name in FIELDS}
-    wrong = [f"{{{name}}} {count} times" for name, count in counts.items() if count != 1]
-    if wrong:
-        raise UserError(
-            "judge.template",
-            f"has {', '.join(wrong)}",
-            "each of {conversation}, {response}, {criterion} must be there once",
-        )
+    check_template(template)
     prefix, suffix = "", ""
     if config.chat_template:
         message = {"role": "user", "content": template}

@@ -10,7 +10,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
 from g2r_megatron.model.build import MegatronModel
 from g2r_megatron.parallel import cpu
-from g2r_megatron.parallel.microbatches import padded
+from g2r_megatron.parallel.microbatches import balanced_shards, pack_by_tokens, padded
 
 
 @dataclass
@@ -36,6 +36,21 @@ def token_batch(
     rows = [row * length + p for row, i in enumerate(items) for p in positions[i]]
     device = cpu.device()
     return TokenBatch(torch.tensor(ids, device=device), torch.tensor(rows, dtype=torch.int64, device=device), items)
+
+
+def replica_plan(model: MegatronModel, lengths: Sequence[int], indices: list[int], budget: int) -> list[list[int]]:
+    """This data-parallel replica's share of ``indices`` as micro-batches of at most ``budget`` padded tokens.
+
+    ``lengths`` of the sequences ``indices``, in the same order. A pure function of its arguments and the layout.
+    """
+    mine = balanced_shards(list(lengths), model.groups.dp_size)[model.groups.dp_rank]
+    packed = pack_by_tokens([lengths[i] for i in mine], budget, model.length_multiple)
+    return [[indices[mine[i]] for i in rows] for rows in packed]
+
+
+def forward_tokens(model: MegatronModel, batch: TokenBatch) -> torch.Tensor:
+    """The model on a micro-batch: logits [n, v/tp] at its ``logit_rows`` on the last stage, hidden states before."""
+    return model.module(batch.input_ids, None, None, logit_rows=batch.logit_rows)
 
 
 def run_schedule(

@@ -12,7 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from g2r_megatron.config import Layout
 from g2r_megatron.parallel import cpu
-from g2r_megatron.parallel.layout import check_layout
+from g2r_megatron.parallel.layout import check_layout, data_parallel_size
 
 TIMEOUT = timedelta(minutes=30)
 
@@ -38,11 +38,6 @@ class ModelGroups:
     def last_stage_rank(self) -> int:
         """Global rank of the last stage of this rank's pipeline."""
         return dist.get_process_group_ranks(self.pgs.pp)[-1]
-
-    @property
-    def first_stage_rank(self) -> int:
-        """Global rank of the first stage of this rank's pipeline."""
-        return dist.get_process_group_ranks(self.pgs.pp)[0]
 
     @property
     def dp_rank(self) -> int:
@@ -102,7 +97,7 @@ def build_groups(name: str, layout: Layout) -> ModelGroups:
     """
     world = dist.get_world_size()
     check_layout(name, layout, world)
-    dp = world // (layout.tp * layout.cp * layout.pp)
+    dp = data_parallel_size(layout, world)
     expert_dp = world // (layout.etp * layout.ep * layout.pp)
     os.environ["WORLD_SIZE"] = str(world)  # HyperCommGrid reads it; absent in a world of one
     dense = HyperCommGrid([layout.tp, layout.cp, dp, layout.pp], ["tp", "cp", "dp", "pp"])

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from g2r_megatron.model.build import MegatronModel
-from g2r_megatron.model.schedule import TokenBatch, run_schedule, token_batch
+from g2r_megatron.model.schedule import TokenBatch, forward_tokens, replica_plan, run_schedule, token_batch
 from g2r_megatron.parallel import cpu
-from g2r_megatron.parallel.microbatches import balanced_shards, pack_by_tokens
 from g2r_megatron.parallel.vocab import log_probs_at
 
 
@@ -38,9 +38,7 @@ def plan_micro_batches(
     The same plan serves old log-probs and the update, so that both see bit-identical arithmetic.
     """
     lengths = [len(sequences[i].ids) for i in indices]
-    mine = balanced_shards(lengths, model.groups.dp_size)[model.groups.dp_rank]
-    packed = pack_by_tokens([lengths[i] for i in mine], budget, model.length_multiple)
-    return [[indices[mine[i]] for i in rows] for rows in packed]
+    return replica_plan(model, lengths, indices, budget)
 
 
 def response_batch(model: MegatronModel, sequences: Sequence[TokenSequence], items: list[int]) -> TokenBatch:
@@ -74,14 +72,11 @@ def response_log_probs(
     training = model.module.training
     model.module.eval()
 
-    def forward(batch: TokenBatch):
-        return model.module(batch.input_ids, None, None, logit_rows=batch.logit_rows)
-
     def collect(batch: TokenBatch, logits: torch.Tensor):
         return None, (batch.items, token_log_probs(model, batch, logits, sequences, temperature))
 
     batches = [response_batch(model, sequences, items) for items in plan]
-    results = run_schedule(model, batches, forward, collect, backward=False)
+    results = run_schedule(model, batches, partial(forward_tokens, model), collect, backward=False)
     model.module.train(training)
     lengths = [len(sequence.response_ids) for sequence in sequences]
     flat = torch.zeros(sum(lengths), device=cpu.device())

@@ -14,7 +14,7 @@ from g2r_megatron.config import OptimizerConfig, TrainConfig
 from g2r_megatron.errors import UserError
 from g2r_megatron.grpo.losses import aggregation_weights, loss_metrics, policy_loss
 from g2r_megatron.model.build import MegatronModel
-from g2r_megatron.model.schedule import TokenBatch, run_schedule
+from g2r_megatron.model.schedule import TokenBatch, forward_tokens, run_schedule
 from g2r_megatron.parallel import cpu
 from g2r_megatron.policy.log_probs import (
     TokenSequence,
@@ -36,7 +36,7 @@ def wrap_for_training(model: MegatronModel, options: OptimizerConfig) -> None:
         grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=options.distributed
     )
     model.module = DistributedDataParallel(model.config, ddp_config, model.module, pg_collection=model.groups.pgs)
-    model.config.finalize_model_grads_func = partial(_finalize_gradients)
+    model.config.finalize_model_grads_func = _finalize_gradients
 
 
 def _finalize_gradients(modules, num_tokens, pg_collection, force_all_reduce=False):
@@ -198,9 +198,6 @@ class PolicyTrainer:
         def flat(tensors, batch: TokenBatch):
             return torch.cat([tensors[i] for i in batch.items]).to(cpu.device())
 
-        def forward(batch: TokenBatch):
-            return self.model.module(batch.input_ids, None, None, logit_rows=batch.logit_rows)
-
         def loss(batch: TokenBatch, logits: torch.Tensor):
             log_probs = token_log_probs(self.model, batch, logits, sequences, self.config.rollout.temperature)
             token_weights = [torch.full((len(sequences[i].response_ids),), weight_of[i]) for i in batch.items]
@@ -215,7 +212,9 @@ class PolicyTrainer:
             return output.loss, output
 
         batches = [response_batch(self.model, sequences, items) for items in plan]
-        return self._reduce_metrics(run_schedule(self.model, batches, forward, loss, backward=True))
+        return self._reduce_metrics(
+            run_schedule(self.model, batches, partial(forward_tokens, self.model), loss, backward=True)
+        )
 
     def _reduce_metrics(self, outputs: list) -> dict[str, float]:
         """Sum (and maximise) the micro-batches' totals over the world; every rank gets the metrics."""

@@ -3,10 +3,10 @@
 import json
 import math
 import os
-from importlib.util import find_spec
 from pathlib import Path
 
 from g2r_megatron.config import LogConfig
+from g2r_megatron.config_check import check_packages
 from g2r_megatron.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
@@ -27,10 +27,7 @@ class MetricsLog:
 
         Raises UserError when a wanted package (tensorboard, wandb) is not installed; nothing is written then.
         """
-        if log.tensorboard and find_spec("tensorboard") is None:
-            raise UserError("log.tensorboard", "package tensorboard is not installed", "pip install it or set it false")
-        if log.wandb and find_spec("wandb") is None:
-            raise UserError("log.wandb", "package wandb is not installed", "pip install wandb or set it false")
+        check_packages(log)
         self.output_dir = Path(output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self._wants_tensorboard = log.tensorboard

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 class Response:
     """One sampled response. ``token_ids`` ends with the stop token when ``finished``."""
 
-    query_index: int  # position of the query in the step's batch
     prompt_ids: list[int]
     token_ids: list[int]
     finished: bool  # ended with a stop token, not cut at max_response_tokens
