@@ -7,17 +7,10 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 FAMILIES = ("qwen2", "qwen3", "llama3")
+NEW_FAMILIES = ("mistral", "qwen3_moe", "mixtral")
 
 CHATML = (
     "{%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
@@ -36,6 +29,33 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+# family -> its model_type and what its config adds to ``SHAPE``
+CONFIGS = {
+    "qwen2": dict(model_type="qwen2", tie_word_embeddings=True),  # QKV bias
+    "qwen3": dict(model_type="qwen3", tie_word_embeddings=False),  # q/k norm
+    "llama3": dict(model_type="llama", rope_parameters=LLAMA3_ROPE, tie_word_embeddings=False),
+    "mistral": dict(model_type="mistral", sliding_window=24, tie_word_embeddings=False),
+    "qwen3_moe": dict(
+        model_type="qwen3_moe",
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=48,
+        norm_topk_prob=True,
+        tie_word_embeddings=False,
+    ),
+    "mixtral": dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False),
+}
+SHAPE = dict(
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=4096,
+    initializer_range=0.1,
+    dtype="float32",
+)
+ROUTER_STD = 0.25  # router logits of the normalised 64 hidden values then differ by about 2
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -59,39 +79,21 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(family: str, vocab: int, seed: int = 1, **sizes):
-    """A random fp32 model: hidden 64, 4 layers, 4 heads of 16, 2 key-value heads. ``family``: one of ``FAMILIES``.
+    """A random fp32 model: hidden 64, 4 layers, 4 heads of 16, 2 key-value heads. ``family``: a key of ``CONFIGS``.
 
     ``sizes`` override the config's (``hidden_size=256``); heads then are of ``hidden_size / num_attention_heads``.
     """
-    shape = (
-        dict(
-            vocab_size=vocab,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=4096,
-            initializer_range=0.1,
-            dtype="float32",
-        )
-        | sizes
-    )
-    with torch.random.fork_rng(devices=[]):
+    fields = SHAPE | CONFIGS[family] | {"vocab_size": vocab} | sizes
+    if family.startswith("qwen3"):  # its default head_dim is 128, whatever the sizes
+        fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        if family == "qwen2":  # QKV bias, tied embeddings
-            model = Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=True))
-        elif family == "qwen3":  # q/k norm
-            head_dim = shape["hidden_size"] // shape["num_attention_heads"]
-            model = Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=head_dim, tie_word_embeddings=False))
-        elif family == "llama3":  # llama3 rope scaling
-            model = LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=False))
-        else:
-            raise ValueError(f"unknown family {family!r}")
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 1:
-                    parameter += 0.1 * torch.randn_like(parameter)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+            elif name.endswith("mlp.gate.weight"):  # a router: which experts are the top ones must not be a near tie
+                parameter.normal_(std=ROUTER_STD)
     return model.eval()
 
 
