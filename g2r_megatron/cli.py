@@ -51,14 +51,16 @@ def judge_command(argv: list[str]) -> None:
     judge_file(config)
 
 
-class _OneLineParser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, with mistakes raised as ``UserError``."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(self.prog, message, f"see {self.prog} --help")
 
 
 def report_command(argv: list[str]) -> None:
     """``g2r report``."""
-    parser = _OneLineParser("g2r report", description="Compare runs: a table, and a self-contained HTML page.")
+    parser = OneLineParser("g2r report", description="Compare runs: a table, and a self-contained HTML page.")
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="output_dir of a g2r train run")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="page to write (%(default)s)")
     arguments = parser.parse_args(argv)
@@ -79,18 +81,27 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 def main(argv: list[str] | None = None) -> int:
     """Run a command line (default: ``sys.argv``) and return its exit code: 0, 2 for bad input, 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
+    return exit_code(lambda: _dispatch(argv))
+
+
+def exit_code(command: Callable[[], int | None]) -> int:
+    """Run ``command``: its own exit code (0 for None), 2 and one line for bad input, 130 for Ctrl-C."""
     _silence_libraries()
     try:
-        if not argv or argv[0] not in COMMANDS:
-            return _usage(argv)
-        COMMANDS[argv[0]](argv[1:])
+        code = command()
     except UserError as error:
         _report(error)
         return 2
     except KeyboardInterrupt:
         return 130
     _leave_world()
-    return 0
+    return code or 0
+
+
+def _dispatch(argv: list[str]) -> int | None:
+    if not argv or argv[0] not in COMMANDS:
+        return _usage(argv)
+    return COMMANDS[argv[0]](argv[1:])
 
 
 def _usage(argv: list[str]) -> int:
