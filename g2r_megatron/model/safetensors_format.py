@@ -129,8 +129,9 @@ def read_header(fd: int, file: Path, expected: set[str] | None) -> dict[str, Ten
         refuse(f"{'is truncated' if size < end else 'is too long'}: {size} bytes, its header describes {end}")
     if expected is not None:
         for name in sorted(expected ^ tensors.keys()):
-            found = f"does not hold {name}, which" if name in expected else f"holds {name}, which not"
-            raise UserError(str(file), f"{found} {INDEX} places there", "restore the file or the index")
+            missing = f"does not hold {name}, which {INDEX} places there"
+            found = missing if name in expected else f"holds {name}, which {INDEX} does not place there"
+            raise UserError(str(file), found, "restore the file or the index")
     return dict(ordered)
 
 

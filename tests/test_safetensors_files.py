@@ -1,0 +1,520 @@
+"""Safetensors files: what we read and write is byte for byte what the safetensors library reads and writes.
+
+Every directory that cannot be right is refused when it is opened, with one line that names file and tensor; a writer
+never calls a directory complete that has rows missing. Leaves out memory and speed, which need files of gigabytes, and
+file systems that cannot reserve space.
+"""
+
+import json
+import os
+import random
+import resource
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from g2r_megatron.errors import UserError
+from g2r_megatron.model import safetensors_files
+from g2r_megatron.model.safetensors_files import DTYPES, SafetensorsReader, SafetensorsWriter
+
+INDEX = "model.safetensors.index.json"
+ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+VIEWS = {  # name: (shape, its 2-D view)
+    "table": ((12, 7), (12, 7)),
+    "experts": ((3, 4, 6), (12, 6)),
+    "bias": ((5,), (5, 1)),
+    "scalar": ((), (1, 1)),
+    "no_rows": ((0, 4), (0, 4)),
+    "no_columns": ((4, 0), (4, 0)),
+    "row": ((1, 9), (1, 9)),
+}
+
+
+def random_tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: torch.randn(shape).to(dtype) for name, (shape, _) in VIEWS.items()}
+
+
+def declared(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape, name
+        assert torch.equal(found[name], tensor), name
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("block_bytes", [1, 64, 4 * 2**20])
+def test_reads_any_rectangle_of_what_the_library_saved(tmp_path, monkeypatch, dtype, block_bytes):
+    monkeypatch.setattr(safetensors_files, "BLOCK_BYTES", block_bytes)  # rows one by one, a few at a time, at once
+    tensors = random_tensors(dtype)
+    save_file(tensors, tmp_path / "model.safetensors")
+    reader = SafetensorsReader(tmp_path)
+
+    assert reader.names == set(VIEWS)
+    assert reader.total_bytes == sum(tensor.nbytes for tensor in tensors.values())
+    assert all(reader.shape(name) == shape and reader.dtype(name) == dtype for name, (shape, _) in VIEWS.items())
+    assert_same({name: reader.read(name) for name in reader.names}, tensors)
+    rng = random.Random(0)
+    for name, (shape, (rows, columns)) in VIEWS.items():
+        view = tensors[name].reshape(rows, columns)
+        for _ in range(20):
+            top, bottom = sorted(rng.randint(0, rows) for _ in range(2))
+            left, right = sorted(rng.randint(0, columns) for _ in range(2))
+            out = torch.empty(bottom - top, columns, dtype=dtype)
+            reader.read_into(name, (top, bottom), out)
+            assert torch.equal(out, view[top:bottom])
+            if len(shape) > 1:
+                assert torch.equal(reader.read(name, (top, bottom), (left, right)), view[top:bottom, left:right])
+                assert torch.equal(reader.read(name, columns=(left, right)), view[:, left:right])
+                assert torch.equal(reader.read(name, (top, bottom)), view[top:bottom])
+            else:
+                assert torch.equal(reader.read(name, (top, bottom)), view[top:bottom, 0])
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda reader: reader.read("table", (3, 13)),
+        lambda reader: reader.read("table", (-1, 3)),
+        lambda reader: reader.read("table", (3, 2)),
+        lambda reader: reader.read("table", None, (0, 8)),
+        lambda reader: reader.read("bias", (0, 5), (0, 1)),
+        lambda reader: reader.read_into("bias", (0, 5), torch.empty(4)),
+        lambda reader: reader.read_into("bias", (0, 5), torch.empty(5, dtype=torch.float16)),
+        lambda reader: reader.read_into("bias", (0, 5), torch.empty(10)[::2]),
+    ],
+)
+def test_a_range_or_buffer_that_does_not_fit_is_our_error(tmp_path, read):
+    save_file(random_tensors(torch.float32), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError):
+        read(SafetensorsReader(tmp_path))
+
+
+def test_a_file_that_shrinks_after_it_was_opened(tmp_path):
+    save_file({"a": torch.ones(100)}, tmp_path / "model.safetensors")
+    reader = SafetensorsReader(tmp_path)
+    os.truncate(tmp_path / "model.safetensors", 200)
+    with pytest.raises(UserError, match="model.safetensors: ends at byte 200, shorter than when it was opened"):
+        reader.read("a")
+
+
+# ---- directories that are refused -----------------------------------------------------------------------------------
+
+
+def write_raw(file: Path, header: dict | bytes, data: bytes = b"") -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def entry(dtype: str = "F32", shape: tuple = (2,), offsets: tuple = (0, 8)) -> dict:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+def header_of(*entries: dict, data: int = 8) -> Callable[[Path], None]:
+    """Shard two becomes a file of these entries, named "b", "c", ..., with ``data`` bytes after its header."""
+    return lambda d: write_raw(d / TWO, dict(zip("bcd", entries)), b"\0" * data)
+
+
+def index_of(text: str) -> Callable[[Path], None]:
+    return lambda d: (d / INDEX).write_text(text)
+
+
+def change(file: str, edit: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    return lambda d: (d / file).write_bytes(edit((d / file).read_bytes()))
+
+
+def only(name: str) -> Callable[[Path], None]:
+    """No weights but one file of this name."""
+
+    def edit(d: Path) -> None:
+        for file in d.iterdir():
+            file.unlink()
+        if name:
+            (d / name).touch()
+
+    return edit
+
+
+def as_directory(name: str) -> Callable[[Path], None]:
+    def edit(d: Path) -> None:
+        (d / name).unlink()
+        (d / name).mkdir()
+
+    return edit
+
+
+def symlink_loop(d: Path) -> None:
+    (d / TWO).unlink()
+    (d / TWO).symlink_to(TWO)
+
+
+B = f"{TWO} b: "
+DAMAGE = [
+    # (what is done to a good directory of two shards {a, b}, what the line must say)
+    ("pickles", only("pytorch_model.bin"), ["only pickle files (pytorch_model.bin)", "must be safetensors files"]),
+    ("pt pickle", only("model.pt"), ["model.pt", "must be safetensors files"]),
+    ("pth pickle", only("consolidated.00.pth"), ["consolidated.00.pth", "must be safetensors files"]),
+    ("nothing", only(""), ["has neither model.safetensors nor model.safetensors.index.json"]),
+    ("adapter", only("adapter_model.safetensors"), ["adapter_model.safetensors", "adapter must be merged"]),
+    ("no index", lambda d: (d / INDEX).unlink(), [ONE, "but neither", f"restore {INDEX}"]),
+    ("index not JSON", index_of("{"), [INDEX, "the index is not JSON"]),
+    ("index not text", lambda d: (d / INDEX).write_bytes(b"\xff{}"), [INDEX, "the index is not JSON"]),
+    ("index too deep", index_of("[" * 100_000), [INDEX, "the index is not JSON"]),
+    ("index a list", index_of("[]"), [INDEX, "not a JSON object"]),
+    ("index without map", index_of("{}"), [INDEX, "weight_map is not"]),
+    ("index of numbers", index_of('{"weight_map": {"a": 1}}'), [INDEX, "weight_map is not"]),
+    ("index with a key twice", index_of('{"weight_map": {"a": "x", "a": "y"}}'), [INDEX, "key 'a' more than once"]),
+    (
+        "shard elsewhere",
+        index_of('{"weight_map": {"a": "../x.safetensors"}}'),
+        ["'../x.safetensors'", "same directory"],
+    ),
+    ("shard absolute", index_of('{"weight_map": {"a": "/x.safetensors"}}'), ["'/x.safetensors'", "same directory"]),
+    ("shard of pickles", index_of('{"weight_map": {"a": "x.bin"}}'), ["'x.bin'", "must be a *.safetensors file"]),
+    ("index a directory", as_directory(INDEX), [INDEX, "cannot be read (Is a directory)"]),
+    ("missing shard", lambda d: (d / TWO).unlink(), [INDEX, f"names {TWO}, which is missing"]),
+    ("stale single file", lambda d: save_file({}, d / "model.safetensors"), ["beside", "remove the one that is stale"]),
+    (
+        "tensor not in shard",
+        change(INDEX, lambda t: t.replace(b'"a":', b'"q":')),
+        [ONE, f"holds a, which {INDEX} does not place there"],
+    ),
+    (
+        "tensor in another shard",
+        change(INDEX, lambda t: t.replace(b'"a": "model-00001', b'"a": "model-00002')),
+        [TWO, "does not hold a"],
+    ),
+    (
+        "tensor missing in shard",
+        change(INDEX, lambda t: t.replace(b'"b":', f'"c": "{TWO}", "b":'.encode())),
+        [TWO, "does not hold c, which", INDEX],
+    ),
+    ("shard a directory", as_directory(TWO), [TWO, "is not a regular file"]),
+    ("shard not to be opened", symlink_loop, [TWO, "cannot be opened (Too many levels of symbolic links)"]),
+    ("empty file", lambda d: (d / TWO).write_bytes(b""), [TWO, "has only 0 bytes"]),
+    (
+        "LFS pointer",
+        lambda d: (d / TWO).write_text("version https://git-lfs"),
+        [TWO, "Git LFS pointer", "git lfs pull"],
+    ),
+    ("header too long", lambda d: (d / TWO).write_bytes(b"\xff" * 99), [TWO, "at most 100000000"]),
+    ("header truncated", lambda d: os.truncate(d / TWO, 30), [TWO, "is truncated: header of", "in a file of 30"]),
+    ("data truncated", change(TWO, lambda t: t[:-1]), [TWO, "is truncated: ", "its header describes"]),
+    ("bytes after the data", change(TWO, lambda t: t + b"\0"), [TWO, "is too long: ", "its header describes"]),
+    ("header not JSON", lambda d: write_raw(d / TWO, b"{'b'}"), [TWO, "header is not JSON"]),
+    ("header a list", lambda d: write_raw(d / TWO, b"[]"), [TWO, "header is not a JSON object"]),
+    ("header without text", lambda d: write_raw(d / TWO, b""), [TWO, "header is not JSON"]),
+    (
+        "tensor twice",
+        lambda d: write_raw(d / TWO, b'{"b": {}, "b": {}}'),
+        [TWO, "header has the key 'b' more than once"],
+    ),
+    ("entry a list", lambda d: write_raw(d / TWO, {"b": []}), [B, "not {dtype, shape, data_offsets}"]),
+    (
+        "entry incomplete",
+        lambda d: write_raw(d / TWO, {"b": {"dtype": "F32"}}),
+        [B, "not {dtype, shape, data_offsets}"],
+    ),
+    ("float8", header_of(entry("F8_E4M3", (8,))), [B, "dtype F8_E4M3", "quantized", "dequantize it first"]),
+    ("integers", header_of(entry("I32")), [B, "dtype I32", "must be one of ['BF16', 'F16', 'F32']"]),
+    ("dtype a list", header_of(entry(["F32"])), [B, "dtype ['F32']"]),
+    ("negative shape", header_of(entry(shape=(-1, -2))), [B, "shape [-1, -2]"]),
+    ("fractional shape", header_of(entry(shape=(2.0,))), [B, "shape [2.0]"]),
+    ("boolean offsets", header_of(entry(offsets=(False, 8))), [B, "data_offsets [False, 8]"]),
+    ("one offset", header_of(entry(offsets=(8,))), [B, "data_offsets [8] are not the 8 bytes"]),
+    ("offsets of another size", header_of(entry(offsets=(0, 4)), data=4), [B, "[0, 4] are not the 8 bytes of F32 [2]"]),
+    ("offsets backwards", header_of(entry(offsets=(8, 0))), [B, "[8, 0] are not the 8 bytes"]),
+    ("offsets beyond the file", header_of(entry(shape=(4,), offsets=(0, 16))), [TWO, "is truncated"]),
+    ("overlap", header_of(entry(), entry(offsets=(4, 12)), data=12), [f"{TWO} c", "overlaps the tensor before it"]),
+    ("gap", header_of(entry(), entry(offsets=(9, 17)), data=17), [f"{TWO} c", "leaves a gap before it"]),
+]
+
+
+def good_directory(directory: Path) -> None:
+    save_file({"a": torch.ones(2, 3)}, directory / ONE)
+    save_file({"b": torch.ones(2)}, directory / TWO)
+    (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"a": ONE, "b": TWO}}))
+
+
+def assert_one_line(error: UserError, *said: str) -> None:
+    line = str(error)
+    assert "\n" not in line and len(line.rpartition("; ")[2]) > 8, line
+    for text in said:
+        assert text in line
+
+
+@pytest.mark.parametrize("damage, said", [case[1:] for case in DAMAGE], ids=[case[0] for case in DAMAGE])
+def test_a_damaged_directory_is_refused_when_it_is_opened(tmp_path, damage, said):
+    good_directory(tmp_path)
+    assert SafetensorsReader(tmp_path).names == {"a", "b"}
+    damage(tmp_path)
+    with pytest.raises(UserError) as error:
+        SafetensorsReader(tmp_path)
+    assert_one_line(error.value, str(tmp_path), *said)
+
+
+@pytest.mark.parametrize("path, said", [("none", "No such file"), ("file", "Not a directory")])
+def test_no_directory_is_refused(tmp_path, path, said):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError) as error:
+        SafetensorsReader(tmp_path / path)
+    assert_one_line(error.value, str(tmp_path / path), f"cannot be read ({said}")
+
+
+@pytest.fixture
+def shared_directory() -> Iterator[Path]:
+    """A directory that other users can enter and read, unlike ``tmp_path``."""
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        yield Path(directory)
+
+
+@contextmanager
+def ordinary_user() -> Iterator[None]:
+    """Root may do anything: the permissions of somebody else."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.parametrize("file", [INDEX, ONE])
+def test_a_file_without_read_permission_is_refused(shared_directory, file):
+    good_directory(shared_directory)
+    (shared_directory / INDEX).chmod(0o644)
+    (shared_directory / file).chmod(0)
+    with ordinary_user(), pytest.raises(UserError) as error:
+        SafetensorsReader(shared_directory)
+    assert_one_line(error.value, str(shared_directory / file), "(Permission denied)")
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_the_library_loads_what_we_wrote_in_any_order(tmp_path, dtype):
+    tensors = random_tensors(dtype)
+    writer = SafetensorsWriter(tmp_path, declared(tensors))
+    views = {name: tensors[name].reshape(view if len(shape) > 1 else -1) for name, (shape, view) in VIEWS.items()}
+    pieces = [(name, view[i : i + 2], i) for name, view in views.items() for i in range(0, len(view), 2)]
+    random.Random(0).shuffle(pieces)
+    for piece in pieces:
+        writer.write(*piece)
+    writer.finish()
+
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.safetensors"]
+    assert_same(load_file(tmp_path / "model.safetensors"), tensors)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    reader = SafetensorsReader(tmp_path)
+    assert_same({name: reader.read(name) for name in reader.names}, tensors)
+    assert reader.total_bytes == writer.total_bytes == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_the_same_arguments_give_the_same_bytes_and_every_tensor_is_aligned(tmp_path):
+    tensors = {
+        "odd": torch.randn(3).half(),
+        "wide": torch.randn(2, 3),
+        "name\n\u00e9": torch.randn(5).bfloat16(),
+        "w": torch.randn(1),
+    }
+    for directory in (tmp_path / "x", tmp_path / "y"):
+        directory.mkdir()
+        writer = SafetensorsWriter(directory, declared(tensors))
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+        writer.finish()
+        assert all(info.offset % info.dtype.itemsize == 0 for info in writer.tensors.values())
+    assert (tmp_path / "x/model.safetensors").read_bytes() == (tmp_path / "y/model.safetensors").read_bytes()
+    assert_same(load_file(tmp_path / "x/model.safetensors"), tensors)
+
+
+def test_transformers_loads_a_sharded_model(tmp_path):
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        dtype="bfloat16",
+    )
+    weights = LlamaForCausalLM(config).to(torch.bfloat16).state_dict()
+    config.save_pretrained(tmp_path)
+    writer = SafetensorsWriter(tmp_path, declared(weights), max_shard_bytes=700)
+    for name, tensor in weights.items():
+        writer.write(name, tensor)
+    writer.finish()
+
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path, dtype="auto").state_dict()
+    assert_same(loaded, weights)
+
+
+def test_split_into_shards(tmp_path):
+    sizes = {"a": 10, "b": 10, "huge": 40, "c": 5, "d": 20, "e": 1}
+    tensors = {name: torch.full((n,), float(n)) for name, n in sizes.items()}
+    writer = SafetensorsWriter(tmp_path, declared(tensors), max_shard_bytes=100)
+    for name in tensors:
+        writer.write(name, tensors[name])
+    writer.finish()
+
+    shards = [["a", "b"], ["huge"], ["c", "d"], ["e"]]
+    files = {n: f"model-{i:05d}-of-00004.safetensors" for i, names in enumerate(shards, 1) for n in names}
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert index == {"metadata": {"total_size": 344}, "weight_map": files}
+    assert sorted(tmp_path.iterdir()) == sorted({tmp_path / INDEX, *(tmp_path / file for file in files.values())})
+    assert_same({n: t for file in set(files.values()) for n, t in load_file(tmp_path / file).items()}, tensors)
+    assert list(SafetensorsReader(tmp_path).tensors) == list(tensors)
+
+
+def test_several_writers_share_the_files(tmp_path):
+    tensors = {"a": torch.randn(6, 4), "b": torch.randn(4), "c": torch.randn(2, 3, 2)}
+    first = SafetensorsWriter(tmp_path, declared(tensors), max_shard_bytes=100)
+    second = SafetensorsWriter(tmp_path, declared(tensors), max_shard_bytes=100, create=False)
+    second.write("a", tensors["a"][4:], 4)
+    first.write("c", tensors["c"][1:], 3)
+    second.write("b", tensors["b"])
+    first.write("a", tensors["a"][:4])
+    second.write("c", tensors["c"][0])
+    second.sync()
+    with pytest.raises(RuntimeError, match="a: rows 4:6 of 6 were not written"):
+        first.finish()
+    assert not (tmp_path / INDEX).exists()
+    first.finish([second.written])
+    reader = SafetensorsReader(tmp_path)
+    assert_same({name: reader.read(name) for name in reader.names}, tensors)
+
+
+@pytest.mark.parametrize(
+    "rows, said",
+    [
+        ([], "rows 0:6 of 6 were not written"),
+        ([(1, 6)], "rows 0:1 of 6 were not written"),
+        ([(4, 6), (0, 2)], "rows 2:4 of 6 were not written"),
+        ([(0, 5)], "rows 5:6 of 6 were not written"),
+        ([(0, 6), (2, 4)], "rows 2:4 of 6 were written twice"),
+        ([(0, 6), (0, 6)], "rows 0:6 of 6 were written twice"),
+    ],
+)
+def test_holes_and_repeated_rows_are_found(tmp_path, rows, said):
+    writer = SafetensorsWriter(tmp_path, {"a": (torch.float32, (6, 2)), "b": (torch.float32, (3,))}, max_shard_bytes=1)
+    writer.write("b", torch.ones(3))
+    for start, stop in rows:
+        writer.write("a", torch.ones(stop - start, 2), start)
+    with pytest.raises(RuntimeError, match=f"model-00001-of-00002.safetensors a: {said}"):
+        writer.finish()
+    assert not (tmp_path / INDEX).exists()
+
+
+@pytest.mark.parametrize(
+    "name, tensor, first_row",
+    [
+        ("other", torch.ones(6, 2), 0),
+        ("a", torch.ones(6, 2).half(), 0),
+        ("a", torch.ones(3, 4), 0),
+        ("a", torch.ones(2, 6), 0),
+        ("a", torch.ones(12), 0),
+        ("a", torch.tensor(1.0), 0),
+        ("a", torch.ones(6, 2), 1),
+        ("a", torch.ones(1, 2), -1),
+        ("a", torch.ones(2, 6).T, 0),
+        ("a", torch.ones(6, 2, device="meta"), 0),
+        ("b", torch.ones(1, 3), 0),
+        ("b", torch.ones(4), 0),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_our_error(tmp_path, name, tensor, first_row):
+    writer = SafetensorsWriter(tmp_path, {"a": (torch.float32, (6, 2)), "b": (torch.float32, (3,))})
+    with pytest.raises(ValueError):
+        writer.write(name, tensor, first_row)
+
+
+def test_what_cannot_be_declared_is_our_error(tmp_path):
+    for tensors in ({"a": (torch.int32, (2,))}, {"__metadata__": (torch.float32, (2,))}):
+        with pytest.raises(ValueError):
+            SafetensorsWriter(tmp_path, tensors)
+    assert not list(tmp_path.iterdir())
+
+
+def test_attaching_to_other_files_is_our_error(tmp_path):
+    SafetensorsWriter(tmp_path, {"a": (torch.float32, (2, 3))})
+    for other in ({"a": (torch.float32, (3, 2))}, {"a": (torch.float32, (2, 4))}):
+        with pytest.raises(RuntimeError, match="was created for other tensors"):
+            SafetensorsWriter(tmp_path, other, create=False)
+
+
+# ---- disks and directories that refuse ------------------------------------------------------------------------------
+
+
+@contextmanager
+def largest_file(nbytes: int) -> Iterator[None]:
+    """No file of this process can grow beyond this: EFBIG, which a full disk's ENOSPC takes the same way."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_no_room_for_the_files_is_found_before_any_work(tmp_path):
+    tensors = {"a": (torch.float32, (10,)), "b": (torch.float32, (5000,))}
+    with largest_file(10_000), pytest.raises(UserError) as error:
+        SafetensorsWriter(tmp_path, tensors, max_shard_bytes=1000)
+    needed = (
+        20_000 + 8 + len('{"__metadata__":{"format":"pt"},"b":{"dtype":"F32","shape":[5000],"data_offsets":[0,20000]}}')
+    )
+    assert_one_line(
+        error.value, str(tmp_path / TWO), f"needs {-(-needed // 8) * 8} bytes", "(File too large)", "free disk"
+    )
+    assert not list(tmp_path.iterdir()), "the space must be given back"
+
+
+def test_a_disk_that_refuses_a_write(tmp_path):
+    writer = SafetensorsWriter(tmp_path, {"a": (torch.float32, (5000,))})
+    with largest_file(10_000), pytest.raises(UserError) as error:
+        writer.write("a", torch.ones(5000))
+    assert_one_line(error.value, str(tmp_path / "model.safetensors"), "bytes cannot be written (File too large)")
+    with pytest.raises(RuntimeError, match="rows 0:5000 of 5000 were not written"):
+        writer.finish()
+
+
+def test_a_disk_that_refuses_the_index(tmp_path):
+    writer = SafetensorsWriter(tmp_path, {"a": (torch.float32, (2,)), "b": (torch.float32, (2,))}, max_shard_bytes=1)
+    writer.write("a", torch.ones(2))
+    writer.write("b", torch.ones(2))
+    with largest_file(10), pytest.raises(UserError) as error:
+        writer.finish()
+    assert_one_line(error.value, str(tmp_path / INDEX), "cannot be written (File too large)")
+
+
+def test_files_are_never_overwritten(tmp_path):
+    (tmp_path / "model.safetensors").write_text("mine")
+    with pytest.raises(UserError) as error:
+        SafetensorsWriter(tmp_path, {"a": (torch.float32, (2,))})
+    assert_one_line(error.value, "cannot be created (File exists)", "new directory")
+    assert (tmp_path / "model.safetensors").read_text() == "mine"
+
+
+def test_a_directory_that_cannot_be_written(shared_directory):
+    shared_directory.chmod(0o555)
+    with ordinary_user(), pytest.raises(UserError) as error:
+        SafetensorsWriter(shared_directory, {"a": (torch.float32, (2,))})
+    assert_one_line(error.value, str(shared_directory / "model.safetensors"), "cannot be created (Permission denied)")
