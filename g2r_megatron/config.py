@@ -36,13 +36,15 @@ class Layout:
     pp: int = 1
     """pipeline parallel size"""
     vpp: int | None = None
-    """virtual pipeline stages a rank"""
+    """virtual pipeline stages a rank (interleaved schedule; needs pp of 3 or more)"""
+    stage_layers: list[int] | None = None
+    """layers of each (virtual) pipeline stage, in the order of the layers; default: the same for all"""
     cp: int = 1
     """context parallel size"""
     ep: int = 1
     """expert parallel size"""
     etp: int = 1
-    """expert tensor parallel size"""
+    """expert tensor parallel size; experts have a split of their own over the ranks of a pipeline stage"""
     sp: bool = False
     """sequence parallelism (shards activations over the tensor parallel ranks; needs tp > 1)"""
 

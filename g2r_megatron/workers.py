@@ -112,6 +112,5 @@ def build_workers(config: TrainConfig, inputs: Inputs) -> Workers:
 def _frozen_policy(config: TrainConfig, inputs: Inputs, groups) -> MegatronModel:
     p = config.policy
     model = build_model("policy", inputs.policy, groups, p.precision, "none", p.spec)
-    model.gpt.requires_grad_(False)
-    model.module.eval()
+    model.freeze()
     return model

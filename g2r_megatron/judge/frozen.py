@@ -5,7 +5,6 @@ sequence, a few scalars a response token) are summed into place over the world. 
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -47,15 +46,14 @@ class FrozenJudge:
     def __init__(self, model: MegatronModel, config: JudgeConfig, true_ids: list[int], false_ids: list[int]):
         self.model, self.config = model, config
         self.true_ids, self.false_ids = true_ids, false_ids
-        model.gpt.requires_grad_(False)  # frozen linears take Megatron-Core's dgrad-only path
-        model.module.eval()
+        model.freeze()  # frozen linears take Megatron-Core's dgrad-only path
         self._mean_embedding = self._compute_mean_embedding() if config.attribution == "contracted" else None
 
     def _compute_mean_embedding(self) -> torch.Tensor | None:
         """Mean over the real vocabulary rows [h], on the first stage; padded rows are zero and not counted."""
         if not self.model.groups.is_first_stage:
             return None
-        total = self.model.gpt.embedding.word_embeddings.weight.detach().float().sum(0)
+        total = self.model.chunks[0].embedding.word_embeddings.weight.detach().float().sum(0)
         if self.model.groups.pgs.tp.size() > 1:
             dist.all_reduce(total, group=self.model.groups.pgs.tp)
         return total / self.model.geometry.vocab
@@ -81,13 +79,13 @@ class FrozenJudge:
 
         Raises ``UserError`` when one is not finite: the judge's weights or its precision are broken.
         """
-        self.model.module.eval()
+        self.model.train(False)
 
         def collect(batch: TokenBatch, logits: torch.Tensor):
             return None, (batch.items, self._verdict_log_probs(logits))
 
         batches = self._micro_batches(inputs, list(range(len(inputs))))
-        results = run_schedule(self.model, batches, partial(forward_tokens, self.model), collect, backward=False)
+        results = run_schedule(self.model, batches, forward_tokens, collect, backward=False)
         table = torch.zeros(len(inputs), 2, device=cpu.device())
         if self.model.groups.is_replica_writer:
             for items, values in results:
@@ -117,9 +115,9 @@ class FrozenJudge:
         batches = self._micro_batches(inputs, indices)
         reduced: list[TokenBatch] = []
 
-        def forward(batch: TokenBatch):
+        def forward(module: torch.nn.Module, batch: TokenBatch):
             leaf = None
-            if self.model.groups.is_first_stage:
+            if self.model.groups.is_first_stage and module is self.model.modules[0]:
                 leaf, direction = self._embedding_leaf(batch, inputs)
 
                 def reduce(leaf: torch.Tensor) -> None:
@@ -129,7 +127,7 @@ class FrozenJudge:
                     reduced.append(batch)
 
                 leaf.register_post_accumulate_grad_hook(reduce)
-            return self.model.module(batch.input_ids, None, None, decoder_input=leaf, logit_rows=batch.logit_rows)
+            return module(batch.input_ids, None, None, decoder_input=leaf, logit_rows=batch.logit_rows)
 
         def target(batch: TokenBatch, logits: torch.Tensor):
             log_probs = self._verdict_log_probs(logits)  # [b, 2]
@@ -140,9 +138,9 @@ class FrozenJudge:
 
         # Megatron-Core recomputes activations in train mode only, and Transformer Engine picks attention kernels that have a
         # backward only there; the model has no dropout.
-        self.model.module.train()
+        self.model.train()
         run_schedule(self.model, batches, forward, target, backward=True)
-        self.model.module.eval()
+        self.model.train(False)
         if self.model.groups.is_first_stage and len(reduced) != len(batches):
             raise RuntimeError(f"{len(batches)} judge backward passes left {len(reduced)} gradients at the embeddings")
         dist.all_reduce(table)
@@ -156,7 +154,7 @@ class FrozenJudge:
     def _embedding_leaf(self, batch: TokenBatch, inputs: list[JudgeInput]) -> tuple[torch.Tensor, torch.Tensor]:
         """(leaf, d): the decoder input [s, b, h] (this TP rank's slice under SP) as a leaf, and the directions d."""
         with torch.no_grad():
-            embedding = self.model.gpt.embedding(batch.input_ids, position_ids=None)
+            embedding = self.model.chunks[0].embedding(batch.input_ids, position_ids=None)
             if self._mean_embedding is None:
                 leaf = direction = embedding
             else:
@@ -174,7 +172,7 @@ class FrozenJudge:
         first = self._sequence_offset(local_length)
         position = torch.arange(first, first + local_length, device=batch.input_ids.device).view(-1, 1, 1)
         start, end = (
-            torch.tensor([getattr(inputs[i], name) for i in batch.items], device=position.device).view(1, -1, 1)
+            torch.tensor([getattr(inputs[i], name) for i in batch.items] or [0], device=position.device).view(1, -1, 1)
             for name in ("response_start", "response_end")
         )
         return (position >= start) & (position < end)

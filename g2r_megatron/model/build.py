@@ -1,25 +1,27 @@
 """A Megatron-Core GPT model from a Hugging Face directory, on any layout."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from g2r_megatron.config import Layout, Precision
 from g2r_megatron.errors import UserError
-from g2r_megatron.model.families import mapping_of
 from g2r_megatron.model.gpt import SelectiveGPTModel, block_spec
 from g2r_megatron.model.hf import Geometry, HFModel
 from g2r_megatron.model.torch_layers import TorchSpecProvider
-from g2r_megatron.model.weights import global_name, load_hf_weights
+from g2r_megatron.model.torch_dist import read_checkpoint_weights
+from g2r_megatron.model.weights import canonical_name, first_expert, is_expert, mapping_of, read_hf_weights
 from g2r_megatron.parallel import cpu
 from g2r_megatron.parallel.groups import ModelGroups
-from g2r_megatron.parallel.layout import check_layout_for_model
+from g2r_megatron.parallel.layout import check_layout_for_model, stage_layers
 
 # Rows (tokens) of an FP8 product come in multiples of this: the recipe's block of scales, at least 16.
 FP8_TOKENS = {"tensorwise": 16, "blockwise": 128, "mxfp8": 32}
@@ -29,11 +31,13 @@ FP8_TOKENS = {"tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 class MegatronModel:
     """One model on this rank's stage, with everything that is needed to run it.
 
-    ``module`` is what the schedule calls (possibly wrapped for bf16, later by DDP); ``gpt`` the bare model.
+    ``modules`` is what the schedule calls (possibly wrapped for bf16, later by DDP), ``chunks`` the bare models: one,
+    or one for each of the rank's virtual pipeline stages. ``layer_offsets``: layers before each chunk.
     """
 
-    module: torch.nn.Module
-    gpt: SelectiveGPTModel
+    modules: list[torch.nn.Module]
+    chunks: list[SelectiveGPTModel]
+    layer_offsets: list[int]
     config: TransformerConfig
     groups: ModelGroups
     hf: HFModel
@@ -41,11 +45,6 @@ class MegatronModel:
     @property
     def geometry(self) -> Geometry:
         return self.hf.geometry
-
-    @property
-    def layer_offset(self) -> int:
-        """Layers on earlier pipeline stages."""
-        return get_transformer_layer_offset(self.config, None, self.groups.pgs.pp.rank())
 
     @property
     def token_multiple(self) -> int:
@@ -56,6 +55,28 @@ class MegatronModel:
     def length_multiple(self) -> int:
         """Sequence lengths are padded to this: sequence parallelism splits them over TP."""
         return self.token_multiple * (self.groups.layout.tp if self.groups.layout.sp else 1)
+
+    @property
+    def training(self) -> bool:
+        return self.modules[0].training
+
+    def train(self, mode: bool = True) -> None:
+        """Training or evaluation mode of all chunks (models here have no dropout; recompute happens in training)."""
+        for module in self.modules:
+            module.train(mode)
+
+    def freeze(self) -> None:
+        """No weight gradients from here on."""
+        for chunk in self.chunks:
+            chunk.requires_grad_(False)
+        self.train(False)
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """(canonical name, parameter) of this rank; a tied last stage has the embedding as output_layer.weight too."""
+        expert = first_expert(self.hf, self.groups)
+        for chunk, offset in zip(self.chunks, self.layer_offsets, strict=True):
+            for name, parameter in chunk.named_parameters():
+                yield canonical_name(name, offset, expert), parameter
 
 
 def spec_backend(name: str, spec: str, dtype: str) -> BackendSpecProvider:
@@ -108,7 +129,16 @@ def check_precision(name: str, precision: Precision, spec: str) -> None:
 def check_model(name: str, hf: HFModel, layout: Layout, precision: Precision, spec: str) -> None:
     """Raise ``UserError`` unless the model's dimensions divide over the layout and the machine runs its precision."""
     g = hf.geometry
-    check_layout_for_model(name, layout, heads=g.heads, kv_heads=g.kv_heads, ffn=g.ffn, layers=g.layers)
+    check_layout_for_model(
+        name,
+        layout,
+        heads=g.heads,
+        kv_heads=g.kv_heads,
+        ffn=g.ffn,
+        layers=g.layers,
+        experts=g.experts,
+        expert_ffn=g.expert_ffn,
+    )
     spec_backend(name, spec, precision.dtype)
     check_precision(name, precision, spec)
 
@@ -121,8 +151,62 @@ def _recompute_options(recompute: str) -> dict:
     return {}
 
 
-def transformer_config(hf: HFModel, layout: Layout, precision: Precision, recompute: str) -> TransformerConfig:
-    """Megatron-Core's config for a dense pre-norm SwiGLU decoder; no dropout, no fused CUDA-only kernels."""
+class _StageLayout(PipelineParallelLayerLayout):
+    """Megatron-Core's explicit split of the layers over stages, seen from one rank of *our* pipeline group.
+
+    Megatron-Core 0.16 asks it for a stage without saying whose, and it then looks at the global pipeline group.
+    """
+
+    def __init__(self, split: list[int], pp_size: int, pp_rank: int):
+        stages = [["decoder"] * n for n in split]
+        stages[0].insert(0, "embedding")
+        stages[-1].append("loss")
+        super().__init__(stages, pp_size)
+        self._pp_rank = pp_rank
+
+    def get_num_layers_to_build(self, layer_type=LayerType.decoder, vp_stage=None, pp_rank=None):
+        return self.layout[self._pp_rank][vp_stage or 0].count(layer_type)
+
+    def get_layer_offset(self, layer_type=LayerType.decoder, vp_stage=None, pp_rank=None):
+        before = (vp_stage or 0) * self.pipeline_model_parallel_size + self._pp_rank
+        stages = [
+            self.layout[i % self.pipeline_model_parallel_size][i // self.pipeline_model_parallel_size]
+            for i in range(before)
+        ]
+        return sum(stage.count(layer_type) for stage in stages)
+
+
+def _moe_options(hf: HFModel, layout: Layout, backend: BackendSpecProvider) -> dict:
+    """Experts without capacity limits or auxiliary losses: what the router says is what is computed."""
+    g = hf.geometry
+    if not g.experts:
+        return {}
+    return dict(
+        num_moe_experts=g.experts,
+        moe_router_topk=hf.config.num_experts_per_tok,
+        moe_ffn_hidden_size=g.expert_ffn,
+        moe_layer_freq=[int(g.is_moe(i)) for i in range(g.layers)] if g.dense_layers else 1,
+        moe_router_pre_softmax=not getattr(hf.config, "norm_topk_prob", True),  # Mixtral always normalises
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        moe_router_dtype="fp32",
+        moe_grouped_gemm=not isinstance(backend, TorchSpecProvider),
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+    )
+
+
+def _window_options(hf: HFModel) -> dict:
+    if (window := hf.sliding_window) is None:
+        return {}
+    width, layers = window
+    return dict(window_size=(width - 1, 0), window_attn_skip_freq=[int(windowed) for windowed in layers])
+
+
+def transformer_config(
+    hf: HFModel, layout: Layout, pp_rank: int, precision: Precision, recompute: str, backend: BackendSpecProvider
+) -> TransformerConfig:
+    """Megatron-Core's config for a pre-norm SwiGLU decoder; no dropout, no fused CUDA-only kernels."""
     g, dtype = hf.geometry, torch.bfloat16 if precision.dtype == "bf16" else torch.float32
     return TransformerConfig(
         num_layers=g.layers,
@@ -149,6 +233,8 @@ def transformer_config(hf: HFModel, layout: Layout, precision: Precision, recomp
         fp8_recipe=precision.fp8 if precision.fp8 != "none" else "tensorwise",
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp,
+        pipeline_model_parallel_layout=_StageLayout(stage_layers(layout, g.layers), layout.pp, pp_rank),
         context_parallel_size=layout.cp,
         sequence_parallel=layout.sp,
         variable_seq_lengths=True,  # micro-batches differ in rows and length
@@ -159,21 +245,48 @@ def transformer_config(hf: HFModel, layout: Layout, precision: Precision, recomp
         perform_initialization=False,  # every weight is read from the checkpoint
         gradient_accumulation_fusion=False,
         deallocate_pipeline_outputs=True,
+        **_moe_options(hf, layout, backend),
+        **_window_options(hf),
         **_recompute_options(recompute),
     )
 
 
-def _mark_tensor_parallel(model: MegatronModel) -> None:
-    """Tell the optimizer which parameters are shards, so that the gradient norm counts every rank's.
+def _mark_for_optimizer(model: MegatronModel) -> None:
+    """Tell the optimizer which parameters are shards, so that gradients are reduced and their norm counted rightly.
 
-    Megatron-Core sets these marks only while it initialises weights at random, which we never do.
+    Megatron-Core sets the first mark only while it initialises weights at random, which we never do, and takes experts
+    for dense parameters when they are not spread over expert parallel ranks, though their replicas are others.
     """
-    for name, parameter in model.gpt.named_parameters():
-        rule = mapping_of(model.hf.family, global_name(name, model.layer_offset)).rule
+    for name, parameter in model.named_parameters():
+        rule = mapping_of(model.hf, name).rule
         if rule != "replicated" and not getattr(parameter, "tensor_model_parallel", False):
             set_tensor_model_parallel_attributes(
                 parameter, True, 1 if rule == "row" else 0, 2 if rule == "gate_up" else 1
             )
+        if is_expert(name):
+            parameter.allreduce = False
+
+
+def _build_chunk(hf: HFModel, config: TransformerConfig, backend, groups: ModelGroups, vp_stage: int | None):
+    """(chunk, layers before it): the layers of one (virtual) stage, with embedding and output layer at the ends."""
+    g, split = hf.geometry, config.pipeline_model_parallel_layout
+    first = split.get_layer_offset(vp_stage=vp_stage)
+    layers = split.get_num_layers_to_build(vp_stage=vp_stage)
+    gpt = SelectiveGPTModel(
+        config=config,
+        transformer_layer_spec=block_spec(config, backend, [g.is_moe(first + i) for i in range(layers)]),
+        vocab_size=g.padded_vocab(groups.layout.tp, groups.dp_size),
+        max_sequence_length=hf.config.max_position_embeddings,
+        pre_process=groups.is_first_stage and not vp_stage,
+        post_process=groups.is_last_stage and vp_stage in (None, groups.layout.vpp - 1 if groups.layout.vpp else None),
+        parallel_output=True,
+        share_embeddings_and_output_weights=g.tied,
+        position_embedding_type="rope",
+        rotary_base=int(hf.config.rope_parameters["rope_theta"]),
+        pg_collection=groups.pgs,
+        vp_stage=vp_stage,
+    )
+    return gpt, first
 
 
 def build_model(
@@ -183,30 +296,33 @@ def build_model(
     precision: Precision,
     recompute: str = "none",
     spec: str = "auto",
-    load: bool = True,
 ) -> MegatronModel:
-    """Build this rank's stage and, with ``load``, read its weights. ``name`` ("policy", "judge") is for errors."""
-    g, layout = hf.geometry, groups.layout
-    check_model(name, hf, layout, precision, spec)
-    config = transformer_config(hf, layout, precision, recompute)
-    gpt = SelectiveGPTModel(
-        config=config,
-        transformer_layer_spec=block_spec(config, spec_backend(name, spec, precision.dtype), groups.pgs.pp.rank()),
-        vocab_size=g.padded_vocab(layout.tp, groups.dp_size),
-        max_sequence_length=hf.config.max_position_embeddings,
-        pre_process=groups.is_first_stage,
-        post_process=groups.is_last_stage,
-        parallel_output=True,
-        share_embeddings_and_output_weights=g.tied,
-        position_embedding_type="rope",
-        rotary_base=int(hf.config.rope_parameters["rope_theta"]),
-        pg_collection=groups.pgs,
-    ).to(cpu.device())
-    # transformers' own frequencies: every rope type that open_hf_model accepts, with all its parameters.
-    gpt.rotary_pos_emb.inv_freq = hf.inverse_frequencies().to(cpu.device())
-    module = Float16Module(config, gpt) if config.bf16 else gpt
-    model = MegatronModel(module, gpt, config, groups, hf)
-    _mark_tensor_parallel(model)
-    if load:
-        load_hf_weights(gpt, hf, groups, model.layer_offset)
+    """Build this rank's stage and read its weights. ``name`` ("policy", "judge") is for errors."""
+    model = build_empty_model(name, hf, groups, precision, recompute, spec)
+    if hf.checkpoint is None:
+        read_hf_weights(model.named_parameters(), hf, groups)
+    else:
+        read_checkpoint_weights(model.chunks, hf, groups)
+    return model
+
+
+def build_empty_model(
+    name: str, hf: HFModel, groups: ModelGroups, precision: Precision, recompute: str = "none", spec: str = "auto"
+) -> MegatronModel:
+    """``build_model`` without weights: their memory holds anything. Under ``torch.device("meta")`` they have none."""
+    check_model(name, hf, groups.layout, precision, spec)
+    backend = spec_backend(name, spec, precision.dtype)
+    config = transformer_config(hf, groups.layout, groups.pgs.pp.rank(), precision, recompute, backend)
+    device = torch.empty(()).device if torch.empty(()).is_meta else cpu.device()
+    modules, chunks, offsets = [], [], []
+    for vp_stage in range(groups.layout.vpp) if groups.layout.vpp else [None]:
+        gpt, offset = _build_chunk(hf, config, backend, groups, vp_stage)
+        gpt = gpt.to(device)
+        # transformers' own frequencies: every rope type that open_hf_model accepts, with all its parameters.
+        gpt.rotary_pos_emb.inv_freq = hf.inverse_frequencies().to(device)
+        modules.append(Float16Module(config, gpt) if config.bf16 else gpt)
+        chunks.append(gpt)
+        offsets.append(offset)
+    model = MegatronModel(modules, chunks, offsets, config, groups, hf)
+    _mark_for_optimizer(model)
     return model

@@ -1,8 +1,11 @@
 """One table a model family: which Hugging Face tensors make up which Megatron-Core parameter.
 
-Supported: Qwen2 / Qwen2.5, Qwen3 (dense), Llama 3. Parameter names are those of Transformer Engine's layers.
+Parameter names are those of Transformer Engine's layers; "{i}" stands for the layer, "{e}" for the expert. Families
+that Megatron-Core 0.16 cannot express are absent: Gemma 2 and 3 normalise after attention and MLP as well, and Gemma 3
+has two rope bases.
 """
 
+from collections.abc import Mapping as Table
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,73 +16,107 @@ Rule = Literal["replicated", "column", "row", "qkv", "gate_up", "vocab"]
 class Mapping:
     """How one Megatron-Core parameter is cut out of Hugging Face tensors.
 
-    replicated: the tensor itself; column / row: split over TP along dimension 0 / 1; qkv: q, k, v rows interleaved by
-    key-value group, then split over TP; gate_up: each TP rank holds its gate rows, then its up rows;
-    vocab: rows padded with zeros to a multiple of TP, then split.
+    replicated: the tensor itself; row: split over TP along its columns; qkv: q, k, v rows interleaved by key-value
+    group, then split over TP; gate_up: each TP rank holds its gate rows, then its up rows; vocab: rows padded with
+    zeros to a multiple of TP, then split. ``fused``: the tensors hold all experts of a layer, one after the other.
     """
 
     rule: Rule
-    hf: tuple[str, ...]  # "{i}" stands for the layer number
+    hf: tuple[str, ...]
+    fused: bool = False
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family: its Hugging Face ``model_type`` and class, and its two tables."""
+    """A family: its Hugging Face ``model_type`` and class, its tables, and what its layers have.
+
+    ``dense``, ``experts`` and ``fused_experts`` follow "decoder.layers.{i}."; a mixture-of-experts layer has one of the
+    latter two, as the files store experts one by one or all in one tensor.
+    """
 
     model_type: str
     architecture: str
-    layer: dict[str, Mapping]  # after "decoder.layers.{i}."
+    attention: Table[str, Mapping]
+    dense: Table[str, Mapping] | None = None
+    experts: Table[str, Mapping] | None = None
+    fused_experts: Table[str, Mapping] | None = None
     qkv_bias: bool = False
     qk_norm: bool = False
-    globals: tuple = (
-        ("embedding.word_embeddings.weight", Mapping("vocab", ("model.embed_tokens.weight",))),
-        ("decoder.final_layernorm.weight", Mapping("replicated", ("model.norm.weight",))),
-        ("output_layer.weight", Mapping("vocab", ("lm_head.weight",))),
-    )
 
 
-def _hf(*names: str) -> tuple[str, ...]:
+def _layer(*names: str) -> tuple[str, ...]:
     return tuple(f"model.layers.{{i}}.{name}" for name in names)
 
 
-_DENSE = {
-    "self_attention.linear_qkv.layer_norm_weight": Mapping("replicated", _hf("input_layernorm.weight")),
+GLOBALS = {
+    "embedding.word_embeddings.weight": Mapping("vocab", ("model.embed_tokens.weight",)),
+    "decoder.final_layernorm.weight": Mapping("replicated", ("model.norm.weight",)),
+    "output_layer.weight": Mapping("vocab", ("lm_head.weight",)),
+}
+_ATTENTION = {
+    "self_attention.linear_qkv.layer_norm_weight": Mapping("replicated", _layer("input_layernorm.weight")),
     "self_attention.linear_qkv.weight": Mapping(
-        "qkv", _hf("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
+        "qkv", _layer("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
     ),
-    "self_attention.linear_proj.weight": Mapping("row", _hf("self_attn.o_proj.weight")),
-    "mlp.linear_fc1.layer_norm_weight": Mapping("replicated", _hf("post_attention_layernorm.weight")),
-    "mlp.linear_fc1.weight": Mapping("gate_up", _hf("mlp.gate_proj.weight", "mlp.up_proj.weight")),
-    "mlp.linear_fc2.weight": Mapping("row", _hf("mlp.down_proj.weight")),
+    "self_attention.linear_proj.weight": Mapping("row", _layer("self_attn.o_proj.weight")),
 }
 _QKV_BIAS = {
     "self_attention.linear_qkv.bias": Mapping(
-        "qkv", _hf("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias")
+        "qkv", _layer("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias")
     )
 }
 _QK_NORM = {
-    "self_attention.q_layernorm.weight": Mapping("replicated", _hf("self_attn.q_norm.weight")),
-    "self_attention.k_layernorm.weight": Mapping("replicated", _hf("self_attn.k_norm.weight")),
+    "self_attention.q_layernorm.weight": Mapping("replicated", _layer("self_attn.q_norm.weight")),
+    "self_attention.k_layernorm.weight": Mapping("replicated", _layer("self_attn.k_norm.weight")),
+}
+_DENSE = {
+    "mlp.linear_fc1.layer_norm_weight": Mapping("replicated", _layer("post_attention_layernorm.weight")),
+    "mlp.linear_fc1.weight": Mapping("gate_up", _layer("mlp.gate_proj.weight", "mlp.up_proj.weight")),
+    "mlp.linear_fc2.weight": Mapping("row", _layer("mlp.down_proj.weight")),
+}
+
+
+def _experts(block: str, gate: str, up: str, down: str) -> dict[str, Mapping]:
+    """A mixture-of-experts layer stored expert by expert."""
+    return {
+        "pre_mlp_layernorm.weight": Mapping("replicated", _layer("post_attention_layernorm.weight")),
+        "mlp.router.weight": Mapping("replicated", _layer(f"{block}.gate.weight")),
+        "mlp.experts.{e}.linear_fc1.weight": Mapping(
+            "gate_up", _layer(f"{block}.experts.{{e}}.{gate}.weight", f"{block}.experts.{{e}}.{up}.weight")
+        ),
+        "mlp.experts.{e}.linear_fc2.weight": Mapping("row", _layer(f"{block}.experts.{{e}}.{down}.weight")),
+    }
+
+
+_FUSED_EXPERTS = {  # as transformers 5 holds them in memory, and some files on disk
+    "pre_mlp_layernorm.weight": Mapping("replicated", _layer("post_attention_layernorm.weight")),
+    "mlp.router.weight": Mapping("replicated", _layer("mlp.gate.weight")),
+    "mlp.experts.{e}.linear_fc1.weight": Mapping("gate_up", _layer(*["mlp.experts.gate_up_proj"] * 2), fused=True),
+    "mlp.experts.{e}.linear_fc2.weight": Mapping("row", _layer("mlp.experts.down_proj"), fused=True),
 }
 
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("qwen2", "Qwen2ForCausalLM", {**_DENSE, **_QKV_BIAS}, qkv_bias=True),
-        Family("qwen3", "Qwen3ForCausalLM", {**_DENSE, **_QK_NORM}, qk_norm=True),
-        Family("llama", "LlamaForCausalLM", _DENSE),
+        Family("qwen2", "Qwen2ForCausalLM", {**_ATTENTION, **_QKV_BIAS}, _DENSE, qkv_bias=True),
+        Family("qwen3", "Qwen3ForCausalLM", {**_ATTENTION, **_QK_NORM}, _DENSE, qk_norm=True),
+        Family(
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+            {**_ATTENTION, **_QK_NORM},
+            _DENSE,  # layers of mlp_only_layers
+            _experts("mlp", "gate_proj", "up_proj", "down_proj"),
+            _FUSED_EXPERTS,
+            qk_norm=True,
+        ),
+        Family("llama", "LlamaForCausalLM", _ATTENTION, _DENSE),
+        Family("mistral", "MistralForCausalLM", _ATTENTION, _DENSE),
+        Family(
+            "mixtral",
+            "MixtralForCausalLM",
+            _ATTENTION,
+            experts=_experts("block_sparse_moe", "w1", "w3", "w2"),
+            fused_experts=_FUSED_EXPERTS,
+        ),
     )
 }
-
-
-def mapping_of(family: Family, name: str) -> Mapping:
-    """The mapping of a Megatron-Core parameter, ``name`` with *global* layer numbers, layer filled in.
-
-    Raises ``KeyError`` naming a parameter that the family's table does not know.
-    """
-    prefix = "decoder.layers."
-    if name.startswith(prefix):
-        layer, _, rest = name[len(prefix) :].partition(".")
-        mapping = family.layer[rest]
-        return Mapping(mapping.rule, tuple(hf.format(i=layer) for hf in mapping.hf))
-    return dict(family.globals)[name]

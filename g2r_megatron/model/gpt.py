@@ -11,13 +11,14 @@ from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 
@@ -45,36 +46,52 @@ class GroupAwareSelfAttention(SelfAttention):
             return super().get_query_key_value_tensors(*args, **kwargs)
 
 
-def block_spec(config, backend: BackendSpecProvider, pp_rank: int) -> TransformerBlockSubmodules:
-    """The decoder of one pipeline stage: pre-norm, RMSNorm fused into the column-parallel products, SwiGLU."""
+def _attention_spec(config, backend: BackendSpecProvider) -> ModuleSpec:
     qk_norm = backend.layer_norm(for_qk=True) if config.qk_layernorm else IdentityOp
-    layer = ModuleSpec(
+    return ModuleSpec(
+        module=GroupAwareSelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=backend.column_parallel_layer_norm_linear(),
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
+        ),
+    )
+
+
+def _layer_spec(config, backend: BackendSpecProvider, moe: bool) -> ModuleSpec:
+    """One layer: pre-norm, RMSNorm fused into the products that follow it, SwiGLU or experts of it."""
+    if moe:
+        norm = backend.layer_norm(rms_norm=True)
+        mlp = get_moe_module_spec_for_backend(backend, config.num_moe_experts, config.moe_grouped_gemm)
+    else:
+        norm = IdentityOp
+        mlp = ModuleSpec(
+            module=MLP,
+            submodules=MLPSubmodules(
+                linear_fc1=backend.column_parallel_layer_norm_linear(), linear_fc2=backend.row_parallel_linear()
+            ),
+        )
+    return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            self_attention=ModuleSpec(
-                module=GroupAwareSelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=backend.column_parallel_layer_norm_linear(),
-                    core_attention=backend.core_attention(),
-                    linear_proj=backend.row_parallel_linear(),
-                    q_layernorm=qk_norm,
-                    k_layernorm=qk_norm,
-                ),
-            ),
+            self_attention=_attention_spec(config, backend),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=IdentityOp,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=backend.column_parallel_layer_norm_linear(), linear_fc2=backend.row_parallel_linear()
-                ),
-            ),
+            pre_mlp_layernorm=norm,
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    layers = get_num_layers_to_build(config, None, pp_rank)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=backend.layer_norm(rms_norm=True))
+
+
+def block_spec(config, backend: BackendSpecProvider, is_moe: list[bool]) -> TransformerBlockSubmodules:
+    """The decoder layers of one (virtual) pipeline stage; ``is_moe`` says which of them have experts."""
+    dense = _layer_spec(config, backend, moe=False)
+    sparse = _layer_spec(config, backend, moe=True) if any(is_moe) else dense
+    layers = [sparse if moe else dense for moe in is_moe]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=backend.layer_norm(rms_norm=True))
 
 
 class SelectiveGPTModel(GPTModel):

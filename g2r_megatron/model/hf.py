@@ -1,21 +1,44 @@
-"""A Hugging Face model directory: config checked against what we carry over, safetensors read slice by slice."""
+"""A Hugging Face model directory, or a Megatron checkpoint with one inside: its config, checked field by field."""
 
+import dataclasses
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from g2r_megatron.data.tokenizer import load_tokenizer
 from g2r_megatron.errors import UserError
 from g2r_megatron.model.families import FAMILIES, Family
+from g2r_megatron.model.safetensors_files import SafetensorsReader
 
 ROPE_TYPES = ("default", "llama3", "linear")
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+HF_FILES = "hf"  # subdirectory of a Megatron checkpoint with the config and tokenizer of its model
+CHECKPOINT_FACTS = "g2r.json"  # our own facts in a Megatron checkpoint
+# Fields of config.json that change what the model computes in a way that we do not carry over: their neutral value.
+NEUTRAL = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "pretraining_tp": 1,  # of Llama: splits products, which changes rounding
+    "router_jitter_noise": 0.0,
+    "use_mrope": False,
+    "partial_rotary_factor": 1.0,
+}
+# Fields that transformers reads although its config classes do not declare them (any more), or that say nothing.
+UNDECLARED = {
+    "model_type",
+    "torch_dtype",
+    "rope_theta",
+    "rope_scaling",
+    "head_dim",
+    "max_window_layers",
+    "_name_or_path",
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +53,13 @@ class Geometry:
     ffn: int
     vocab: int
     tied: bool
+    experts: int = 0  # of each mixture-of-experts layer
+    expert_ffn: int = 0
+    dense_layers: frozenset[int] = frozenset()  # the layers without experts, in a model with experts
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether layer number ``layer`` (from 0, over the whole model) has experts."""
+        return self.experts > 0 and layer not in self.dense_layers
 
     def padded_vocab(self, tp: int, dp: int) -> int:
         """Vocabulary rows rounded up so that each TP shard's element count is a multiple of lcm(dp, 128).
@@ -44,13 +74,20 @@ class Geometry:
 
 @dataclass(frozen=True)
 class HFModel:
-    """A validated directory. ``option`` is the config option that named it, for error messages."""
+    """A validated model. ``option`` is the config option that named it, for error messages.
+
+    ``path``: the directory of config.json and the tokenizer, and of the weights unless there is a ``checkpoint``, the
+    Megatron checkpoint that holds them. ``fused_experts``: Hugging Face files store (or stored) all experts of a layer
+    in one tensor.
+    """
 
     option: str
     path: Path
     config: PretrainedConfig
     family: Family
     geometry: Geometry
+    checkpoint: Path | None = None
+    fused_experts: bool = False
 
     def inverse_frequencies(self) -> torch.Tensor:
         """RoPE inverse frequencies [head_dim / 2], fp32, from transformers' own functions."""
@@ -60,23 +97,69 @@ class HFModel:
             return 1.0 / (rope["rope_theta"] ** exponent)
         return ROPE_INIT_FUNCTIONS[rope["rope_type"]](self.config, "cpu")[0]
 
+    @property
+    def sliding_window(self) -> tuple[int, list[bool]] | None:
+        """(positions a token sees, itself included; which layers have the window), or None without any."""
+        width = getattr(self.config, "sliding_window", None)
+        types = getattr(self.config, "layer_types", None)
+        layers = [types is None or t == "sliding_attention" for t in types or [None] * self.geometry.layers]
+        return (width, layers) if width is not None and any(layers) else None
+
 
 def open_hf_model(path: str, option: str) -> HFModel:
-    """Read and check ``config.json``. Raises ``UserError`` for anything that we would not carry over exactly."""
+    """Read and check ``config.json`` of a Hugging Face directory or of a Megatron checkpoint's ``hf/``.
+
+    Raises ``UserError`` for anything that we would not carry over exactly.
+    """
     directory = Path(path)
     if not path or not directory.is_dir():
         raise UserError(
             option, repr(path), "must be a Hugging Face model directory (config.json, *.safetensors, tokenizer)"
         )
+    if (directory / ".metadata").is_file() or (directory / CHECKPOINT_FACTS).is_file():
+        return _open_checkpoint(directory, option)
+    hf = _open_config(directory, option)
+    if hf.geometry.experts and any(directory.glob("*.safetensors")):
+        hf = dataclasses.replace(hf, fused_experts=_has_fused_experts(hf, SafetensorsReader(directory).names))
+    return hf
+
+
+def _open_checkpoint(checkpoint: Path, option: str) -> HFModel:
+    """The model of a Megatron checkpoint, converted or left by training."""
+    if not (checkpoint / HF_FILES / "config.json").is_file():
+        raise UserError(
+            option,
+            f"{checkpoint} is a Megatron checkpoint without {HF_FILES}/config.json",
+            f"copy config.json and the tokenizer of the model it was made from to {checkpoint / HF_FILES}",
+        )
+    facts = read_json(checkpoint / CHECKPOINT_FACTS)
+    hf = _open_config(checkpoint / HF_FILES, option)
+    return dataclasses.replace(hf, checkpoint=checkpoint, fused_experts=bool(facts.get("fused_experts")))
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file. Raises ``UserError`` naming a file that is unreadable or holds something else."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(str(file), f"not readable as JSON ({error})", "restore the file") from error
+    if not isinstance(content, dict):
+        raise UserError(str(file), f"holds a {type(content).__name__}", "must be a JSON object")
+    return content
+
+
+def _open_config(directory: Path, option: str) -> HFModel:
     if not (directory / "config.json").is_file():
         raise UserError(option, f"{directory} has no config.json", "must be a Hugging Face model directory")
-    try:
-        raw = json.loads((directory / "config.json").read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{directory}/config.json", f"not readable as JSON ({error})", "restore the file") from error
+    raw = read_json(directory / "config.json")
     model_type = raw.get("model_type")
     if model_type not in FAMILIES:
         raise UserError(f"{directory}/config.json model_type", repr(model_type), f"must be one of {sorted(FAMILIES)}")
+    family = FAMILIES[model_type]
+    if raw.get("architectures") not in (None, [family.architecture]):
+        raise UserError(
+            f"{directory}/config.json architectures", repr(raw["architectures"]), f"must be {[family.architecture]}"
+        )
     if raw.get("quantization_config"):
         raise UserError(
             f"{directory}/config.json quantization_config",
@@ -85,14 +168,25 @@ def open_hf_model(path: str, option: str) -> HFModel:
         )
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # its validators raise classes of their own
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"{directory}/config.json", f"not accepted by transformers ({error})", "restore the file"
+            f"{directory}/config.json", f"refused by transformers ({reason})", "correct the file"
         ) from error
-    _refuse_what_is_not_carried_over(directory, config, FAMILIES[model_type])
-    heads = config.num_attention_heads
-    geometry = Geometry(
-        layers=config.num_hidden_layers,
+    _refuse_what_is_not_carried_over(directory, raw, config)
+    return HFModel(option, directory, config, family, _geometry(config, family))
+
+
+def _geometry(config: PretrainedConfig, family: Family) -> Geometry:
+    heads, layers = config.num_attention_heads, config.num_hidden_layers
+    experts, expert_ffn, dense = 0, 0, frozenset()
+    if family.experts is not None:
+        experts = config.num_local_experts
+        expert_ffn = getattr(config, "moe_intermediate_size", config.intermediate_size)
+        every = getattr(config, "decoder_sparse_step", 1)
+        dense = {i for i in range(layers) if (i + 1) % every} | set(getattr(config, "mlp_only_layers", []))
+    return Geometry(
+        layers=layers,
         hidden=config.hidden_size,
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
@@ -100,31 +194,45 @@ def open_hf_model(path: str, option: str) -> HFModel:
         ffn=config.intermediate_size,
         vocab=config.vocab_size,
         tied=bool(config.tie_word_embeddings),
+        experts=experts,
+        expert_ffn=expert_ffn,
+        dense_layers=frozenset(dense),
     )
-    return HFModel(option, directory, config, FAMILIES[model_type], geometry)
 
 
-def _refuse_what_is_not_carried_over(directory: Path, config, family: Family) -> None:
-    """A config feature that the Megatron-Core model would silently lose is an error."""
+def _refuse_what_is_not_carried_over(directory: Path, raw: dict, config: PretrainedConfig) -> None:
+    """A config feature that the Megatron-Core model would silently lose is an error, and so is an unknown field."""
 
     def refuse(field: str, value, valid: str):
         raise UserError(f"{directory}/config.json {field}", repr(value), f"is not supported; must be {valid}")
 
+    declared = {f.name for f in dataclasses.fields(config)} | {*config.attribute_map, *config.attribute_map.values()}
+    for field in sorted(raw.keys() - declared - UNDECLARED - NEUTRAL.keys()):
+        raise UserError(
+            f"{directory}/config.json {field}",
+            repr(raw[field])[:60],
+            f"is not a field of {type(config).__name__}; remove it if the model does not need it",
+        )
+    for field, neutral in NEUTRAL.items():
+        if (value := getattr(config, field, neutral)) != neutral and value is not None:
+            refuse(field, value, repr(neutral))
     rope = config.rope_parameters
     if rope["rope_type"] not in ROPE_TYPES:
         refuse("rope type", rope["rope_type"], f"one of {list(ROPE_TYPES)}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         refuse("partial_rotary_factor", rope["partial_rotary_factor"], "1.0")
-    if config.hidden_act != "silu":
-        refuse("hidden_act", config.hidden_act, "'silu'")
-    if getattr(config, "use_sliding_window", False):
-        refuse("use_sliding_window", True, "false")
-    if not family.qkv_bias and getattr(config, "attention_bias", False):
-        refuse("attention_bias", True, f"false for {family.model_type}")
-    if getattr(config, "mlp_bias", False):
-        refuse("mlp_bias", True, "false")
+    types = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if types:
+        refuse("layer_types", sorted(types)[0], "full_attention or sliding_attention")
+    if config.model_type in ("mistral", "mixtral") and "layer_types" in raw:
+        refuse("layer_types", raw["layer_types"], f"absent: {type(config).__name__} does not read it")
     if config.hidden_size % config.num_attention_heads and not getattr(config, "head_dim", None):
         refuse("num_attention_heads", config.num_attention_heads, f"a divisor of hidden_size {config.hidden_size}")
+
+
+def _has_fused_experts(hf: HFModel, names: set[str]) -> bool:
+    fused = {name for m in hf.family.fused_experts.values() if m.fused for name in m.hf}
+    return any(name.format(i=i) in names for name in fused for i in range(hf.geometry.layers))
 
 
 def load_model_tokenizer(hf: HFModel) -> PreTrainedTokenizerFast:
@@ -137,62 +245,3 @@ def load_model_tokenizer(hf: HFModel) -> PreTrainedTokenizerFast:
             "give the directory of a model with its own tokenizer",
         )
     return tokenizer
-
-
-class SafetensorsReader:
-    """Slices of the tensors of a directory's safetensors files; nothing is read before it is asked for."""
-
-    def __init__(self, directory: Path):
-        index = directory / "model.safetensors.index.json"
-        if index.is_file():
-            self._file_of = {
-                name: directory / file for name, file in json.loads(index.read_text())["weight_map"].items()
-            }
-            for file in sorted(set(self._file_of.values())):
-                if not file.is_file():
-                    raise UserError(str(index), f"names {file.name}, which is missing", "restore the missing shard")
-        elif (directory / "model.safetensors").is_file():
-            file = directory / "model.safetensors"
-            self._file_of = dict.fromkeys(self._open(file).keys(), file)
-        else:
-            pickles = [p.name for p in directory.glob("*.bin")]
-            found = f"only pickle files {pickles}" if pickles else "no model.safetensors"
-            raise UserError(
-                str(directory), found, "weights must be safetensors files; save the model with safe_serialization=True"
-            )
-        self._handles = {}
-
-    @staticmethod
-    def _open(file: Path):
-        try:
-            return safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise UserError(str(file), f"not a readable safetensors file ({error})", "restore the file") from error
-
-    @property
-    def names(self) -> set[str]:
-        return set(self._file_of)
-
-    def _slice(self, name: str):
-        file = self._file_of[name]
-        if file not in self._handles:
-            self._handles[file] = self._open(file)
-        try:
-            return self._handles[file].get_slice(name)
-        except SafetensorError as error:
-            raise UserError(str(file), f"does not hold {name} ({error})", "restore the file or its index") from error
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Raises ``UserError`` for a dtype that is no weight of ours (quantized integers, fp8)."""
-        found = self._slice(name).get_dtype()
-        if found not in DTYPES:
-            raise UserError(f"{self._file_of[name]} {name}", f"dtype {found}", f"must be one of {sorted(DTYPES)}")
-        return DTYPES[found]
-
-    def read(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
-        """Rows (dim 0) or columns (dim 1) ``start:stop`` of a tensor, CPU, in the file's dtype."""
-        part = self._slice(name)
-        return part[start:stop] if dim == 0 else part[:, start:stop]

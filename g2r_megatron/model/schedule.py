@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
 
 from g2r_megatron.model.build import MegatronModel
 from g2r_megatron.parallel import cpu
@@ -18,7 +19,8 @@ class TokenBatch:
     """Right-padded sequences of one micro-batch, on the model's device.
 
     ``input_ids`` int64 [b, s]; ``logit_rows`` int64 [n] into the flattened positions (row * s + position);
-    ``items``: the indices of the caller's sequences, in row order.
+    ``items``: the indices of the caller's sequences, in row order. A filler (see ``replica_plan``) has no items, no
+    logit rows and one row of padding.
     """
 
     input_ids: torch.Tensor
@@ -30,9 +32,9 @@ def token_batch(
     model: MegatronModel, sequences: Sequence[list[int]], positions: Sequence, items: list[int]
 ) -> TokenBatch:
     """Pad ``sequences[i] for i in items`` to one length; ``positions[i]`` are the positions whose logits are wanted."""
-    length = padded(max(len(sequences[i]) for i in items), model.length_multiple)
+    length = padded(max([1, *(len(sequences[i]) for i in items)]), model.length_multiple)
     # Right padding needs no mask: attention is causal and nothing after a sequence's end is read.
-    ids = [list(sequences[i]) + [0] * (length - len(sequences[i])) for i in items]
+    ids = [list(sequences[i]) + [0] * (length - len(sequences[i])) for i in items] or [[0] * length]
     rows = [row * length + p for row, i in enumerate(items) for p in positions[i]]
     device = cpu.device()
     return TokenBatch(torch.tensor(ids, device=device), torch.tensor(rows, dtype=torch.int64, device=device), items)
@@ -42,29 +44,37 @@ def replica_plan(model: MegatronModel, lengths: Sequence[int], indices: list[int
     """This data-parallel replica's share of ``indices`` as micro-batches of at most ``budget`` padded tokens.
 
     ``lengths`` of the sequences ``indices``, in the same order. A pure function of its arguments and the layout.
+    Every replica gets as many micro-batches, some of them empty: replicas share experts and meet in every layer. With
+    virtual stages their number is a multiple of the pipeline's ranks, as the interleaved schedule needs it.
     """
-    mine = balanced_shards(list(lengths), model.groups.dp_size)[model.groups.dp_rank]
-    packed = pack_by_tokens([lengths[i] for i in mine], budget, model.length_multiple)
-    return [[indices[mine[i]] for i in rows] for rows in packed]
+    plans = []
+    for share in balanced_shards(list(lengths), model.groups.dp_size):
+        packed = pack_by_tokens([lengths[i] for i in share], budget, model.length_multiple)
+        plans.append([[indices[share[i]] for i in rows] for rows in packed])
+    multiple = model.groups.pgs.pp.size() if len(model.chunks) > 1 else 1
+    micro_batches = padded(max(len(plan) for plan in plans), multiple)
+    mine = plans[model.groups.dp_rank]
+    return mine + [[] for _ in range(micro_batches - len(mine))]
 
 
-def forward_tokens(model: MegatronModel, batch: TokenBatch) -> torch.Tensor:
-    """The model on a micro-batch: logits [n, v/tp] at its ``logit_rows`` on the last stage, hidden states before."""
-    return model.module(batch.input_ids, None, None, logit_rows=batch.logit_rows)
+def forward_tokens(module: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
+    """A micro-batch through one chunk: logits [n, v/tp] at its ``logit_rows`` on the last stage, hidden states before."""
+    return module(batch.input_ids, None, None, logit_rows=batch.logit_rows)
 
 
 def run_schedule(
     model: MegatronModel,
-    batches: Sequence,
-    forward: Callable[[Any], torch.Tensor],
-    on_last_stage: Callable[[Any, torch.Tensor], tuple[torch.Tensor, Any]],
+    batches: Sequence[TokenBatch],
+    forward: Callable[[torch.nn.Module, TokenBatch], torch.Tensor],
+    on_last_stage: Callable[[TokenBatch, torch.Tensor], tuple[torch.Tensor, Any]],
     backward: bool,
 ) -> list:
     """Run ``batches`` through the model's pipeline (collective over its model-parallel group).
 
-    ``forward(batch)`` calls the module on any stage; ``on_last_stage(batch, output)`` returns (scalar loss, result).
-    With ``backward``, the gradient of the plain sum of the losses is taken: no division by micro-batches, tokens
-    or ranks happens anywhere. Returns the results, in order, on the last stage; [] elsewhere.
+    ``forward(module, batch)`` calls a chunk of the model on any stage; ``on_last_stage(batch, output)`` returns
+    (scalar loss, result) and is not asked about fillers. With ``backward``, the gradient of the plain sum of the losses
+    is taken: no division by micro-batches, tokens or ranks happens anywhere. Returns the results, in order, on the
+    last stage; [] elsewhere.
     """
     if not batches:
         return []
@@ -73,16 +83,17 @@ def run_schedule(
         batch = next(iterator)
 
         def loss_func(output, non_loss_data=False):
-            loss, result = on_last_stage(batch, output)
+            loss, result = on_last_stage(batch, output) if batch.items else (output.sum(), _Filler)
             return result if non_loss_data else (loss, torch.zeros([], dtype=torch.int, device=loss.device), result)
 
-        return forward(batch), loss_func
+        return forward(module, batch), loss_func
 
-    schedule = get_forward_backward_func(pp_size=model.groups.pgs.pp.size(), vp_size=None)
-    return schedule(
+    vpp = len(model.modules) if len(model.modules) > 1 else None
+    schedule = get_forward_backward_func(pp_size=model.groups.pgs.pp.size(), vp_size=vpp)
+    results = schedule(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
-        model=model.module,
+        data_iterator=[iter(batches) for _ in model.modules] if vpp else iter(batches),
+        model=model.modules if vpp else model.modules[0],
         num_microbatches=len(batches),
         seq_length=1,  # shapes travel with the tensors (variable_seq_lengths)
         micro_batch_size=1,
@@ -91,3 +102,26 @@ def run_schedule(
         pg_collection=model.groups.pgs,
         p2p_communicator=P2PCommunicator(model.groups.pgs.pp, model.config),
     )
+    return [result for result in results if result is not _Filler]
+
+
+class _Filler:
+    """Stands for the result of a micro-batch without items."""
+
+
+def forward_once(
+    model: MegatronModel, batch: Any, forward: Callable[[torch.nn.Module, Any], torch.Tensor]
+) -> torch.Tensor | None:
+    """One batch through the pipeline, stage after stage, without gradients: the output on the last stage, else None.
+
+    What a decoding step needs: there is one micro-batch, so nothing to overlap, also with virtual stages.
+    """
+    p2p = P2PCommunicator(model.groups.pgs.pp, model.config)
+    first, last, output = model.groups.is_first_stage, model.groups.is_last_stage, None
+    for i, module in enumerate(model.modules):
+        shape = (1, 1, model.config.hidden_size)  # the real one travels with the tensor
+        received = p2p.recv_forward(shape, is_first_stage=first and i == 0)
+        get_attr_wrapped_model(module, "set_input_tensor")([received])
+        output = forward(module, batch)
+        p2p.send_forward(output, is_last_stage=last and i == len(model.modules) - 1)
+    return output if last else None

@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 
 from g2r_megatron.parallel import cpu
 
@@ -66,11 +66,16 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
 
 
 class SDPACoreAttention(torch.nn.Module):
-    """Counterpart of ``TEDotProductAttention``: torch's scaled dot-product attention, causal or over a KV cache."""
+    """Counterpart of ``TEDotProductAttention``: torch's scaled dot-product attention, causal or over a KV cache.
+
+    In layers with a sliding window a position sees itself and the ``window_size[0]`` positions before it.
+    """
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, **kwargs):
         super().__init__()
         self.softmax_scale = softmax_scale
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] if windowed else None
 
     def forward(
         self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None
@@ -85,11 +90,25 @@ class SDPACoreAttention(torch.nn.Module):
         causal = attn_mask_type == AttnMaskType.causal
         if causal and query.size(0) != key.size(0):
             raise ValueError(f"causal attention needs equal lengths, got {query.size(0)} queries, {key.size(0)} keys")
+        mask = self._window_mask(query.size(0), key.size(0), query.device)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, heads, s, hn]
         context = F.scaled_dot_product_attention(
-            q, k, v, is_causal=causal, scale=self.softmax_scale, enable_gqa=q.size(1) != k.size(1)
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=causal and mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=q.size(1) != k.size(1),
         )
         return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _window_mask(self, queries: int, keys: int, device: torch.device) -> torch.Tensor | None:
+        """bool [queries, keys], True where seen; None where the window hides nothing. The queries are the last keys."""
+        if self.window is None or keys <= self.window + 1:
+            return None
+        distance = torch.arange(keys - queries, keys, device=device).unsqueeze(1) - torch.arange(keys, device=device)
+        return (distance >= 0) & (distance <= self.window)
 
 
 class TorchSpecProvider(BackendSpecProvider):

@@ -1,288 +1,259 @@
-"""Hugging Face <-> Megatron-Core weights, both ways, one tensor at a time.
+"""Hugging Face <-> Megatron-Core weights: which rectangle of which file tensor is which part of which parameter.
 
-A Megatron-Core shard is a list of *pieces*: runs of rows (or columns) of Hugging Face tensors, one after the other.
-Reading copies a rank's own pieces out of the files; writing gathers the TP shards of one parameter and copies the
-same pieces back. The QKV, gate-up and vocabulary algebra lives in ``pieces`` alone.
+A Megatron-Core shard is a list of *pieces*: runs of rows (or columns) of Hugging Face tensors, one below the other.
+Reading copies a rank's own pieces out of the files, writing puts the same pieces back; the QKV, gate-up, expert and
+vocabulary algebra lives in ``pieces`` alone. Parameters go by their *canonical* name: layers and experts are counted
+over the whole model.
 """
 
-import json
 import re
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from safetensors.torch import save_file
 
 from g2r_megatron.errors import UserError
-from g2r_megatron.model.families import Mapping, mapping_of
-from g2r_megatron.model.hf import Geometry, HFModel, SafetensorsReader
+from g2r_megatron.model.families import GLOBALS, Mapping
+from g2r_megatron.model.hf import Geometry, HFModel
+from g2r_megatron.model.safetensors_files import SafetensorsReader
 from g2r_megatron.parallel.groups import ModelGroups
 
-MAX_SHARD_BYTES = 4 * 2**30
+LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+LOCAL_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.")  # of SequentialMLP
+GROUPED_EXPERT = re.compile(r"\.experts\.(linear_fc[12]\.weight)(\d+)$")  # of TEGroupedMLP
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
+COMPARED_ROWS = 4096
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows (``dim`` 0) or columns (``dim`` 1) ``start:stop`` of Hugging Face tensor ``hf``."""
+    """Rows (and columns, all if None) of Hugging Face tensor ``hf``, seen as a matrix: [..., n] is [rows, n]."""
 
     hf: str
-    dim: int
-    start: int
-    stop: int
+    rows: tuple[int, int]
+    columns: tuple[int, int] | None = None
 
 
-def hf_shape(mapping: Mapping, index: int, g: Geometry, bias: bool) -> tuple[int, ...]:
-    """Full shape of ``mapping.hf[index]``; ``bias`` for one-dimensional tensors of a sharded rule."""
-    rows = {
-        "qkv": (g.heads * g.head_dim, g.kv_heads * g.head_dim, g.kv_heads * g.head_dim),
-        "gate_up": (g.ffn, g.ffn),
-        "vocab": (g.vocab,),
-        "row": (g.hidden,),
-    }[mapping.rule][index]
-    columns = g.hidden
-    if mapping.rule == "row":
-        columns = g.heads * g.head_dim if "o_proj" in mapping.hf[index] else g.ffn
-    return (rows,) if bias else (rows, columns)
+# ---- names ----------------------------------------------------------------------------------------------------------
+
+
+def canonical_name(name: str, layer_offset: int, first_expert: int) -> str:
+    """A module's own parameter name with its layer and its expert counted over the whole model."""
+    name = LAYER.sub(lambda m: f"decoder.layers.{int(m[1]) + layer_offset}.", name)
+    name = LOCAL_EXPERT.sub(lambda m: f".experts.{int(m[1]) + first_expert}.", name)
+    return GROUPED_EXPERT.sub(lambda m: f".experts.{int(m[2]) + first_expert}.{m[1]}", name)
+
+
+def is_expert(name: str) -> bool:
+    """Whether a canonical name is of an expert: those are spread over the expert parallel groups."""
+    return EXPERT.search(name) is not None
+
+
+def layer_table(hf: HFModel, layer: int) -> dict[str, Mapping]:
+    """The family's table of one layer, canonical names after "decoder.layers.{i}."."""
+    if not hf.geometry.is_moe(layer):
+        return {**hf.family.attention, **hf.family.dense}
+    return {**hf.family.attention, **(hf.family.fused_experts if hf.fused_experts else hf.family.experts)}
+
+
+def parameter_names(hf: HFModel) -> Iterator[str]:
+    """Every parameter of the model, in the order of its layers; a tied output layer is the embedding."""
+    yield "embedding.word_embeddings.weight"
+    for layer in range(hf.geometry.layers):
+        for rest in layer_table(hf, layer):
+            if "{e}" in rest:
+                yield from (f"decoder.layers.{layer}.{rest.format(e=e)}" for e in range(hf.geometry.experts))
+            else:
+                yield f"decoder.layers.{layer}.{rest}"
+    yield "decoder.final_layernorm.weight"
+    if not hf.geometry.tied:
+        yield "output_layer.weight"
+
+
+def mapping_of(hf: HFModel, name: str) -> Mapping:
+    """The mapping of a canonical name, layer and expert filled in. ``KeyError`` for one that the tables do not know."""
+    if not (match := LAYER.match(name)):
+        if name == "output_layer.weight" and hf.geometry.tied:  # the copy on the last pipeline stage
+            name = "embedding.word_embeddings.weight"
+        return GLOBALS[name]
+    rest, expert = name[match.end() :], None
+    if found := EXPERT.search(name):
+        rest, expert = EXPERT.sub(".experts.{e}.", rest), found[1]
+    mapping = layer_table(hf, int(match[1]))[rest]
+    return Mapping(mapping.rule, tuple(t.format(i=match[1], e=expert) for t in mapping.hf), mapping.fused)
+
+
+# ---- shapes ---------------------------------------------------------------------------------------------------------
+
+
+def unsharded_shape(g: Geometry, name: str) -> tuple[int, ...]:
+    """Shape of a whole parameter (TP 1, no vocabulary padding) by its canonical name."""
+    qkv, ffn = (g.heads + 2 * g.kv_heads) * g.head_dim, g.expert_ffn if is_expert(name) else g.ffn
+    shapes = {
+        "word_embeddings.weight": (g.vocab, g.hidden),
+        "output_layer.weight": (g.vocab, g.hidden),
+        "linear_qkv.weight": (qkv, g.hidden),
+        "linear_qkv.bias": (qkv,),
+        "linear_proj.weight": (g.hidden, g.heads * g.head_dim),
+        "linear_fc1.weight": (2 * ffn, g.hidden),
+        "linear_fc2.weight": (g.hidden, ffn),
+        "router.weight": (g.experts, g.hidden),
+        "q_layernorm.weight": (g.head_dim,),
+        "k_layernorm.weight": (g.head_dim,),
+    }
+    return next((shape for suffix, shape in shapes.items() if name.endswith(suffix)), (g.hidden,))
+
+
+def _block_rows(mapping: Mapping, g: Geometry, shape: tuple[int, ...]) -> list[int]:
+    """Rows that each of ``mapping.hf`` gives to the whole parameter."""
+    if mapping.rule == "qkv":
+        return [g.heads * g.head_dim, g.kv_heads * g.head_dim, g.kv_heads * g.head_dim]
+    return [shape[0] // len(mapping.hf)] * len(mapping.hf)
+
+
+def hf_shapes(hf: HFModel) -> dict[str, tuple[int, ...]]:
+    """Every Hugging Face tensor of the model and its shape, in the order of the layers."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in parameter_names(hf):
+        mapping, whole = mapping_of(hf, name), unsharded_shape(hf.geometry, name)
+        rows = _block_rows(mapping, hf.geometry, whole)
+        if mapping.fused:
+            shapes[mapping.hf[0]] = (hf.geometry.experts, sum(rows), *whole[1:])
+        else:
+            shapes |= {tensor: (n, *whole[1:]) for tensor, n in zip(mapping.hf, rows, strict=True)}
+    return shapes
+
+
+# ---- the algebra ----------------------------------------------------------------------------------------------------
+
+
+def _blocks(mapping: Mapping, g: Geometry, name: str) -> list[tuple[str, int, int]]:
+    """(tensor, first row, end row) of each of ``mapping.hf``; experts in one tensor lie one below the other."""
+    rows = _block_rows(mapping, g, unsharded_shape(g, name))
+    base = int(EXPERT.search(name)[1]) * sum(rows) if mapping.fused else 0
+    blocks = []
+    for tensor, n in zip(mapping.hf, rows, strict=True):
+        blocks.append((tensor, base, base + n))
+        base += n if mapping.fused else 0
+    return blocks
+
+
+def _runs(mapping: Mapping, g: Geometry, name: str) -> list[tuple[str, int, int]]:
+    """The rows of the whole parameter, in order, as runs of rows of Hugging Face tensors."""
+    blocks = _blocks(mapping, g, name)
+    if mapping.rule != "qkv":
+        return blocks
+    q, runs = g.heads // g.kv_heads * g.head_dim, []
+    for group in range(g.kv_heads):
+        runs.append((mapping.hf[0], group * q, (group + 1) * q))
+        runs += [(tensor, group * g.head_dim, (group + 1) * g.head_dim) for tensor in mapping.hf[1:]]
+    return runs
 
 
 def _window(runs: list[tuple[str, int, int]], start: int, stop: int) -> list[Piece]:
     """The pieces covering rows ``start:stop`` of the concatenation of ``runs``."""
     result, offset = [], 0
-    for hf, first, last in runs:
+    for tensor, first, last in runs:
         low, high = max(start, offset), min(stop, offset + last - first)
         if low < high:
-            result.append(Piece(hf, 0, first + low - offset, first + high - offset))
+            result.append(Piece(tensor, (first + low - offset, first + high - offset)))
         offset += last - first
     return result
 
 
-def pieces(mapping: Mapping, g: Geometry, tp: int, rank: int, vocab_rows: int) -> list[Piece]:
-    """What TP rank ``rank`` of ``tp`` holds of one parameter, in order. Empty for ``replicated`` (all of it).
+def parameter_pieces(hf: HFModel, name: str, start: int, stop: int) -> list[Piece]:
+    """Rows ``start:stop`` of the whole parameter ``name``; rows beyond the real vocabulary are left out."""
+    return _window(_runs(mapping_of(hf, name), hf.geometry, name), start, stop)
 
-    ``vocab_rows``: rows of one (padded) vocabulary shard; other rules do not look at it.
+
+def pieces(hf: HFModel, name: str, tp: int, rank: int, shard_rows: int) -> list[Piece]:
+    """What tensor parallel rank ``rank`` of ``tp`` holds of parameter ``name``, one piece below the other.
+
+    ``shard_rows``: rows of one vocabulary shard (padded, so not to be computed here); other rules do not look at it.
     """
-    rule, hf = mapping.rule, mapping.hf
-    if rule == "replicated":
-        return []
-    if rule == "row":
-        columns = hf_shape(mapping, 0, g, bias=False)[1] // tp
-        return [Piece(hf[0], 1, rank * columns, (rank + 1) * columns)]
-    if rule == "gate_up":
-        rows = g.ffn // tp
-        return [Piece(name, 0, rank * rows, (rank + 1) * rows) for name in hf]
-    if rule == "vocab":
-        return _window([(hf[0], 0, g.vocab)], rank * vocab_rows, (rank + 1) * vocab_rows)
-    if rule == "qkv":
-        q, runs = g.heads // g.kv_heads * g.head_dim, []
-        for group in range(g.kv_heads):
-            runs.append((hf[0], group * q, (group + 1) * q))
-            runs += [(name, group * g.head_dim, (group + 1) * g.head_dim) for name in hf[1:]]
-        rows = (g.heads + 2 * g.kv_heads) * g.head_dim // tp
-        return _window(runs, rank * rows, (rank + 1) * rows)
-    raise ValueError(f"unknown rule {rule}")
+    mapping, whole = mapping_of(hf, name), unsharded_shape(hf.geometry, name)
+    if mapping.rule == "replicated":
+        return parameter_pieces(hf, name, 0, whole[0])
+    if mapping.rule == "row":
+        columns = whole[1] // tp
+        ((tensor, first, last),) = _blocks(mapping, hf.geometry, name)
+        return [Piece(tensor, (first, last), (rank * columns, (rank + 1) * columns) if tp > 1 else None)]
+    if mapping.rule == "gate_up":
+        rows = whole[0] // 2 // tp
+        return [
+            Piece(tensor, (first + rank * rows, first + (rank + 1) * rows))
+            for tensor, first, _ in _blocks(mapping, hf.geometry, name)
+        ]
+    rows = shard_rows if mapping.rule == "vocab" else whole[0] // tp
+    return parameter_pieces(hf, name, rank * rows, (rank + 1) * rows)
 
 
-def global_name(name: str, layer_offset: int) -> str:
-    """A stage-local parameter name with the layer number counted over the whole model."""
-    return re.sub(r"^decoder\.layers\.(\d+)\.", lambda m: f"decoder.layers.{int(m[1]) + layer_offset}.", name)
+# ---- reading --------------------------------------------------------------------------------------------------------
 
 
-def _source(mapping: Mapping, hf: HFModel) -> Mapping:
-    """Tied output layers (the copy on the last pipeline stage) are read from the embedding."""
-    if hf.geometry.tied and mapping.hf == ("lm_head.weight",):
-        return Mapping("vocab", ("model.embed_tokens.weight",))
-    return mapping
-
-
-def expected_hf_names(hf: HFModel) -> set[str]:
-    """Every tensor that the family's tables read."""
-    names = {name for _, mapping in hf.family.globals for name in _source(mapping, hf).hf}
-    for layer in range(hf.geometry.layers):
-        names |= {name.format(i=layer) for mapping in hf.family.layer.values() for name in mapping.hf}
-    return names
-
-
-def check_tensor_names(hf: HFModel, reader: SafetensorsReader) -> None:
-    """Raise ``UserError`` naming the first missing or unknown tensor."""
-    expected = expected_hf_names(hf)
-    missing = sorted(expected - reader.names)
-    if missing:
+def check_tensors(hf: HFModel, reader: SafetensorsReader) -> None:
+    """Raise ``UserError`` naming the first tensor that is missing, unknown, misshapen or of another dtype."""
+    expected = hf_shapes(hf)
+    if missing := [name for name in expected if name not in reader.names]:
         raise UserError(
             str(hf.path), f"tensor {missing[0]} is missing (of {len(missing)})", "the weights must match config.json"
         )
     ignorable = {name for name in reader.names if name.endswith("rotary_emb.inv_freq")}
-    if hf.geometry.tied:
-        ignorable.add("lm_head.weight")  # some files repeat the tied embedding
-    extra = sorted(reader.names - expected - ignorable)
-    if extra:
+    if hf.geometry.tied and "lm_head.weight" in reader.names:
+        _check_tied_copy(hf, reader)
+        ignorable.add("lm_head.weight")
+    if extra := sorted(reader.names - expected.keys() - ignorable):
         raise UserError(
-            str(hf.path), f"unknown tensor {extra[0]} (of {len(extra)})", f"not part of {hf.family.architecture}"
+            str(hf.path),
+            f"unknown tensor {extra[0]} (of {len(extra)})",
+            f"not part of this {hf.family.architecture} by its config.json",
+        )
+    first = next(iter(expected))
+    for name, shape in expected.items():
+        if reader.shape(name) != shape:
+            raise UserError(f"{hf.path} {name}", f"shape {reader.shape(name)}", f"config.json asks for {shape}")
+        if reader.dtype(name) != reader.dtype(first):
+            raise UserError(
+                f"{hf.path} {name}",
+                f"dtype {reader.dtype(name)}, while {first} has {reader.dtype(first)}",
+                "all weights must be of one dtype",
+            )
+
+
+def _check_tied_copy(hf: HFModel, reader: SafetensorsReader) -> None:
+    """Some files repeat the tied embedding as lm_head; a copy that differs means that the model is not tied."""
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    same = reader.shape(head) == reader.shape(embedding)
+    for first in range(0, hf.geometry.vocab if same else 0, COMPARED_ROWS):
+        rows = (first, min(first + COMPARED_ROWS, hf.geometry.vocab))
+        same = same and torch.equal(reader.read(head, rows), reader.read(embedding, rows))
+    if not same:
+        raise UserError(
+            f"{hf.path} {head}",
+            f"differs from {embedding}, but config.json says tie_word_embeddings",
+            "set it to false, or remove the tensor",
         )
 
 
-def load_hf_weights(model: torch.nn.Module, hf: HFModel, groups: ModelGroups, layer_offset: int) -> None:
-    """Fill ``model``'s parameters in place from the directory, reading only this rank's slices.
+def read_hf_weights(parameters: Iterable[tuple[str, torch.nn.Parameter]], hf: HFModel, groups: ModelGroups) -> None:
+    """Fill (canonical name, parameter) in place from the safetensors files, reading only this rank's slices.
 
-    Values are converted to each parameter's dtype; padded vocabulary rows are zero. Raises ``UserError`` for missing,
-    unknown or misshapen tensors.
+    Values are converted to each parameter's dtype; padded vocabulary rows are zero. Raises ``UserError`` for weights
+    that do not match the config.
     """
     reader = SafetensorsReader(hf.path)
-    check_tensor_names(hf, reader)
-    tp, rank = groups.pgs.tp.size(), groups.pgs.tp.rank()
+    check_tensors(hf, reader)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            mapping = _source(mapping_of(hf.family, global_name(name, layer_offset)), hf)
-            _check_shapes(mapping, hf, reader, parameter)
-            if mapping.rule == "replicated":
-                parameter.copy_(reader.read(mapping.hf[0], 0, 0, parameter.size(0)))
-                continue
-            parameter.zero_()
+        for name, parameter in parameters:
+            tp = groups.pgs.expt_tp if is_expert(name) else groups.pgs.tp
             offset = 0
-            for piece in pieces(mapping, hf.geometry, tp, rank, parameter.size(0)):
-                part = reader.read(piece.hf, piece.dim, piece.start, piece.stop)
-                parameter.narrow(piece.dim, offset, piece.stop - piece.start).copy_(part)
-                offset += piece.stop - piece.start
+            for piece in pieces(hf, name, tp.size(), tp.rank(), parameter.size(0)):
+                part = reader.read(piece.hf, piece.rows, piece.columns)
+                parameter.narrow(0, offset, part.size(0)).copy_(part)
+                offset += part.size(0)
+            parameter[offset:].zero_()  # rows beyond the real vocabulary
 
 
-def _check_shapes(mapping: Mapping, hf: HFModel, reader: SafetensorsReader, parameter) -> None:
-    for index, name in enumerate(mapping.hf):
-        if mapping.rule == "replicated":
-            expected = tuple(parameter.shape)
-        else:
-            expected = hf_shape(mapping, index, hf.geometry, bias=parameter.dim() == 1)
-        if reader.shape(name) != expected:
-            raise UserError(f"{hf.path} {name}", f"shape {reader.shape(name)}", f"config.json asks for {expected}")
-        reader.dtype(name)
-
-
-def _gather_shards(parameter: torch.Tensor, rule: str, groups: ModelGroups) -> list[torch.Tensor]:
-    """All TP shards of a parameter (every TP rank gets them); one for replicated parameters."""
-    local = parameter.detach().contiguous()
-    if rule == "replicated" or groups.pgs.tp.size() == 1:
-        return [local]
-    shards = [torch.empty_like(local) for _ in range(groups.pgs.tp.size())]
-    dist.all_gather(shards, local, group=groups.pgs.tp)
-    return shards
-
-
-def _assemble(mapping: Mapping, shards: list[torch.Tensor], g: Geometry) -> dict[str, torch.Tensor]:
-    """The Hugging Face tensors of one parameter from all its TP shards; padding is dropped."""
-    if mapping.rule == "replicated":
-        return {mapping.hf[0]: shards[0]}
-    bias = shards[0].dim() == 1
-    result = {
-        name: torch.empty(hf_shape(mapping, i, g, bias), dtype=shards[0].dtype, device=shards[0].device)
-        for i, name in enumerate(mapping.hf)
-    }
-    for rank, shard in enumerate(shards):
-        offset = 0
-        for piece in pieces(mapping, g, len(shards), rank, shard.size(0)):
-            length = piece.stop - piece.start
-            result[piece.hf].narrow(piece.dim, piece.start, length).copy_(shard.narrow(piece.dim, offset, length))
-            offset += length
-    return result
-
-
-def stage_tensors(model: torch.nn.Module, hf: HFModel, groups: ModelGroups, layer_offset: int) -> Iterator:
-    """(HF name, tensor) of this pipeline stage, gathered over TP, one parameter at a time (collective over TP).
-
-    The tied output copy of a last stage is left out: it is the embedding.
-    """
-    for name, parameter in model.named_parameters():
-        if name == "output_layer.weight" and hf.geometry.tied:
-            continue
-        mapping = mapping_of(hf.family, global_name(name, layer_offset))
-        yield from _assemble(mapping, _gather_shards(parameter, mapping.rule, groups), hf.geometry).items()
-
-
-def iterate_hf_tensors(model: torch.nn.Module, hf: HFModel, groups: ModelGroups, layer_offset: int) -> Iterator:
-    """(HF name, CPU tensor) of the whole model on global rank 0, one at a time; other ranks yield nothing.
-
-    Collective: every rank must exhaust it. Stages send to the first stage over the pipeline group of replica 0.
-    """
-    mine = stage_tensors(model, hf, groups, layer_offset)
-    pp = groups.pgs.pp
-    sender = groups.dp_rank == 0 and groups.pgs.tp.rank() == 0
-    if not sender:
-        for _ in mine:
-            pass
-        return
-    if pp.rank() == 0:
-        for name, tensor in mine:
-            yield name, tensor.cpu()
-        for stage in range(1, pp.size()):
-            source = dist.get_global_rank(pp, stage)
-            while (header := _receive_object(source, pp)) is not None:
-                name, shape, dtype = header
-                tensor = torch.empty(shape, dtype=dtype, device=next(model.parameters()).device)
-                dist.recv(tensor, source, group=pp)
-                yield name, tensor.cpu()
-        return
-    destination = dist.get_global_rank(pp, 0)
-    for name, tensor in mine:
-        _send_object((name, tuple(tensor.shape), tensor.dtype), destination, pp)
-        dist.send(tensor.contiguous(), destination, group=pp)
-    _send_object(None, destination, pp)
-
-
-def _send_object(value, destination: int, group) -> None:
-    dist.send_object_list([value], dst=destination, group=group)
-
-
-def _receive_object(source: int, group):
-    box = [None]
-    dist.recv_object_list(box, src=source, group=group)
-    return box[0]
-
-
-def save_hf(tensors: Iterator, hf: HFModel, output: Path, dtype: torch.dtype) -> None:
-    """Write a Hugging Face directory that transformers loads: sharded safetensors, config, tokenizer, templates.
-
-    Runs on rank 0 (where ``tensors`` yields). The directory appears under its name only when complete.
-    """
-    temporary = output.with_name(output.name + ".incomplete")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    shard, size, weight_map, files = {}, 0, {}, []
-    total = 0
-
-    def flush():
-        file = f"shard-{len(files)}.safetensors"
-        save_file(shard, temporary / file, metadata={"format": "pt"})
-        files.append(file)
-        weight_map.update(dict.fromkeys(shard, file))
-        shard.clear()
-
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > MAX_SHARD_BYTES:
-            flush()
-            size = 0
-        shard[name] = tensor.contiguous()
-        size += tensor.nbytes
-        total += tensor.nbytes
-    flush()
-    if len(files) == 1:
-        (temporary / files[0]).rename(temporary / "model.safetensors")
-    else:
-        final = {f: f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i, f in enumerate(files)}
-        for old, new in final.items():
-            (temporary / old).rename(temporary / new)
-        index = {"metadata": {"total_size": total}, "weight_map": {n: final[f] for n, f in sorted(weight_map.items())}}
-        (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    _copy_other_files(hf, temporary, dtype)
-    temporary.rename(output)
-
-
-def _copy_other_files(hf: HFModel, directory: Path, dtype: torch.dtype) -> None:
-    """Everything but weights comes along byte for byte; config.json gets the dtype that was written."""
-    for file in sorted(hf.path.iterdir()):
-        if file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja") and "safetensors" not in file.name:
-            shutil.copyfile(file, directory / file.name)
-    config = json.loads((hf.path / "config.json").read_text())
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    if str(config.get(key)) != (name := str(dtype).removeprefix("torch.")):
-        config[key] = name
-        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+def first_expert(hf: HFModel, groups: ModelGroups) -> int:
+    """The first expert of every layer that this rank holds."""
+    return groups.pgs.ep.rank() * (hf.geometry.experts // groups.pgs.ep.size())

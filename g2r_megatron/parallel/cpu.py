@@ -61,8 +61,9 @@ class _TorchOnCpu(types.ModuleType):
     A module-level stand-in costs nothing in code outside those modules, unlike a TorchFunctionMode.
     """
 
-    def __init__(self):
+    def __init__(self, **replaced):
         super().__init__("torch")
+        vars(self).update(replaced)
         for name in _FACTORIES:
             setattr(self, name, _without_cuda(getattr(torch, name)))
 
@@ -132,11 +133,50 @@ def _redirect_tensor_type():
     torch.Tensor.type = tensor_type
 
 
-def _stub_moe_gemm():
-    """Without Transformer Engine ``moe_utils`` never defines the name it later compares with None."""
+def _redirect_moe():
+    """Names that the mixture-of-experts layers use without CUDA or Transformer Engine in mind."""
     moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
-    if not hasattr(moe_utils, "te_general_gemm"):
+    if not hasattr(moe_utils, "te_general_gemm"):  # never defined without Transformer Engine, later compared with None
         moe_utils.te_general_gemm = None
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    original = dispatcher.maybe_move_tensor_to_cpu
+
+    def maybe_move_tensor_to_cpu(tensor, as_numpy=False, record_stream=False):
+        """A tensor that is on the CPU already must still become numbers for ``all_to_all_single``."""
+        if torch.is_tensor(tensor) and tensor.device == _CPU:
+            return tensor.numpy() if as_numpy else tensor
+        return original(tensor, as_numpy, record_stream)
+
+    dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+
+
+class _UnevenCollectives(types.ModuleType):
+    """``torch.distributed`` whose list collectives take parts of different length, which gloo's do not.
+
+    Expert tensor parallel ranks exchange as many tokens as each happens to have. Parts are padded to the longest.
+    """
+
+    def __init__(self):
+        super().__init__("torch.distributed")
+
+    def __getattr__(self, name):
+        return getattr(torch.distributed, name)
+
+    @staticmethod
+    def all_gather(outputs: list, tensor: torch.Tensor, group) -> None:
+        longest = max(part.size(0) for part in outputs)
+        padded = tensor.new_zeros(longest, *tensor.shape[1:])
+        padded[: tensor.size(0)] = tensor
+        gathered = [torch.empty_like(padded) for _ in outputs]
+        torch.distributed.all_gather(gathered, padded, group=group)
+        for output, part in zip(outputs, gathered, strict=True):
+            output.copy_(part[: output.size(0)])
+
+    @staticmethod
+    def reduce_scatter(output: torch.Tensor, inputs: list, group) -> None:
+        total = torch.cat(inputs)
+        torch.distributed.all_reduce(total, group=group)
+        output.copy_(total.split([part.size(0) for part in inputs])[group.rank()])
 
 
 def install() -> None:
@@ -150,5 +190,8 @@ def install() -> None:
     stand_in = _TorchOnCpu()
     for name in _LITERAL_CUDA_MODULES:
         importlib.import_module(name).torch = stand_in
-    _stub_moe_gemm()
+    _redirect_moe()
+    importlib.import_module("megatron.core.tensor_parallel.mappings").torch = _TorchOnCpu(
+        distributed=_UnevenCollectives()
+    )
     _installed = True

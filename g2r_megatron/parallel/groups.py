@@ -48,6 +48,11 @@ class ModelGroups:
         return self.pgs.dp.size()
 
     @property
+    def replicas_share_experts(self) -> bool:
+        """Experts are spread over ranks of several data-parallel replicas: these meet in every layer with experts."""
+        return self.layout.etp * self.layout.ep > self.layout.tp
+
+    @property
     def is_replica_writer(self) -> bool:
         """One rank a data-parallel replica: TP rank 0 of the last stage, where logits and verdicts are."""
         return self.is_last_stage and self.pgs.tp.rank() == 0

@@ -3,10 +3,22 @@
 from g2r_megatron.config import Layout
 from g2r_megatron.errors import UserError
 
+SMALLEST_INTERLEAVED_PP = 3
+
 
 def data_parallel_size(layout: Layout, world_size: int) -> int:
     """Ranks left over for data parallelism: world / (tp cp pp). Assumes a validated layout."""
     return world_size // (layout.tp * layout.cp * layout.pp)
+
+
+def stages(layout: Layout) -> int:
+    """Pipeline stages, virtual ones counted."""
+    return layout.pp * (layout.vpp or 1)
+
+
+def stage_layers(layout: Layout, layers: int) -> list[int]:
+    """Layers of each stage in the order of the layers; virtual stage v of pipeline rank p is number v * pp + p."""
+    return layout.stage_layers or [layers // stages(layout)] * stages(layout)
 
 
 def check_layout(name: str, layout: Layout, world_size: int) -> None:
@@ -16,17 +28,21 @@ def check_layout(name: str, layout: Layout, world_size: int) -> None:
         size = getattr(layout, option)
         if size < 1:
             raise UserError(f"{where}.{option}", str(size), "must be at least 1")
-    for option in ("cp", "ep", "etp"):
-        if getattr(layout, option) != 1:
-            raise UserError(f"{where}.{option}", str(getattr(layout, option)), "only 1 is supported in this version")
-    if layout.vpp is not None:
-        raise UserError(
-            f"{where}.vpp", str(layout.vpp), "virtual pipeline stages are not supported in this version; leave it out"
-        )
+    if layout.cp != 1:
+        raise UserError(f"{where}.cp", str(layout.cp), "only 1 is supported in this version")
+    if layout.vpp is not None and layout.vpp < 2:
+        raise UserError(f"{where}.vpp", str(layout.vpp), "must be at least 2, or left out")
+    if layout.vpp is not None and layout.pp < SMALLEST_INTERLEAVED_PP:
+        # with two ranks the next and the previous stage are the same rank, and their messages get mixed up
+        raise UserError(f"{where}.vpp", f"{layout.vpp} with pp {layout.pp}", "virtual stages need pp of 3 or more")
     if layout.sp and layout.tp == 1:
         raise UserError(
             f"{where}.sp", "true with tp 1", "sequence parallelism needs tp > 1; set sp false or tp 2 or more"
         )
+    _check_world(where, layout, world_size)
+
+
+def _check_world(where: str, layout: Layout, world_size: int) -> None:
     ranks = layout.tp * layout.pp * layout.cp
     if world_size % ranks:
         fits = [n for n in range(1, world_size + 1) if world_size % n == 0]
@@ -35,9 +51,18 @@ def check_layout(name: str, layout: Layout, world_size: int) -> None:
             f"{layout.tp} x {layout.pp} = {ranks} ranks do not divide the world of {world_size}",
             f"choose sizes whose product is one of {fits}, or start {ranks} processes",
         )
+    stage = world_size // layout.pp
+    if stage % (layout.etp * layout.ep):
+        raise UserError(
+            f"{where}.etp x {where}.ep",
+            f"{layout.etp} x {layout.ep} = {layout.etp * layout.ep} ranks do not divide the {stage} of a pipeline stage",
+            f"choose sizes whose product is one of {[n for n in range(1, stage + 1) if stage % n == 0]}",
+        )
 
 
-def check_layout_for_model(name: str, layout: Layout, *, heads: int, kv_heads: int, ffn: int, layers: int) -> None:
+def check_layout_for_model(
+    name: str, layout: Layout, *, heads: int, kv_heads: int, ffn: int, layers: int, experts: int, expert_ffn: int
+) -> None:
     """Raise ``UserError`` unless the model's dimensions divide over ``layout``."""
     tp = f"{name}.layout.tp"
     if heads % layout.tp:
@@ -50,9 +75,44 @@ def check_layout_for_model(name: str, layout: Layout, *, heads: int, kv_heads: i
         )
     if ffn % layout.tp:
         raise UserError(tp, f"{layout.tp} does not divide the feed-forward size {ffn}", _divisors("tp", ffn))
-    if layers % layout.pp:
+    _check_stages(name, layout, layers)
+    _check_experts(name, layout, experts, expert_ffn)
+
+
+def _check_stages(name: str, layout: Layout, layers: int) -> None:
+    split, number = layout.stage_layers, stages(layout)
+    where = f"{name}.layout.stage_layers"
+    if split is None:
+        if layers % number:
+            option = f"{name}.layout.pp" if layout.vpp is None else f"{name}.layout.pp x {name}.layout.vpp"
+            raise UserError(
+                option, f"{number} does not divide the {layers} layers", _divisors("it", layers) + f", or give {where}"
+            )
+        return
+    if len(split) != number or min(split) < 1 or sum(split) != layers:
+        raise UserError(where, str(split), f"must be {number} numbers of at least 1 that add up to {layers} layers")
+
+
+def _check_experts(name: str, layout: Layout, experts: int, expert_ffn: int) -> None:
+    ep, etp = f"{name}.layout.ep", f"{name}.layout.etp"
+    if not experts:
+        for option, size in ((ep, layout.ep), (etp, layout.etp)):
+            if size != 1:
+                raise UserError(option, f"{size} for a model without experts", "must be 1")
+        return
+    if experts % layout.ep:
+        raise UserError(ep, f"{layout.ep} does not divide the {experts} experts", _divisors("ep", experts))
+    if expert_ffn % layout.etp:
         raise UserError(
-            f"{name}.layout.pp", f"{layout.pp} does not divide the {layers} layers", _divisors("pp", layers)
+            etp,
+            f"{layout.etp} does not divide the experts' feed-forward size {expert_ffn}",
+            _divisors("etp", expert_ffn),
+        )
+    if layout.tp > 1 and not layout.sp:
+        raise UserError(
+            f"{name}.layout.sp",
+            f"false with tp {layout.tp} and experts",
+            "Megatron-Core trains a mixture of experts with tensor parallelism only together with sp; set it true",
         )
 
 

@@ -4,9 +4,7 @@ A checkpoint is written as ``step_00000020.incomplete`` and renamed when every r
 disk, so a directory without the suffix is always whole. Nothing older is deleted before that.
 """
 
-import json
 import os
-import pickle
 import queue
 import re
 import shutil
@@ -15,20 +13,28 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint.api import CheckpointException
 
 from g2r_megatron.errors import UserError
+from g2r_megatron.model.torch_dist import (
+    checked_facts,
+    copy_model_files,
+    load_chunks,
+    load_sharded,
+    reason_of,
+    sharded_metadata,
+    sharded_weights,
+    sync_directory,
+    sync_to_disk,
+    write_facts,
+)
 from g2r_megatron.parallel import cpu
 from g2r_megatron.policy.trainer import PolicyTrainer, load_optimizer_state
 
 NAME = re.compile(r"step_(\d{8})")
-STATE_FILE = "g2r.json"  # plain facts beside Megatron-Core's own files
-EXTRA_STATE = "_extra_state"
-UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError)  # of json, pickle and torch's zip
 
 
 def complete_checkpoints(directory: Path) -> list[tuple[int, Path]]:
@@ -50,17 +56,14 @@ class Checkpointer:
 
     def _sharded_state(self, is_loading: bool, with_rng: bool) -> dict:
         model = self.trainer.model
-        metadata = {
-            # readable on another TP, PP and DP
-            "distrib_optim_sharding_type": "fully_reshardable",
-            "dp_cp_group": model.groups.pgs.dp_cp,
-        }
-        weights = model.gpt.sharded_state_dict(metadata=metadata)
-        # Layers' extra state: empty in plain torch, and Transformer Engine's is of delayed FP8 scaling, which we do not use.
-        weights = {name: shard for name, shard in weights.items() if not name.endswith(EXTRA_STATE)}
-        state = {
-            "model": weights,
-            "optimizer": self.trainer.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata),
+        weights = sharded_weights(model.chunks, model.groups)
+        state = weights | {
+            "optimizer": self.trainer.optimizer.sharded_state_dict(
+                # of several chunks it takes all of them by name, of one its content
+                weights.get("model", weights),
+                is_loading=is_loading,
+                metadata=sharded_metadata(model.groups),
+            ),
             "scheduler": self.trainer.scheduler.state_dict(),
         }
         if with_rng:
@@ -87,19 +90,19 @@ class Checkpointer:
         try:
             dist_checkpointing.save(self._sharded_state(is_loading=False, with_rng=True), str(temporary))
         except CheckpointException as error:  # on every rank, but only rank 0 is told why
-            reason = [_reason(error) if dist.get_rank() == 0 else None]
+            reason = [reason_of(error) if dist.get_rank() == 0 else None]
             dist.broadcast_object_list(reason, src=0)
             remedy = "make room; the checkpoints before it are intact, and the same command resumes"
             raise UserError(f"checkpoint {final}", f"cannot be written ({reason[0]})", remedy) from error
         dist.barrier()
         if dist.get_rank() == 0:
             place = {"world_size": dist.get_world_size(), "device": cpu.device().type}
-            facts = {"step": step, **place, "files": _sizes(temporary)}
-            (temporary / STATE_FILE).write_text(json.dumps(facts))
-            _sync_to_disk(temporary)
+            copy_model_files(self.trainer.model.hf, temporary)
+            write_facts(temporary, {"step": step, **place, "fused_experts": self.trainer.model.hf.fused_experts})
+            sync_to_disk(temporary)
             shutil.rmtree(final, ignore_errors=True)  # only ever the same step of an earlier, resumed attempt
             os.rename(temporary, final)
-            _sync_directory(self.directory)
+            sync_directory(self.directory)
             for _, path in complete_checkpoints(self.directory)[: -self.keep_last]:
                 doomed = path.rename(path.with_name(path.name + ".incomplete"))  # half deleted is not whole either
                 shutil.rmtree(doomed)
@@ -114,61 +117,18 @@ class Checkpointer:
         if not found:
             return 0
         step, path = found[-1]
-        facts = _checked_facts(path)
+        facts = checked_facts(path)
         # another world has other ranks, another device another generator; nothing random depends on it (sampling is keyed)
         with_rng = facts["world_size"] == dist.get_world_size() and facts.get("device") == cpu.device().type
-        state = _load(path, self._sharded_state(is_loading=True, with_rng=with_rng))
-        gpt = self.trainer.model.gpt
-        gpt.load_state_dict(state["model"] | {name: None for name in gpt.state_dict() if name.endswith(EXTRA_STATE)})
+        state = load_sharded(path, self._sharded_state(is_loading=True, with_rng=with_rng))
+        chunks = self.trainer.model.chunks
+        load_chunks(chunks, {name: state[name] for name in sharded_weights(chunks, self.trainer.model.groups)})
         load_optimizer_state(self.trainer.optimizer, state["optimizer"])
         self.trainer.scheduler.load_state_dict(state["scheduler"])
         if with_rng:
             torch.set_rng_state(state["rng"]["torch"])
             tensor_parallel.get_cuda_rng_tracker().set_states(state["rng"]["tracker"])
         return step
-
-
-def _sizes(directory: Path) -> dict[str, int]:
-    """Bytes of every file of a checkpoint but our own."""
-    return {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.name != STATE_FILE}
-
-
-def _checked_facts(path: Path) -> dict:
-    """What ``save`` noted of a checkpoint. Raises ``UserError`` unless every file is there in its full size."""
-    try:
-        facts = json.loads((path / STATE_FILE).read_text())
-        sizes = facts["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, f"{STATE_FILE}: {_reason(error)}") from error
-    found = _sizes(path)
-    for name, size in sizes.items():
-        if name not in found:
-            raise _damaged(path, f"{name} is missing")
-        if found[name] != size:
-            raise _damaged(path, f"{name} has {found[name]} bytes instead of {size}")
-    return facts
-
-
-def _load(path: Path, sharded_state: dict) -> dict:
-    """The checkpoint's content in the shards of this rank (collective). ``UserError`` when it cannot be read."""
-    try:
-        return dist_checkpointing.load(sharded_state, str(path))
-    except torch.OutOfMemoryError:  # a RuntimeError, but nothing is wrong with the checkpoint
-        raise
-    except (CheckpointingException, CheckpointException, *UNREADABLE) as error:
-        raise _damaged(path, _reason(error)) from error
-
-
-def _damaged(path: Path, problem: str) -> UserError:
-    return UserError(f"checkpoint {path}", f"cannot be loaded ({problem})", "delete it to resume from an earlier one")
-
-
-def _reason(error: BaseException) -> str:
-    """The first sentence of what went wrong; on the first rank where it did, when torch has gathered it from all."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    lines = str(error).splitlines()
-    return lines[0].split(". ")[0] if lines else type(error).__name__
 
 
 def _write_without_other_processes() -> None:
@@ -194,20 +154,3 @@ def _write_buckets(transforms: list, use_msc: bool, rank: int, buckets: list, re
             break
         written[i] = entries
     results.put(written)
-
-
-def _sync_to_disk(directory: Path) -> None:
-    for path in [*directory.rglob("*"), directory]:
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        elif path.is_dir():
-            _sync_directory(path)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from g2r_megatron.model.build import MegatronModel
-from g2r_megatron.model.weights import iterate_hf_tensors, save_hf
+from g2r_megatron.model.export import iterate_hf_tensors, save_hf
 
 
 def export_policy(model: MegatronModel, output: Path) -> None:
@@ -14,7 +14,7 @@ def export_policy(model: MegatronModel, output: Path) -> None:
 
     An earlier export of the same run is replaced once the new one is complete.
     """
-    tensors = iterate_hf_tensors(model.gpt, model.hf, model.groups, model.layer_offset)
+    tensors = iterate_hf_tensors(model)
     if dist.get_rank() != 0:
         for _ in tensors:
             pass

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -69,15 +68,15 @@ def response_log_probs(
     model: MegatronModel, sequences: Sequence[TokenSequence], plan: list, temperature: float
 ) -> list[torch.Tensor]:
     """log p [T_i] fp32 (CPU) of every sequence in any rank's ``plan``, on every rank (collective over the world)."""
-    training = model.module.training
-    model.module.eval()
+    training = model.training
+    model.train(False)
 
     def collect(batch: TokenBatch, logits: torch.Tensor):
         return None, (batch.items, token_log_probs(model, batch, logits, sequences, temperature))
 
     batches = [response_batch(model, sequences, items) for items in plan]
-    results = run_schedule(model, batches, partial(forward_tokens, model), collect, backward=False)
-    model.module.train(training)
+    results = run_schedule(model, batches, forward_tokens, collect, backward=False)
+    model.train(training)
     lengths = [len(sequence.response_ids) for sequence in sequences]
     flat = torch.zeros(sum(lengths), device=cpu.device())
     pieces = flat.split(lengths)

@@ -1,7 +1,6 @@
 """The trained policy: Megatron-Core DDP, its (distributed) optimizer and scheduler, one update a mini-batch."""
 
 import math
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -28,14 +27,20 @@ SUMS = ("tokens", "policy", "ratio", "clipped", "kl", "k1", "k2", "k3")
 
 
 def wrap_for_training(model: MegatronModel, options: OptimizerConfig) -> None:
-    """Put ``model.module`` under Megatron-Core's DDP: gradients are *summed* over replicas, in fp32.
+    """Put ``model.modules`` under Megatron-Core's DDP: gradients are *summed* over replicas, in fp32.
 
     ``finalize_model_grads`` runs without a token count: our losses are already normalised over the mini-batch.
     """
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=options.distributed
     )
-    model.module = DistributedDataParallel(model.config, ddp_config, model.module, pg_collection=model.groups.pgs)
+    model.modules = [
+        # as Megatron-LM: only the first virtual stage's gradients wait for the end of the backward pass
+        DistributedDataParallel(
+            model.config, ddp_config, module, disable_bucketing=i > 0, pg_collection=model.groups.pgs
+        )
+        for i, module in enumerate(model.modules)
+    ]
     model.config.finalize_model_grads_func = _finalize_gradients
 
 
@@ -59,7 +64,7 @@ def build_optimizer(model: MegatronModel, options: OptimizerConfig):
         clip_grad=options.clip_grad or math.inf,  # inf: the norm is measured and nothing is clipped
     )
     optimizer = get_megatron_optimizer(
-        config, [model.module], use_gloo_process_groups=False, pg_collection=model.groups.pgs
+        config, model.modules, use_gloo_process_groups=False, pg_collection=model.groups.pgs
     )
     for inner in _torch_optimizers(optimizer):
         _allocate_adam_state(inner)
@@ -155,7 +160,7 @@ class PolicyTrainer:
         wrap_for_training(model, config.optimizer)
         self.optimizer = build_optimizer(model, config.optimizer)
         self.scheduler = build_scheduler(self.optimizer, config.optimizer, config.steps)
-        model.module.train()
+        model.train()
 
     @property
     def learning_rate(self) -> float:
@@ -189,11 +194,10 @@ class PolicyTrainer:
         )
         weight_of = dict(zip(mini_batch, weights, strict=True))
         plan = self.plan(sequences, mini_batch)
-        if not plan:  # more replicas than responses: still join the collectives, with a loss of zero
-            plan, weight_of = [mini_batch[:1]], {mini_batch[0]: 0.0}
-        self.model.module.zero_grad_buffer()
+        for module in self.model.modules:
+            module.zero_grad_buffer()
         self.optimizer.zero_grad()
-        self.model.module.train()
+        self.model.train()
 
         def flat(tensors, batch: TokenBatch):
             return torch.cat([tensors[i] for i in batch.items]).to(cpu.device())
@@ -212,9 +216,7 @@ class PolicyTrainer:
             return output.loss, output
 
         batches = [response_batch(self.model, sequences, items) for items in plan]
-        return self._reduce_metrics(
-            run_schedule(self.model, batches, partial(forward_tokens, self.model), loss, backward=True)
-        )
+        return self._reduce_metrics(run_schedule(self.model, batches, forward_tokens, loss, backward=True))
 
     def _reduce_metrics(self, outputs: list) -> dict[str, float]:
         """Sum (and maximise) the micro-batches' totals over the world; every rank gets the metrics."""

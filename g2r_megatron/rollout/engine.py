@@ -10,7 +10,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 
 from g2r_megatron.config import RolloutConfig
 from g2r_megatron.model.build import MegatronModel
-from g2r_megatron.model.schedule import run_schedule
+from g2r_megatron.model.schedule import forward_once
 from g2r_megatron.parallel import cpu
 from g2r_megatron.parallel.microbatches import padded
 from g2r_megatron.rollout.sampling import next_tokens, uniforms
@@ -28,7 +28,9 @@ class Request:
 def without_sequence_parallel(model: MegatronModel):
     """Decoding feeds one position at a time, which cannot be split: run the same weights without sequence parallelism."""
     names = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
-    switched = [(m, n) for m in model.gpt.modules() for n in names if getattr(m, n, False) is True]
+    switched = [
+        (m, n) for chunk in model.chunks for m in chunk.modules() for n in names if getattr(m, n, False) is True
+    ]
     previous, model.config.sequence_parallel = model.config.sequence_parallel, False
     for module, name in switched:
         setattr(module, name, False)
@@ -65,27 +67,40 @@ class MegatronRolloutEngine:
         temperature = self.config.temperature if temperature is None else temperature
         groups, mine = self.model.groups, {}
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i))
-        share = order[groups.dp_rank :: groups.dp_size]  # near lengths meet in a batch, on every rank
-        training = self.model.module.training
-        self.model.module.eval()
+        shares = [order[rank :: groups.dp_size] for rank in range(groups.dp_size)]  # near lengths meet, on every rank
+        training = self.model.training
+        self.model.train(False)
         with without_sequence_parallel(self.model):
-            for first in range(0, len(share), self.config.batch_size):
-                batch = share[first : first + self.config.batch_size]
-                mine |= zip(batch, self._generate_batch([requests[i] for i in batch], temperature), strict=True)
+            for first in range(0, len(shares[0]), self.config.batch_size):
+                batches = [share[first : first + self.config.batch_size] for share in shares]
+                batch = batches[groups.dp_rank]
+                if groups.replicas_share_experts:  # all replicas take the same steps, also one that has nothing to do
+                    together, used = [i for part in batches for i in part], batch or batches[0][:1]
+                else:
+                    together = used = batch
+                if not used:
+                    continue
+                lengths = [len(requests[i].prompt_ids) for i in together]
+                results = self._generate_batch([requests[i] for i in used], temperature, min(lengths), max(lengths))
+                mine |= zip(batch, results, strict=False)
                 on_progress(len(mine))
-        self.model.module.train(training)
+        self.model.train(training)
         gathered = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, mine if groups.is_replica_writer else {})
         merged = {i: result for part in gathered for i, result in part.items()}
         return [merged[i] for i in range(len(requests))]
 
-    def _generate_batch(self, requests: list[Request], temperature: float) -> list[tuple[list[int], bool]]:
-        """One batch to the end, on this replica's model-parallel ranks (which all return the same)."""
+    def _generate_batch(
+        self, requests: list[Request], temperature: float, start: int, longest: int
+    ) -> list[tuple[list[int], bool]]:
+        """One batch to the end, on this replica's model-parallel ranks (which all return the same).
+
+        ``start``, ``longest``: lengths of the shortest and the longest prompt of all replicas that step together.
+        """
         device, limit, wanted = cpu.device(), self.config.max_response_tokens, len(requests)
         # FP8 products need rows in multiples, also where one token a sequence is fed: repeat the last request.
         requests = requests + [requests[-1]] * (padded(wanted, self.model.token_multiple) - wanted)
         lengths = torch.tensor([len(r.prompt_ids) for r in requests], device=device)
-        longest, start = int(lengths.max()), int(lengths.min())
         tokens = torch.zeros(len(requests), longest + limit, dtype=torch.int64, device=device)
         for row, request in enumerate(requests):
             tokens[row, : len(request.prompt_ids)] = torch.tensor(request.prompt_ids, device=device)
@@ -95,7 +110,7 @@ class MegatronRolloutEngine:
         finished = torch.zeros(len(requests), dtype=torch.bool, device=device)
         context = StaticInferenceContext(len(requests), longest + limit)
         position, fed = start, 0
-        while position < longest + limit and not bool((finished | (position >= ends)).all()):
+        while position < longest + limit and not self._all_done(finished | (position >= ends)):
             logits = self._step(tokens[:, fed:position], context)
             context.sequence_len_offset = fed = position
             context.enable_decode_mode()
@@ -109,14 +124,23 @@ class MegatronRolloutEngine:
             position += 1
         return [(tokens[row, lengths[row] : ends[row]].tolist(), bool(finished[row])) for row in range(wanted)]
 
+    def _all_done(self, done: torch.Tensor) -> bool:
+        """Whether every sequence is done, of this replica or of all that share its experts. ``done``: bool [b]."""
+        every = done.all()
+        if self.model.groups.replicas_share_experts:
+            flag = every.to(torch.int32)
+            dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.model.groups.pgs.dp)
+            every = flag
+        return bool(every)
+
     def _step(self, ids: torch.Tensor, context: StaticInferenceContext) -> torch.Tensor | None:
         """Feed ids [b, s] at the context's offset; logits [b, vocab] of the last position on the last stage."""
 
-        def forward(batch):
-            return self.model.module(batch, None, None, inference_context=context, runtime_gather_output=True)
+        def forward(module, ids):
+            return module(ids, None, None, inference_context=context, runtime_gather_output=True)
 
-        results = run_schedule(self.model, [ids], forward, lambda batch, logits: (None, logits), backward=False)
-        return results[0][:, -1, : self.model.geometry.vocab] if self.model.groups.is_last_stage else None
+        logits = forward_once(self.model, ids, forward)
+        return None if logits is None else logits[:, -1, : self.model.geometry.vocab]
 
     def _choose(self, logits: torch.Tensor | None, u: torch.Tensor, temperature: float) -> torch.Tensor:
         """The last stage samples; the others of its pipeline are told. int64 [b]."""

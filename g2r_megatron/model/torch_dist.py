@@ -1,0 +1,151 @@
+"""Weights in Megatron-Core's torch_dist checkpoints, and what makes a directory of them complete.
+
+The format does not know layouts: what was saved on one is read on any other.
+"""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
+
+from g2r_megatron.errors import UserError
+from g2r_megatron.model.hf import CHECKPOINT_FACTS, HF_FILES, HFModel
+from g2r_megatron.parallel.groups import ModelGroups
+
+EXTRA_STATE = "_extra_state"
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    pickle.UnpicklingError,
+)  # of json, pickle, torch's zip
+
+
+def sharded_metadata(groups: ModelGroups) -> dict:
+    """What ``sharded_state_dict`` wants to know: the replicas, and optimizer state readable on another TP, PP and DP."""
+    return {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": groups.pgs.dp_cp}
+
+
+def sharded_weights(chunks: list[torch.nn.Module], groups: ModelGroups) -> dict:
+    """The chunks' weights as Megatron-Core's sharded state: {"model": ...}, or "model0", "model1", ... of virtual stages."""
+    names = [f"model{i}" for i in range(len(chunks))] if len(chunks) > 1 else ["model"]
+    states = {}
+    for name, chunk in zip(names, chunks, strict=True):
+        state = chunk.sharded_state_dict(metadata=sharded_metadata(groups))
+        # Layers' extra state: empty in plain torch, and Transformer Engine's is of delayed FP8 scaling, which we do not use.
+        states[name] = {key: shard for key, shard in state.items() if not key.endswith(EXTRA_STATE)}
+    return states
+
+
+def load_chunks(chunks: list[torch.nn.Module], states: dict) -> None:
+    """Put loaded ``sharded_weights`` into the chunks."""
+    for chunk, state in zip(chunks, states.values(), strict=True):
+        extra = {name: None for name in chunk.state_dict() if name.endswith(EXTRA_STATE)}
+        chunk.load_state_dict(state | extra)
+
+
+def read_checkpoint_weights(chunks: list[torch.nn.Module], hf: HFModel, groups: ModelGroups) -> None:
+    """Fill the model with the weights of ``hf.checkpoint`` (collective). ``UserError`` when it cannot be read."""
+    checked_facts(hf.checkpoint)
+    states = sharded_weights(chunks, groups)
+    loaded = load_sharded(hf.checkpoint, states)
+    load_chunks(chunks, {name: loaded[name] for name in states})
+    with torch.no_grad():
+        for chunk in chunks:
+            for name, parameter in chunk.named_parameters():
+                if name in VOCABULARY:  # padded otherwise than in the checkpoint, and never initialised
+                    parameter[max(0, hf.geometry.vocab - groups.pgs.tp.rank() * parameter.size(0)) :].zero_()
+
+
+def load_sharded(path: Path, sharded_state: dict) -> dict:
+    """The checkpoint's content in the shards of this rank (collective). ``UserError`` when it cannot be read."""
+    try:
+        return dist_checkpointing.load(sharded_state, str(path))
+    except torch.OutOfMemoryError:  # a RuntimeError, but nothing is wrong with the checkpoint
+        raise
+    except (CheckpointingException, CheckpointException, *UNREADABLE) as error:
+        raise damaged(path, reason_of(error)) from error
+
+
+# ---- complete or absent ---------------------------------------------------------------------------------------------
+
+
+def write_facts(directory: Path, facts: dict) -> None:
+    """Note ``facts`` and the size of every other file in the checkpoint."""
+    (directory / CHECKPOINT_FACTS).write_text(json.dumps({**facts, "files": _sizes(directory)}))
+
+
+def checked_facts(path: Path) -> dict:
+    """What ``write_facts`` noted of a checkpoint. Raises ``UserError`` unless every file is there in its full size."""
+    try:
+        facts = json.loads((path / CHECKPOINT_FACTS).read_text())
+        sizes = facts["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise damaged(path, f"{CHECKPOINT_FACTS}: {reason_of(error)}") from error
+    found = _sizes(path)
+    for name, size in sizes.items():
+        if name not in found:
+            raise damaged(path, f"{name} is missing")
+        if found[name] != size:
+            raise damaged(path, f"{name} has {found[name]} bytes instead of {size}")
+    return facts
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+    """Bytes of every file of a checkpoint but our own and its config and tokenizer."""
+    files = sorted(path for path in directory.iterdir() if path.is_file())
+    return {path.name: path.stat().st_size for path in files if path.name != CHECKPOINT_FACTS}
+
+
+def damaged(path: Path, problem: str) -> UserError:
+    return UserError(f"checkpoint {path}", f"cannot be loaded ({problem})", "delete it to resume from an earlier one")
+
+
+def reason_of(error: BaseException) -> str:
+    """The first sentence of what went wrong; on the first rank where it did, when torch has gathered it from all."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    lines = str(error).splitlines()
+    return lines[0].split(". ")[0] if lines else type(error).__name__
+
+
+def sync_to_disk(directory: Path) -> None:
+    """fsync every file and directory under ``directory``, and itself."""
+    for path in [*directory.rglob("*"), directory]:
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        elif path.is_dir():
+            sync_directory(path)
+
+
+def sync_directory(directory: Path) -> None:
+    """fsync the names in ``directory``: after a rename, it is the rename that must not be lost."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def copy_model_files(hf: HFModel, directory: Path) -> None:
+    """Put config, tokenizer and templates of ``hf`` into the checkpoint's ``hf/``, byte for byte."""
+    (directory / HF_FILES).mkdir()
+    for file in carried_files(hf.path):
+        shutil.copyfile(file, directory / HF_FILES / file.name)
+
+
+def carried_files(directory: Path) -> list[Path]:
+    """The files that go along with weights: config, tokenizer, templates; never code, never weights or their index."""
+    suffixes = (".json", ".txt", ".model", ".jinja")
+    files = sorted(path for path in directory.iterdir() if path.is_file() and path.suffix in suffixes)
+    return [path for path in files if "safetensors" not in path.name]
