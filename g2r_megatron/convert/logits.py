@@ -1,0 +1,67 @@
+"""The logits of two checkpoints on one text: fp32, through the Megatron model, in one process."""
+
+from dataclasses import dataclass
+
+import torch
+
+from g2r_megatron.config import Layout, Precision
+from g2r_megatron.errors import UserError
+from g2r_megatron.model.build import build_model
+from g2r_megatron.model.hf import HFModel, load_model_tokenizer
+from g2r_megatron.parallel import cpu
+from g2r_megatron.parallel.groups import build_groups
+
+TOLERANCE = 1e-5  # of the largest logit
+TEXT = (
+    "The quick brown fox jumps over the lazy dog. Der schnelle braune Fuchs springt über den faulen Hund. "
+    "Le renard brun saute par-dessus le chien paresseux. 敏捷的棕色狐狸跳过了懒狗。 素早い茶色の狐がのろまな犬を飛び越える。 "
+    "Быстрая коричневая лиса прыгает через ленивую собаку. def f(x): return x**2 + 3*x - 1  # 10, 25, 1024"
+)
+
+
+@dataclass(frozen=True)
+class LogitReport:
+    """``absolute``: largest difference; ``relative``: of the largest logit; ``agreement``: positions of equal top-1."""
+
+    tokens: int
+    absolute: float
+    relative: float
+    agreement: float
+
+    @property
+    def equal(self) -> bool:
+        return self.relative <= TOLERANCE
+
+    def __str__(self) -> str:
+        return (
+            f"logits of {self.tokens} tokens: largest difference {self.absolute:.3g}, "
+            f"relative {self.relative:.3g} (at most {TOLERANCE:.0e}), top-1 equal at {self.agreement:.1%}"
+        )
+
+
+def compare_logits(a: HFModel, b: HFModel, text: str | None) -> LogitReport:
+    """Run both on ``text`` in the tokens of ``a``. Raises ``UserError`` for models with other vocabularies."""
+    if a.geometry.vocab != b.geometry.vocab:
+        raise UserError(
+            "--logits",
+            f"vocabularies of {a.geometry.vocab} and {b.geometry.vocab}",
+            "compare models with the same tokens",
+        )
+    ids = load_model_tokenizer(a)(text or TEXT, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise UserError("--text", repr(text), "must hold at least one token")
+    left, right = _logits(a, ids), _logits(b, ids)
+    absolute = (left - right).abs().max().item()
+    agreement = (left.argmax(-1) == right.argmax(-1)).float().mean().item()
+    return LogitReport(len(ids), absolute, absolute / max(left.abs().max().item(), 1e-30), agreement)
+
+
+def _logits(hf: HFModel, ids: list[int]) -> torch.Tensor:
+    """[tokens, vocabulary], fp32, on the CPU."""
+    model = build_model("verify", hf, build_groups("verify", Layout()), Precision(dtype="fp32"))
+    model.freeze()
+    tokens = torch.tensor([ids], device=cpu.device())  # [1, s]
+    positions = torch.arange(len(ids), device=cpu.device())[None]
+    with torch.no_grad():
+        output = model.modules[0](tokens, positions, None)  # [1, s, padded vocabulary]
+    return output[0, :, : hf.geometry.vocab].float().cpu()

@@ -1,0 +1,116 @@
+"""New directories that are complete or absent, made by one process or by several together."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+
+from g2r_megatron.errors import UserError
+from g2r_megatron.model.torch_dist import sync_directory, sync_to_disk
+
+# In a directory that a conversion has begun. The name is what tells our leftovers from a user's own NAME.incomplete.
+MARKER = ".g2r_conversion"
+
+
+def check_output(final: Path) -> None:
+    """Raise ``UserError`` if ``final`` exists, or if NAME.incomplete does and is not the leftover of a conversion."""
+    if final.exists() or final.is_symlink():
+        raise UserError("--output", f"{final} exists", "choose a new name, or remove it first")
+    temporary = _temporary(final)
+    if (temporary.exists() or temporary.is_symlink()) and not _is_ours(temporary):
+        raise UserError(
+            "--output", f"{temporary} exists and was not left by an interrupted conversion", "rename or remove it"
+        )
+    parent = next(parent for parent in final.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError("--output", f"{parent} is not a directory that can be written", "choose another place")
+
+
+def check_free_space(final: Path, needed: int) -> None:
+    """Raise ``UserError`` if ``needed`` bytes do not fit on the disk of ``final``, now; the leftover counts as free."""
+    parent = next(parent for parent in final.absolute().parents if parent.exists())
+    leftover = _temporary(final)
+    freed = sum(f.stat().st_blocks * 512 for f in leftover.rglob("*") if f.is_file()) if leftover.is_dir() else 0
+    free = shutil.disk_usage(parent).free + freed
+    if free < needed:
+        raise UserError("--output", f"{needed} bytes do not fit into {free} free ones", "free disk space")
+
+
+@contextmanager
+def new_directory(final: Path) -> Iterator[Path]:
+    """NAME.incomplete to write into; it gets its name when the block ends. Collective; all disks are one.
+
+    Every file but those of the first process must have been synced to disk by then. When the block raises, nothing
+    stays. The block's errors must be raised by all processes alike (``raised_by_all``).
+    """
+    temporary, first = _temporary(final), dist.get_rank() == 0
+    with raised_by_all():
+        check_output(final)
+        if first:
+            try:
+                if temporary.exists():
+                    shutil.rmtree(temporary)
+                temporary.mkdir(parents=True)
+                (temporary / MARKER).touch()
+            except OSError as error:
+                raise unwritable(temporary, error) from error
+    try:
+        yield temporary
+        dist.barrier()
+        with raised_by_all():
+            if first:
+                try:
+                    sync_to_disk(temporary)
+                    os.rename(temporary, final)
+                    sync_directory(final.parent)
+                except OSError as error:
+                    raise unwritable(temporary, error) from error
+    except BaseException:  # Ctrl-C too: half a model is of no use
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if first:
+        (final / MARKER).unlink()  # after the rename: a leftover without it could not be told from a user's directory
+    dist.barrier()
+
+
+@contextmanager
+def raised_by_all() -> Iterator[None]:
+    """A ``UserError`` of any process in the block is raised by every process. Collective; the block must not be."""
+    mine = None
+    try:
+        yield
+    except UserError as error:
+        mine = error
+    found: list[tuple[str, str, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (mine.where, mine.found, mine.remedy) if mine else None)
+    if mine is not None:
+        raise mine
+    for error in filter(None, found):
+        raise UserError(*error)
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Raises ``UserError`` when the disk refuses it."""
+    try:
+        file.write_text(json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise unwritable(file, error) from error
+
+
+def unwritable(file: Path, error: OSError) -> UserError:
+    """The ``UserError`` for a file that the disk or its permissions refuse."""
+    return UserError(str(file), f"cannot be written ({error.strerror})", "free disk space or choose another place")
+
+
+def _temporary(final: Path) -> Path:
+    return final.with_name(final.name + ".incomplete")
+
+
+def _is_ours(directory: Path) -> bool:
+    """An empty directory is what a conversion leaves that was killed before it wrote its marker."""
+    return directory.is_dir() and ((directory / MARKER).is_file() or not any(directory.iterdir()))
