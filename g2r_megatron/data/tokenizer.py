@@ -16,43 +16,115 @@ from functools import lru_cache
 from pathlib import Path
 
 from jinja2.exceptions import TemplateError
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from g2r_megatron.data.sentencepiece_model import LEADING_SPACES, build_backend
 from g2r_megatron.errors import UserError
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 SLOT = "@@g2r-slot-{}@@"
 # Llama 3.2's template prints today's date unless it is given one: a prompt must not depend on the day it is rendered.
 TEMPLATE_DATE = "26 Jul 2024"
 UTF8_MAX_BYTES = 4
+REPLACEMENT = "\ufffd"
+TO_SAVE_AGAIN = "save it again with transformers' save_pretrained"
+
+
+class SentencePieceTokenizer(PreTrainedTokenizerFast):
+    """A tokenizer whose backend was made from ``tokenizer.model`` here: transformers converts no file itself."""
+
+    @classmethod
+    def convert_to_native_format(cls, **options) -> dict:
+        return options
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """The fast tokenizer of a Hugging Face directory; local files only, no code from the directory is run.
+    """The tokenizer of a Hugging Face directory; local files only, no code from the directory is run.
 
-    Raises ``UserError`` for a missing directory, one without tokenizer files, and files that cannot be read.
+    ``tokenizer.json`` is taken as it is (transformers 5 rebuilds some of them by the model's type, with other ids),
+    else ``tokenizer.model`` with sentencepiece's ids, else ``vocab.json`` and ``merges.txt`` by transformers. Raises
+    ``UserError`` for a missing directory, one without tokenizer files, files that cannot be read or contradict each
+    other, and tokenizers that are code.
     """
     path = Path(path)
     if not path.is_dir():
         raise UserError("tokenizer", f"{path} is not a directory", "give a Hugging Face model directory")
-    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+    config = _json_object(path / "tokenizer_config.json")
+    code = config.get("auto_map")
+    if code and (not isinstance(code, dict) or "AutoTokenizer" in code):
         raise UserError(
-            "tokenizer", f"{path} has no tokenizer files", f"one of {', '.join(TOKENIZER_FILES)} must be there"
+            str(path / "tokenizer_config.json"),
+            f"the tokenizer is code (auto_map {code})",
+            "code from a model directory is never run; give a directory with a tokenizer.json and no auto_map",
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        tokenizer = _read_tokenizer(path, config)
+        _check_added_tokens(tokenizer, path, config)
+    except UserError:
+        raise
     except Exception as error:  # the tokenizers library raises plain Exception for a broken file
         first_line = (str(error).splitlines() or [""])[0]
         raise UserError(
-            "tokenizer",
-            f"{path} cannot be read ({type(error).__name__}: {first_line})",
-            "save it again with transformers' save_pretrained",
+            "tokenizer", f"{path} cannot be read ({type(error).__name__}: {first_line})", TO_SAVE_AGAIN
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
             "tokenizer", f"{path} is a {type(tokenizer).__name__}", "a fast tokenizer is needed (tokenizer.json)"
         )
     return tokenizer
+
+
+def _json_object(path: Path) -> dict:
+    """The file's object; empty without the file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(str(path), f"not readable as JSON ({error})", "restore the file") from error
+    if not isinstance(content, dict):
+        raise UserError(str(path), f"a {type(content).__name__}", "must be a JSON object; restore the file")
+    return content
+
+
+def _read_tokenizer(path: Path, config: dict):
+    if (path / "tokenizer.json").is_file():
+        return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+    if (path / "tokenizer.model").is_file():
+        return _read_sentencepiece(path, config)
+    if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    raise UserError(
+        "tokenizer",
+        f"{path} has no tokenizer files",
+        "tokenizer.json, tokenizer.model, or vocab.json and merges.txt must be there",
+    )
+
+
+def _read_sentencepiece(path: Path, config: dict) -> SentencePieceTokenizer:
+    """What the configs beside ``tokenizer.model`` leave open comes from it; begin-of-text leads every text."""
+    backend, proto = build_backend(path / "tokenizer.model")
+    tokenizer = SentencePieceTokenizer.from_pretrained(str(path), tokenizer_object=backend, local_files_only=True)
+    spec = proto.trainer_spec
+    for role, number in (("unk", spec.unk_id), ("bos", spec.bos_id), ("eos", spec.eos_id)):
+        if getattr(tokenizer, f"{role}_token") is None and 0 <= number < len(proto.pieces):
+            setattr(tokenizer, f"{role}_token", proto.pieces[number].piece)
+    tokenizer.add_bos_token = bool(config.get("add_bos_token", True)) and tokenizer.bos_token is not None
+    return tokenizer
+
+
+def _check_added_tokens(tokenizer: PreTrainedTokenizerFast, path: Path, config: dict) -> None:
+    """Raise ``UserError`` for a token that has another number than its directory says (it would be appended last)."""
+    stated = [(token, i) for token, i in _json_object(path / "added_tokens.json").items()]
+    stated += [(token["content"], i) for i, token in (config.get("added_tokens_decoder") or {}).items()]
+    vocabulary = tokenizer.get_vocab()
+    for token, number in stated:
+        if vocabulary.get(token) != int(number):
+            raise UserError(
+                f"tokenizer {path}",
+                f"token {token!r} is said to be {number}, but is {vocabulary.get(token)}",
+                "the files belong to different tokenizers; " + TO_SAVE_AGAIN,
+            )
 
 
 # ---- what the tokenizer calls special -------------------------------------------------------------------------------
@@ -84,7 +156,7 @@ def _special_pattern(tokenizer: PreTrainedTokenizerFast) -> tuple[re.Pattern, li
 def stand_in_id(tokenizer: PreTrainedTokenizerFast) -> int:
     """The ordinary token that replaces special ids in data: "?", else the unknown token, else the lowest such id."""
     special = special_ids(tokenizer)
-    question = tokenizer("?", add_special_tokens=False, split_special_tokens=True).input_ids
+    question = _ordinary_ids(tokenizer, "?", continues=True)
     if len(question) == 1 and question[0] not in special:
         return question[0]
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id not in special:
@@ -104,31 +176,79 @@ def neutral_ids(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[
 # ---- encoding -------------------------------------------------------------------------------------------------------
 
 
-def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Token ids of data: no special tokens added, none parsed, none produced."""
+def encode_text(tokenizer: PreTrainedTokenizerFast, text: str, continues: bool = False) -> list[int]:
+    """Token ids of data: no special tokens added, none parsed, none produced.
+
+    Tokenizers in sentencepiece's manner put a blank before a text; ``continues`` says that other text precedes it,
+    so that it gets none.
+    """
+    # a word-level vocabulary can hold "</s>" as an ordinary word, which no parser option prevents
+    return neutral_ids(tokenizer, _ordinary_ids(tokenizer, text, continues))
+
+
+def _ordinary_ids(tokenizer: PreTrainedTokenizerFast, text: str, continues: bool) -> list[int]:
     if not text:
         return []
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
-    # a word-level vocabulary can hold "</s>" as an ordinary word, which no parser option prevents
-    return neutral_ids(tokenizer, ids)
+    without_blank, _ = _continuation(tokenizer)
+    if continues and without_blank is not None:
+        return without_blank.encode(text, add_special_tokens=False).ids
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
 
 
-def encode_parts(tokenizer: PreTrainedTokenizerFast, parts: Iterable[tuple[str, bool]]) -> list[int]:
+@lru_cache(maxsize=16)
+def _continuation(tokenizer: PreTrainedTokenizerFast) -> tuple[Tokenizer | None, bool]:
+    """The backend for text that continues other text (None: the usual one), and whether it also serves text after a
+    special token, which some tokenizers (Metaspace "first") do not count as a beginning and others do."""
+    backend = tokenizer.backend_tokenizer
+    parts = [step for name in ("normalizer", "pre_tokenizer") for step in _steps(getattr(backend, name))]
+    schemes = {step["prepend_scheme"] for step in parts if step["type"] == "Metaspace"}
+    if schemes <= {"never"} and not any(step["type"] == "Prepend" for step in parts):
+        return None, False
+    state = json.loads(backend.to_str())
+    for name, children in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
+        kept = [_without_blank(step) for step in _steps(getattr(backend, name))]
+        state[name] = {"type": "Sequence", children: [step for step in kept if step]} if kept else None
+    copy = Tokenizer.from_str(json.dumps(state))
+    copy.no_truncation()
+    copy.no_padding()
+    copy.encode_special_tokens = True  # as ordinary text
+    return copy, "first" in schemes
+
+
+def _steps(component) -> list[dict]:
+    """The serialized steps of a normalizer or pre-tokenizer."""
+    if component is None:
+        return []
+    state = json.loads(component.__getstate__())
+    return state.get("normalizers") or state.get("pretokenizers") or [state]
+
+
+def _without_blank(step: dict) -> dict | None:
+    if step["type"] == "Prepend" or step.get("pattern") == {"Regex": LEADING_SPACES}:
+        return None
+    return step | {"prepend_scheme": "never"} if step["type"] == "Metaspace" else step
+
+
+def encode_parts(
+    tokenizer: PreTrainedTokenizerFast, parts: Iterable[tuple[str, bool]], continues: bool = False
+) -> list[int]:
     """Token ids of ``(text, trusted)`` parts in order; special tokens are parsed in trusted parts only.
 
     Ordinary text between two special tokens is tokenized in one piece even when it spans several parts.
+    ``continues``: the first part follows other text (see ``encode_text``).
     """
     pattern, pattern_ids = _special_pattern(tokenizer)
+    _, after_special = _continuation(tokenizer)
     ids: list[int] = []
     run = ""
     for text, trusted in parts:
         start = 0
         for match in pattern.finditer(text) if trusted else ():
-            ids += encode_text(tokenizer, run + text[start : match.start()])
+            ids += encode_text(tokenizer, run + text[start : match.start()], continues)
             ids.append(pattern_ids[match.lastindex - 1])
-            run, start = "", match.end()
+            run, start, continues = "", match.end(), after_special
         run += text[start:]
-    return ids + encode_text(tokenizer, run)
+    return ids + encode_text(tokenizer, run, continues)
 
 
 @lru_cache(maxsize=16)
@@ -225,7 +345,7 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerFast, extra: Sequence[str] = ()
     if tokenizer.chat_template:
         stop |= _end_of_turn(tokenizer)
     for word in extra:
-        ids = tokenizer(word, add_special_tokens=False).input_ids
+        ids = encode_parts(tokenizer, [(word, True)], continues=True)
         if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
             raise UserError(
                 "rollout.stop", f"{word!r} is {len(ids)} tokens, or unknown", "give strings that are one token each"
@@ -264,22 +384,25 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerFast) -> set[int]:
 def token_texts(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[str]:
     """The text each token adds, ``len(ids)`` strings; joined they are the decoded text (special tokens as written).
 
-    A character spread over several byte-level tokens belongs to the last of them; the others are "". Tokens that are
-    not valid UTF-8 show as replacement characters, whose number may differ from the decoded text's.
+    A character spread over several byte tokens belongs to the last of them; the others are "". Tokens that are not
+    valid UTF-8 show as replacement characters, whose number may differ from the decoded text's.
     """
     decode = tokenizer.backend_tokenizer.decode
-    texts: list[str] = []
-    context = begin = 0  # tokens [context, begin) are printed already, [begin, end) wait for a whole character
+    before = stand_in_id(tokenizer)  # a text's first token may lose its blank: the later ones must not be first
+    prefix = len(decode([before], skip_special_tokens=False))
+
+    def added(start: int, end: int) -> str:
+        if start == 0:
+            return decode(ids[:end], skip_special_tokens=False)
+        return decode([before, *ids[start:end]], skip_special_tokens=False)[prefix:]
+
+    texts = [""] * len(ids)
+    start = 0  # tokens [start, end) wait for a whole character
     for end in range(1, len(ids) + 1):
-        before = decode(ids[context:begin], skip_special_tokens=False)
-        text = decode(ids[context:end], skip_special_tokens=False)[len(before) :]
-        if text.endswith("\ufffd") and end - begin < UTF8_MAX_BYTES:
-            texts.append("")
-            continue
-        texts.append(text)
-        context, begin = begin, end
-    if begin < len(ids):  # the text stops inside a character
-        texts[-1] = decode(ids[context:], skip_special_tokens=False)[
-            len(decode(ids[context:begin], skip_special_tokens=False)) :
-        ]
+        text = added(start, end)
+        if text.endswith(REPLACEMENT) and end - start == UTF8_MAX_BYTES:  # the first of them begins no character
+            texts[start], start = added(start, start + 1), start + 1
+            text = added(start, end)
+        if not text.endswith(REPLACEMENT) or end == len(ids):
+            texts[end - 1], start = text, end
     return texts

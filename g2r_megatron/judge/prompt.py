@@ -92,7 +92,7 @@ class JudgePrompt:
         values = {"conversation": conversation, "criterion": criterion}
         parts = [(values[text], False) if kind == "field" else (text, True) for kind, text in self._parts(side)]
         leading = self._leading if side == "before" else []
-        return (*leading, *encode_parts(self.tokenizer, parts))
+        return (*leading, *encode_parts(self.tokenizer, parts, continues=side == "after"))
 
 
 def verdict_ids(tokenizer: PreTrainedTokenizerFast, words: Sequence[str], option: str) -> list[int]:
@@ -100,7 +100,7 @@ def verdict_ids(tokenizer: PreTrainedTokenizerFast, words: Sequence[str], option
     ids = set()
     for word in words:
         for spelling in (word, " " + word):
-            tokens = encode_text(tokenizer, spelling)
+            tokens = encode_text(tokenizer, spelling, continues=True)
             if len(tokens) == 1 and tokens[0] != tokenizer.unk_token_id and tokens[0] not in special_ids(tokenizer):
                 ids.add(tokens[0])
     if not ids:
