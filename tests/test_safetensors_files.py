@@ -132,6 +132,10 @@ def index_of(text: str) -> Callable[[Path], None]:
     return lambda d: (d / INDEX).write_text(text)
 
 
+def index_of_tensors(**files: str) -> Callable[[Path], None]:
+    return index_of(json.dumps({"weight_map": files}))
+
+
 def change(file: str, edit: Callable[[bytes], bytes]) -> Callable[[Path], None]:
     return lambda d: (d / file).write_bytes(edit((d / file).read_bytes()))
 
@@ -177,39 +181,19 @@ DAMAGE = [
     ("index without map", index_of("{}"), [INDEX, "weight_map is not"]),
     ("index of numbers", index_of('{"weight_map": {"a": 1}}'), [INDEX, "weight_map is not"]),
     ("index with a key twice", index_of('{"weight_map": {"a": "x", "a": "y"}}'), [INDEX, "key 'a' more than once"]),
-    (
-        "shard elsewhere",
-        index_of('{"weight_map": {"a": "../x.safetensors"}}'),
-        ["'../x.safetensors'", "same directory"],
-    ),
-    ("shard absolute", index_of('{"weight_map": {"a": "/x.safetensors"}}'), ["'/x.safetensors'", "same directory"]),
+    ("shard elsewhere", index_of('{"weight_map": {"a": "../x.safetensors"}}'), ["'../x.s", "the same directory"]),
+    ("shard absolute", index_of('{"weight_map": {"a": "/x.safetensors"}}'), ["'/x.s", "the same directory"]),
     ("shard of pickles", index_of('{"weight_map": {"a": "x.bin"}}'), ["'x.bin'", "must be a *.safetensors file"]),
     ("index a directory", as_directory(INDEX), [INDEX, "cannot be read (Is a directory)"]),
     ("missing shard", lambda d: (d / TWO).unlink(), [INDEX, f"names {TWO}, which is missing"]),
     ("stale single file", lambda d: save_file({}, d / "model.safetensors"), ["beside", "remove the one that is stale"]),
-    (
-        "tensor not in shard",
-        change(INDEX, lambda t: t.replace(b'"a":', b'"q":')),
-        [ONE, f"holds a, which {INDEX} does not place there"],
-    ),
-    (
-        "tensor in another shard",
-        change(INDEX, lambda t: t.replace(b'"a": "model-00001', b'"a": "model-00002')),
-        [TWO, "does not hold a"],
-    ),
-    (
-        "tensor missing in shard",
-        change(INDEX, lambda t: t.replace(b'"b":', f'"c": "{TWO}", "b":'.encode())),
-        [TWO, "does not hold c, which", INDEX],
-    ),
+    ("tensor not in index", index_of_tensors(q=ONE, b=TWO), [ONE, f"holds a, which {INDEX} does not place there"]),
+    ("tensor in another shard", index_of_tensors(a=TWO, b=TWO), [TWO, f"does not hold a, which {INDEX} places there"]),
+    ("tensor in no shard", index_of_tensors(a=ONE, b=TWO, c=TWO), [TWO, "does not hold c, which"]),
     ("shard a directory", as_directory(TWO), [TWO, "is not a regular file"]),
     ("shard not to be opened", symlink_loop, [TWO, "cannot be opened (Too many levels of symbolic links)"]),
     ("empty file", lambda d: (d / TWO).write_bytes(b""), [TWO, "has only 0 bytes"]),
-    (
-        "LFS pointer",
-        lambda d: (d / TWO).write_text("version https://git-lfs"),
-        [TWO, "Git LFS pointer", "git lfs pull"],
-    ),
+    ("LFS pointer", lambda d: (d / TWO).write_text("version https://x"), [TWO, "Git LFS pointer", "git lfs pull"]),
     ("header too long", lambda d: (d / TWO).write_bytes(b"\xff" * 99), [TWO, "at most 100000000"]),
     ("header truncated", lambda d: os.truncate(d / TWO, 30), [TWO, "is truncated: header of", "in a file of 30"]),
     ("data truncated", change(TWO, lambda t: t[:-1]), [TWO, "is truncated: ", "its header describes"]),
@@ -217,17 +201,9 @@ DAMAGE = [
     ("header not JSON", lambda d: write_raw(d / TWO, b"{'b'}"), [TWO, "header is not JSON"]),
     ("header a list", lambda d: write_raw(d / TWO, b"[]"), [TWO, "header is not a JSON object"]),
     ("header without text", lambda d: write_raw(d / TWO, b""), [TWO, "header is not JSON"]),
-    (
-        "tensor twice",
-        lambda d: write_raw(d / TWO, b'{"b": {}, "b": {}}'),
-        [TWO, "header has the key 'b' more than once"],
-    ),
+    ("tensor twice", lambda d: write_raw(d / TWO, b'{"b": {}, "b": {}}'), [TWO, "has the key 'b' more than once"]),
     ("entry a list", lambda d: write_raw(d / TWO, {"b": []}), [B, "not {dtype, shape, data_offsets}"]),
-    (
-        "entry incomplete",
-        lambda d: write_raw(d / TWO, {"b": {"dtype": "F32"}}),
-        [B, "not {dtype, shape, data_offsets}"],
-    ),
+    ("entry incomplete", lambda d: write_raw(d / TWO, {"b": {"dtype": "F32"}}), [B, "entry is not {dtype, shape,"]),
     ("float8", header_of(entry("F8_E4M3", (8,))), [B, "dtype F8_E4M3", "quantized", "dequantize it first"]),
     ("integers", header_of(entry("I32")), [B, "dtype I32", "must be one of ['BF16', 'F16', 'F32']"]),
     ("dtype a list", header_of(entry(["F32"])), [B, "dtype ['F32']"]),
