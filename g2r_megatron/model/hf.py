@@ -95,7 +95,8 @@ class HFModel:
         if rope["rope_type"] == "default":
             exponent = torch.arange(0, self.geometry.head_dim, 2, dtype=torch.int64).float() / self.geometry.head_dim
             return 1.0 / (rope["rope_theta"] ** exponent)
-        return ROPE_INIT_FUNCTIONS[rope["rope_type"]](self.config, "cpu")[0]
+        with torch.device("cpu"):  # a caller that builds on the meta device asks for their values all the same
+            return ROPE_INIT_FUNCTIONS[rope["rope_type"]](self.config, "cpu")[0]
 
     @property
     def sliding_window(self) -> tuple[int, list[bool]] | None:
