@@ -35,7 +35,7 @@ from g2r_megatron.errors import UserError
 METADATA = ".metadata"
 FORMAT = "metadata.json"
 FILE_BYTES = 4 * 10**9  # a .distcp file ends with the chunk that passes this
-CACHE_BYTES = 2**30  # of chunks that neighbouring tensors share (q, k and v; gate and up)
+CACHE_BYTES = 2**29  # of chunks that neighbouring tensors share (q, k and v; gate and up)
 # Everything that torch 2.2 to 2.13 and Megatron-Core put into .metadata. A pickle can call whatever it names.
 ADMITTED = {
     "torch": {"Size", "float32", "bfloat16", "float16", "float64", "uint8", "int8", "int32", "int64", "bool"},

@@ -5,7 +5,9 @@ rank's layout is asked for its sharded state. Nothing here depends on the layout
 """
 
 import math
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -167,3 +169,16 @@ def share(blocks: list[Block], rank: int, processes: int) -> Iterator[Block]:
         if (before + block.nbytes / 2) * processes // max(total, 1) == rank:
             yield block
         before += block.nbytes
+
+
+def read_ahead(blocks: Iterable[Block], read: Callable[[Block], torch.Tensor]) -> Iterator[tuple[Block, torch.Tensor]]:
+    """(block, read(block)) in turn; a thread reads the next block while the caller writes this one."""
+    waiting: deque[tuple[Block, Future]] = deque()
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        for block in blocks:
+            waiting.append((block, thread.submit(read, block)))
+            if len(waiting) > 1:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        for last, future in waiting:
+            yield last, future.result()

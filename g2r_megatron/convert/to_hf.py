@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from g2r_megatron.convert.chunks import METADATA, CheckpointReader
 from g2r_megatron.convert.output import check_output, new_directory, raised_by_all, unwritable
-from g2r_megatron.convert.parameters import NamedTensors, model_parameters, row_blocks, share
+from g2r_megatron.convert.parameters import NamedTensors, model_parameters, read_ahead, row_blocks, share
 from g2r_megatron.convert.progress import CopyProgress
 from g2r_megatron.errors import UserError
 from g2r_megatron.model.export import copy_other_files
@@ -77,9 +77,8 @@ def _copy(tensors: NamedTensors, writer: SafetensorsWriter) -> None:
     mine = list(share(blocks, dist.get_rank(), dist.get_world_size()))
     total, part = (sum(block.nbytes for block in some) for some in (blocks, mine))
     with CopyProgress("to Hugging Face", len(names), total, part, enabled=dist.get_rank() == 0) as progress:
-        for block in mine:
-            rows = tensors.read(names[block.item], (block.start, block.stop))
-            writer.write(names[block.item], rows.contiguous(), block.start)
+        for block, rows in read_ahead(mine, lambda b: tensors.read(names[b.item], (b.start, b.stop)).contiguous()):
+            writer.write(names[block.item], rows, block.start)
             progress.add(block.nbytes)
 
 

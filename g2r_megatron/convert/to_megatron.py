@@ -18,7 +18,14 @@ from g2r_megatron.convert.output import (
     unwritable,
     write_json,
 )
-from g2r_megatron.convert.parameters import Parameter, SafetensorsParameters, model_parameters, row_blocks, share
+from g2r_megatron.convert.parameters import (
+    Parameter,
+    SafetensorsParameters,
+    model_parameters,
+    read_ahead,
+    row_blocks,
+    share,
+)
 from g2r_megatron.convert.progress import CopyProgress
 from g2r_megatron.errors import UserError
 from g2r_megatron.model.hf import CHECKPOINT_FACTS, HFModel, load_model_tokenizer, open_hf_model
@@ -77,9 +84,8 @@ def _copy(parameters: list[Parameter], values: SafetensorsParameters, directory:
     total, part = (sum(block.nbytes for block in some) for some in (blocks, mine))
     writer = ChunkWriter(directory, rank)
     with CopyProgress("to Megatron", len(parameters), total, part, enabled=rank == 0) as progress:
-        for block in mine:
+        for block, rows in read_ahead(mine, lambda b: values.read(parameters[b.item], b.start, b.stop)):
             parameter = parameters[block.item]
-            rows = values.read(parameter, block.start, block.stop)
             offsets = (*parameter.index, block.start, *[0] * (len(parameter.shape) - 1))
             writer.write(parameter.key, offsets, rows.view(*[1] * len(parameter.index), *rows.shape))
             progress.add(block.nbytes)
