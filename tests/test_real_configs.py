@@ -41,7 +41,6 @@ LAYOUTS = [
     ("Qwen2.5-72B", 32, Layout(tp=8, pp=4, sp=True)),
     ("Qwen3-8B", 2, Layout(tp=2, sp=True)),
     ("Qwen3-30B-A3B", 8, Layout(tp=2, ep=8, sp=True)),
-    ("Qwen3-30B-A3B", 32, Layout(tp=2, pp=4, ep=8, sp=True)),
     ("Qwen3-235B-A22B", 64, Layout(tp=4, pp=8, ep=8, sp=True, stage_layers=[11, *[12] * 6, 11])),
     ("Llama-3.2-3B", 8, Layout(tp=4, sp=True)),
     ("Llama-3.1-8B", 8, Layout(tp=2, pp=4, vpp=2, sp=True)),
