@@ -36,6 +36,32 @@ LAYOUTS = {
     "tp1pp4": (4, Layout(pp=4)),
     "tp4pp1": (4, Layout(tp=4)),
 }
+EXPERT_LAYOUTS = {
+    "ep2": (2, Layout(ep=2)),
+    "etp2": (2, Layout(etp=2)),
+    "ep4": (4, Layout(ep=4)),
+    "tp2sp_ep2": (2, Layout(tp=2, sp=True, ep=2)),
+    "tp2sp_ep2_dp2": (4, Layout(tp=2, sp=True, ep=2)),
+    "tp2sp_ep2_etp2": (4, Layout(tp=2, sp=True, ep=2, etp=2)),
+    "pp2_ep2": (4, Layout(pp=2, ep=2)),
+    "pp2_uneven_etp2": (4, Layout(pp=2, stage_layers=[1, 3], etp=2)),
+}
+STAGE_LAYOUTS = {
+    "pp2_uneven": (2, Layout(pp=2, stage_layers=[3, 1])),
+    "tp2_pp2_uneven": (4, Layout(tp=2, pp=2, sp=True, stage_layers=[1, 3])),
+    "pp4_vpp2": (4, Layout(pp=4, vpp=2)),  # of 8 layers
+    "pp3_vpp2_uneven": (3, Layout(pp=3, vpp=2, stage_layers=[2, 1, 1, 1, 1, 2])),
+}
+ALL_LAYOUTS = LAYOUTS | EXPERT_LAYOUTS | STAGE_LAYOUTS
+
+
+def fits(layout: str, *, layers: int, moe: bool) -> bool:
+    """Whether a tiny model of so many layers can be spread in this way."""
+    sizes = ALL_LAYOUTS[layout][1]
+    if sizes.vpp or layers != 4:  # tiny models have 4 layers, the ones for virtual stages 8
+        return bool(sizes.vpp) and layers == 8
+    return (sizes.tp == 1 or sizes.sp) if moe else sizes.ep == sizes.etp == 1
+
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
@@ -164,8 +190,8 @@ class Worlds:
         return self._worlds.setdefault(size, World(size))
 
     def on(self, layout: str, function: Callable, *args) -> list:
-        """``function(layout, *args)`` on the ranks that the named layout of ``LAYOUTS`` needs."""
-        return self[LAYOUTS[layout][0]].run(function, LAYOUTS[layout][1], *args)
+        """``function(layout, *args)`` on the ranks that the named layout of ``ALL_LAYOUTS`` needs."""
+        return self[ALL_LAYOUTS[layout][0]].run(function, ALL_LAYOUTS[layout][1], *args)
 
     def close(self) -> None:
         for world in self._worlds.values():
@@ -175,13 +201,13 @@ class Worlds:
 # What follows runs in the ranks.
 
 
-@cache
-def _groups(tp: int, pp: int, sp: bool):
-    from g2r_megatron.parallel.groups import build_groups
-
-    return build_groups("policy", Layout(tp=tp, pp=pp, sp=sp))
+_made: dict = {}
 
 
 def groups_of(layout: Layout):
     """The process groups of ``layout``, made once a world (making them is the slow part of a case)."""
-    return _groups(layout.tp, layout.pp, layout.sp)
+    from g2r_megatron.parallel.groups import build_groups
+
+    if repr(layout) not in _made:
+        _made[repr(layout)] = build_groups("policy", layout)
+    return _made[repr(layout)]

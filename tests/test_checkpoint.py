@@ -72,9 +72,9 @@ def update(trainer) -> dict:
 
 def hf_arrays(model) -> dict:
     """The model's weights under Hugging Face's names, fp32 numpy, on rank 0; {} elsewhere."""
-    from g2r_megatron.model.weights import iterate_hf_tensors
+    from g2r_megatron.model.export import iterate_hf_tensors
 
-    tensors = iterate_hf_tensors(model.gpt, model.hf, model.groups, model.layer_offset)
+    tensors = iterate_hf_tensors(model)
     return {name: tensor.detach().float().numpy().copy() for name, tensor in tensors}
 
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from distributed import CaseFailed
 from g2r_megatron.config import PRESETS, JudgeConfig, Layout, OfflineJudgeConfig, fill_from_preset
 from g2r_megatron.judge.offline import judge_file
-from tiny_models import FAMILIES
+from tiny_models import DENSE_FAMILIES
 
 ROOT = Path(__file__).parents[1]
 HEALTHBENCH = ROOT.parent / "shared" / "data" / "healthbench_100.jsonl"
@@ -144,7 +144,7 @@ def assert_equals_reference(records: list[dict], model_path: Path, judge: JudgeC
 
 
 @pytest.mark.parametrize("preset", ["paper", "robust"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE_FAMILIES)
 def test_equals_hugging_face_autograd(family, preset, tiny_hf, worlds, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", ROWS)
     config = config_for(tiny_hf(family), rows, tmp_path / "out.jsonl", preset)

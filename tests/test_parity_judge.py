@@ -34,7 +34,7 @@ from g2r_megatron.errors import UserError
 from g2r_megatron.grpo.metrics import attribution_metrics
 from g2r_megatron.judge.attribution import token_rewards
 from g2r_megatron.judge.prompt import JudgePrompt
-from tiny_models import FAMILIES
+from tiny_models import DENSE_FAMILIES
 
 SHORT = "{conversation} | {response} | {criterion} =>"
 QUERIES = [
@@ -136,7 +136,7 @@ def judge(stage) -> dict:
         alphas.append(stage.alphas(body, row))
         verdicts, weights = [item.verdict for item in row], [item.weight for item in query.rubric]
         rewards.append(token_rewards(verdicts, weights, alphas[-1], query.positive_weight, len(body)).tolist())
-    parameters = list(stage.judge.model.gpt.parameters())
+    parameters = list(stage.judge.model.chunks[0].parameters())
     return {
         "items": [
             [
@@ -284,7 +284,7 @@ def compare(results: list[dict], expected, attribution: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE_FAMILIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_judge_equals_hugging_face_autograd(worlds, tiny_hf, reference, layout, family, variant):
     """Verdicts, b_t and token rewards on every layout, family and way to judge; no weight gets a gradient."""
@@ -299,7 +299,7 @@ def test_cases_have_teeth(reference, variant):
 
     A gradient summed over TP ranks twice is a factor of 2 in b: alpha must notice, where it is not standardised.
     """
-    for family in FAMILIES:
+    for family in DENSE_FAMILIES:
         rows, rewards = reference(family, variant)
         if VARIANTS[variant].verdict == "sample":
             assert {item.verdict for row in rows for item in row} == {True, False}
@@ -336,7 +336,7 @@ def policy_and_judge(path: str) -> dict:
     everything = list(range(len(sequences)))
     before = trainer.log_probs(sequences, [everything])
     trainer.gradients(sequences, everything, advantages, before, None)
-    gradients = [p.main_grad.clone() for p in model.gpt.parameters()]
+    gradients = [p.main_grad.clone() for p in model.chunks[0].parameters()]
     judged = judge(judge_stage(Layout(tp=2, pp=2, sp=True), path, VARIANTS["paper"].config()))
     after = trainer.log_probs(sequences, [everything])
     dist.barrier()
@@ -345,12 +345,12 @@ def policy_and_judge(path: str) -> dict:
         "ids": [s.ids for s in sequences],
         "log_probs": [x.tolist() for x in before],
         "log_probs_unchanged": all(torch.equal(a, b) for a, b in zip(before, after)),
-        "gradients_unchanged": all(torch.equal(g, p.main_grad) for g, p in zip(gradients, model.gpt.parameters())),
-        "trainable": all(p.requires_grad for p in model.gpt.parameters()),
+        "gradients_unchanged": all(torch.equal(g, p.main_grad) for g, p in zip(gradients, model.chunks[0].parameters())),
+        "trainable": all(p.requires_grad for p in model.chunks[0].parameters()),
     }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE_FAMILIES)
 def test_judge_layout_may_differ_from_the_policy_layout(worlds, tiny_hf, reference, family):
     """In one world, a TP2 PP2 judge gives the reference's numbers beside a DP4 policy, and leaves the policy alone."""
     results = worlds[4].run(policy_and_judge, str(tiny_hf(family)))
@@ -417,7 +417,7 @@ def test_nan_weight_stops_the_judge_on_every_rank(worlds, tiny_hf, tmp_path, lay
 def judge_with_broken_backward(layout: Layout, path: str, factor: float) -> dict:
     """The gradient is multiplied by ``factor`` on its way through the last pipeline stage's last layer."""
     stage = judge_stage(layout, path, VARIANTS["paper"].config())
-    gpt = stage.judge.model.gpt
+    gpt = stage.judge.model.chunks[0]
 
     def spoil(module, inputs, output):
         if output[0].requires_grad:

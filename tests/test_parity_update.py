@@ -23,7 +23,7 @@ from g2r_megatron.config import (
     RolloutConfig,
     TrainConfig,
 )
-from tiny_models import FAMILIES
+from tiny_models import DENSE_FAMILIES
 
 MINI_BATCHES = [[0, 3, 4, 6], [1, 2, 5, 7]]
 TEMPERATURE = 0.7
@@ -105,15 +105,15 @@ def tensors(rows: list[list[float]]) -> list[torch.Tensor]:
 
 def hf_arrays(model) -> dict:
     """The model's weights under Hugging Face's names, fp32 numpy, on rank 0; {} elsewhere."""
-    from g2r_megatron.model.weights import iterate_hf_tensors
+    from g2r_megatron.model.export import iterate_hf_tensors
 
-    tensors = iterate_hf_tensors(model.gpt, model.hf, model.groups, model.layer_offset)
+    tensors = iterate_hf_tensors(model)
     return {name: tensor.detach().float().numpy().copy() for name, tensor in tensors}
 
 
 def gradient_arrays(model) -> dict:
     """The gradient buffers as if they were weights: same shards, same names."""
-    for parameter in model.gpt.parameters():
+    for parameter in model.chunks[0].parameters():
         parameter.data = parameter.main_grad
     return hf_arrays(model)
 
@@ -265,7 +265,7 @@ EVERYTHING = tuple(range(8))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE_FAMILIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradient_equals_hugging_face_autograd(worlds, reference, layout, family, variant):
     """Loss and gradient of one mini-batch with clipped ratios and a KL penalty; metrics are the same on every rank."""
@@ -288,7 +288,7 @@ def test_gradient_with_more_replicas_than_responses(worlds, reference, world, mi
     check_close(results[0][1], hf_gradient(known, "few", mini_batch)[1], 1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE_FAMILIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_log_probs_equal_transformers(worlds, reference, layout, family):
     """log p of the response tokens at the sampling temperature, on every rank."""
@@ -299,7 +299,7 @@ def test_log_probs_equal_transformers(worlds, reference, layout, family):
 
 
 @pytest.mark.parametrize("distributed", [True, False], ids=["distributed_optimizer", "plain_optimizer"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE_FAMILIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_update_equals_hugging_face_and_adamw(worlds, reference, layout, family, distributed):
     """Two mini-batches: clipped by the global norm, decayed, stepped. Weights to 1e-5, their change to 1e-4."""

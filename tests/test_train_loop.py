@@ -58,10 +58,10 @@ def models_of(arguments: list[str]) -> dict:
     judge, policy, reference = workers.judge.judge.model, workers.trainer.model, workers.reference
     found = {"reference": None if reference is None else "judge" if reference is judge else "own"}
     if reference is not None:
-        mine = {p.data_ptr() for p in policy.gpt.parameters()}
-        found["shared with the policy"] = sum(p.data_ptr() in mine for p in reference.gpt.parameters())
-        found["trainable"] = sum(p.requires_grad for p in reference.gpt.parameters())
-        pairs = zip(policy.gpt.parameters(), reference.gpt.parameters(), strict=True)
+        mine = {p.data_ptr() for p in policy.chunks[0].parameters()}
+        found["shared with the policy"] = sum(p.data_ptr() in mine for p in reference.chunks[0].parameters())
+        found["trainable"] = sum(p.requires_grad for p in reference.chunks[0].parameters())
+        pairs = zip(policy.chunks[0].parameters(), reference.chunks[0].parameters(), strict=True)
         found["equal to the policy"] = all(torch.equal(p.cpu(), r.cpu()) for p, r in pairs)
     return found
 

@@ -9,8 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-FAMILIES = ("qwen2", "qwen3", "llama3")
-NEW_FAMILIES = ("mistral", "qwen3_moe", "mixtral")
+DENSE_FAMILIES = ("qwen2", "qwen3", "llama3")  # without sliding windows
+FAMILIES = (*DENSE_FAMILIES, "mistral", "qwen3_moe", "mixtral")
 
 CHATML = (
     "{%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"

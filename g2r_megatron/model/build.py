@@ -16,8 +16,8 @@ from g2r_megatron.config import Layout, Precision
 from g2r_megatron.errors import UserError
 from g2r_megatron.model.gpt import SelectiveGPTModel, block_spec
 from g2r_megatron.model.hf import Geometry, HFModel
-from g2r_megatron.model.torch_layers import TorchSpecProvider
 from g2r_megatron.model.torch_dist import read_checkpoint_weights
+from g2r_megatron.model.torch_layers import TorchSpecProvider
 from g2r_megatron.model.weights import canonical_name, first_expert, is_expert, mapping_of, read_hf_weights
 from g2r_megatron.parallel import cpu
 from g2r_megatron.parallel.groups import ModelGroups

@@ -170,7 +170,7 @@ def next_logits(model, prompt: list[int], response: list[int]) -> torch.Tensor:
     def forward(batch):
         return model.module(batch.input_ids, None, None, logit_rows=batch.logit_rows)
 
-    model.module.eval()
+    model.train(False)
     return run_schedule(model, [batch], forward, lambda _, logits: (None, logits), backward=False)[0].float()
 
 
@@ -225,17 +225,17 @@ def test_checkpoints_move_between_layers(gpu_hf, tmp_path, source, target):
 
 
 @needs_te
-@pytest.mark.parametrize("family", judging.FAMILIES)
+@pytest.mark.parametrize("family", judging.DENSE_FAMILIES)
 def test_transformer_engine_holds_the_same_parameters(gpu_hf, family):
     """Names, shapes, dtypes and values are the torch layers'; so is the way back to Hugging Face."""
     found, expected = (build(gpu_hf(family), spec) for spec in ("te", "torch"))
-    shapes = [[(n, tuple(p.shape), p.dtype) for n, p in sorted(m.gpt.named_parameters())] for m in (found, expected)]
+    shapes = [[(n, tuple(p.shape), p.dtype) for n, p in sorted(m.chunks[0].named_parameters())] for m in (found, expected)]
     assert shapes[0] == shapes[1]
     assert checkpoints.same(updates.hf_arrays(found), updates.hf_arrays(expected))
 
 
 @needs_te
-@pytest.mark.parametrize("family", judging.FAMILIES)
+@pytest.mark.parametrize("family", judging.DENSE_FAMILIES)
 def test_transformer_engine_in_fp32_is_tf32(gpu_hf, family):
     """Log-probs to TF32's precision: the reason that ``spec: auto`` keeps fp32 models on plain torch layers."""
     found, expected = (

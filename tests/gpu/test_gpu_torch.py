@@ -13,7 +13,7 @@ import test_parity_judge as judging
 import test_parity_rollout as rollouts
 import test_parity_update as updates
 from g2r_megatron.config import Layout
-from tiny_models import FAMILIES
+from tiny_models import DENSE_FAMILIES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,7 +25,7 @@ update_reference = updates.reference
 
 
 @pytest.mark.parametrize("variant", judging.VARIANTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE_FAMILIES)
 def test_judge_equals_hugging_face_autograd(tiny_hf, judge_reference, family, variant):
     """Verdicts, b_t and token rewards of every way to judge; no weight gets a gradient."""
     result = judging.judge_on(Layout(), str(tiny_hf(family)), variant)
@@ -33,7 +33,7 @@ def test_judge_equals_hugging_face_autograd(tiny_hf, judge_reference, family, va
     assert result["trainable"] == result["gradients"] == 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE_FAMILIES)
 def test_rollouts_equal_transformers(tiny_hf, rollout_reference, family):
     """Greedy responses are ``generate``'s token for token; sampled ones what its logits give at the keys' own u."""
     stop, greedy, sampled = rollout_reference(family)
@@ -43,7 +43,7 @@ def test_rollouts_equal_transformers(tiny_hf, rollout_reference, family):
 
 
 @pytest.mark.parametrize("variant", updates.VARIANTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE_FAMILIES)
 def test_gradient_equals_hugging_face_autograd(update_reference, family, variant):
     """Loss and gradient of a mini-batch with clipped ratios and a KL penalty, with and without recompute."""
     known = update_reference(family)
@@ -55,7 +55,7 @@ def test_gradient_equals_hugging_face_autograd(update_reference, family, variant
 
 
 @pytest.mark.parametrize("distributed", [True, False], ids=["distributed_optimizer", "plain_optimizer"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE_FAMILIES)
 def test_update_equals_hugging_face_and_adamw(update_reference, family, distributed):
     """Two mini-batches: clipped, decayed, stepped by whichever Adam Megatron-Core takes here."""
     known = update_reference(family)
