@@ -96,9 +96,9 @@ OPTIONS = [
     (["--judge.layout.pp", "3"], ["judge.layout.tp x judge.layout.pp", "3 ranks", "world of 1"]),
     (["--policy.layout.tp", "0"], ["policy.layout.tp", "0", "at least 1"]),
     (["--policy.layout.sp", "true"], ["policy.layout.sp", "tp 1", "tp 2"]),
-    (["--judge.layout.ep", "2"], ["judge.layout.ep", "2", "only 1"]),
+    (["--judge.layout.ep", "2"], ["judge.layout.ep", "2 ranks", "one of [1]"]),
     (["--policy.layout.cp", "2"], ["policy.layout.cp", "2", "only 1"]),
-    (["--policy.layout.vpp", "2"], ["policy.layout.vpp", "2", "leave it out"]),
+    (["--policy.layout.vpp", "2"], ["policy.layout.vpp", "2 with pp 1", "pp of 3"]),
 ]
 
 
@@ -284,10 +284,20 @@ CONFIGS = {
         [],
         ["quantization_config", "dequantize"],
     ),
-    "a sliding window": (
-        lambda case: case.edit_json("config.json", use_sliding_window=True),
+    "attention biases": (
+        lambda case: case.edit_json("config.json", attention_bias=True),
         [],
-        ["use_sliding_window", "True", "false"],
+        ["attention_bias", "True", "False"],
+    ),
+    "an unknown field": (
+        lambda case: case.edit_json("config.json", attn_logit_softcapping=50.0),
+        [],
+        ["attn_logit_softcapping", "50.0", "not a field of"],
+    ),
+    "another architecture": (
+        lambda case: case.edit_json("config.json", architectures=["LlamaForSequenceClassification"]),
+        [],
+        ["architectures", "LlamaForSequenceClassification", "ForCausalLM"],
     ),
 }
 BEFORE_WEIGHTS = {**FILES, **TOKENIZERS, **CONFIGS}
@@ -304,14 +314,14 @@ def test_judge_before_weights_are_read(name, case):
 
 
 WEIGHTS = {
-    "no weights": (lambda case: (case.model / "model.safetensors").unlink(), ["no model.safetensors", "safetensors"]),
+    "no weights": (lambda case: (case.model / "model.safetensors").unlink(), ["neither model.safetensors", "safetensors files"]),
     "only pickles": (
         lambda case: (case.model / "model.safetensors").rename(case.model / "pytorch_model.bin"),
         ["pickle", "pytorch_model.bin", "safe"],
     ),
     "a torn file": (
         lambda case: (case.model / "model.safetensors").write_bytes(b"torn"),
-        ["model.safetensors", "not a readable", "restore"],
+        ["model.safetensors", "only 4 bytes", "again"],
     ),
     "a missing shard": (
         lambda case: (case.model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),
@@ -355,5 +365,5 @@ def test_fp8_without_a_gpu(case, worlds):
 def test_layout_that_does_not_divide_the_model(case, worlds):
     """The tiny model has 4 layers and 2 key-value heads."""
     results = worlds[3].run(run, case.argv("--judge.layout.pp", "3"))
-    assert_refused(results[0], "judge.layout.pp", "3", "4 layers", "pp may be one of")
+    assert_refused(results[0], "judge.layout.pp", "3", "4 layers", "one of [1, 2, 4]")
     assert [code for code, _, _ in results] == [2, 2, 2]
