@@ -49,15 +49,8 @@ def new_directory(final: Path) -> Iterator[Path]:
     """
     temporary, first = _temporary(final), dist.get_rank() == 0
     with raised_by_all():
-        check_output(final)
-        if first:
-            try:
-                if temporary.exists():
-                    shutil.rmtree(temporary)
-                temporary.mkdir(parents=True)
-                (temporary / MARKER).touch()
-            except OSError as error:
-                raise unwritable(temporary, error) from error
+        if first:  # alone: the others would find the directory that it makes
+            _make(final, temporary)
     try:
         yield temporary
         dist.barrier()
@@ -76,6 +69,17 @@ def new_directory(final: Path) -> Iterator[Path]:
     if first:
         (final / MARKER).unlink()  # after the rename: a leftover without it could not be told from a user's directory
     dist.barrier()
+
+
+def _make(final: Path, temporary: Path) -> None:
+    check_output(final)
+    try:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir(parents=True)
+        (temporary / MARKER).touch()
+    except OSError as error:
+        raise unwritable(temporary, error) from error
 
 
 @contextmanager

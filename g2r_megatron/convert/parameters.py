@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -21,9 +22,9 @@ from g2r_megatron.model.hf import HFModel
 from g2r_megatron.model.safetensors_files import SafetensorsReader
 from g2r_megatron.model.torch_dist import sharded_weights
 from g2r_megatron.model.weights import Piece, canonical_name, hf_shapes, parameter_pieces
-from g2r_megatron.parallel.groups import build_groups
+from g2r_megatron.parallel.groups import ModelGroups, build_groups
 
-BLOCK_BYTES = 64 * 2**20  # what is held at a time; a block is at least one row
+BLOCK_BYTES = 16 * 2**20  # small enough that the C library reuses the memory; a block is at least one row
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class ParameterSource(Protocol):
 
 def model_parameters(hf: HFModel) -> list[Parameter]:
     """Every parameter of the model once, in the model's order (collective: it makes process groups)."""
-    groups = build_groups("convert", Layout())
+    groups = _groups()
     with torch.device("meta"):
         model = build_empty_model("convert", hf, groups, Precision(dtype="fp32"), spec="torch")
     state = sharded_weights(model.chunks, groups)["model"]
@@ -64,6 +65,12 @@ def model_parameters(hf: HFModel) -> list[Parameter]:
         canonical = canonical_name(name, 0, 0)
         found[canonical] = _parameter(canonical, next(iter(nested_values([value]))), hf)
     return list(found.values())
+
+
+@cache
+def _groups() -> ModelGroups:
+    """Those of one model a process; made once, they cost threads and connections."""
+    return build_groups("convert", Layout())
 
 
 def _parameter(name: str, shard: ShardedTensor, hf: HFModel) -> Parameter:
