@@ -47,7 +47,7 @@ def compare_logits(a: HFModel, b: HFModel, text: str | None) -> LogitReport:
             f"vocabularies of {a.geometry.vocab} and {b.geometry.vocab}",
             "compare models with the same tokens",
         )
-    ids = load_model_tokenizer(a)(text or TEXT, add_special_tokens=False)["input_ids"]
+    ids = load_model_tokenizer(a)(TEXT if text is None else text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise UserError("--text", repr(text), "must hold at least one token")
     left, right = _logits(a, ids), _logits(b, ids)
