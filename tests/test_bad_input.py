@@ -314,7 +314,10 @@ def test_judge_before_weights_are_read(name, case):
 
 
 WEIGHTS = {
-    "no weights": (lambda case: (case.model / "model.safetensors").unlink(), ["neither model.safetensors", "safetensors files"]),
+    "no weights": (
+        lambda case: (case.model / "model.safetensors").unlink(),
+        ["neither model.safetensors", "safetensors files"],
+    ),
     "only pickles": (
         lambda case: (case.model / "model.safetensors").rename(case.model / "pytorch_model.bin"),
         ["pickle", "pytorch_model.bin", "safe"],

@@ -345,7 +345,9 @@ def policy_and_judge(path: str) -> dict:
         "ids": [s.ids for s in sequences],
         "log_probs": [x.tolist() for x in before],
         "log_probs_unchanged": all(torch.equal(a, b) for a, b in zip(before, after)),
-        "gradients_unchanged": all(torch.equal(g, p.main_grad) for g, p in zip(gradients, model.chunks[0].parameters())),
+        "gradients_unchanged": all(
+            torch.equal(g, p.main_grad) for g, p in zip(gradients, model.chunks[0].parameters())
+        ),
         "trainable": all(p.requires_grad for p in model.chunks[0].parameters()),
     }
 

@@ -239,7 +239,9 @@ def transformer_config(
         sequence_parallel=layout.sp,
         variable_seq_lengths=True,  # micro-batches differ in rows and length
         moe_token_dispatcher_type="alltoall",  # checked by variable_seq_lengths in dense models too
-        batch_p2p_comm=not cpu.on_cpu(),  # gloo has no batched send/receive
+        # Virtual stages: each message on its own, as Megatron-LM runs them. Otherwise batched, which gloo cannot.
+        batch_p2p_comm=layout.vpp is None and not cpu.on_cpu(),
+        overlap_p2p_comm=layout.vpp is not None,
         calculate_per_token_loss=True,  # the schedule then leaves the loss unscaled
         use_cpu_initialization=cpu.on_cpu(),
         perform_initialization=False,  # every weight is read from the checkpoint

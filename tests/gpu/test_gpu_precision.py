@@ -229,7 +229,9 @@ def test_checkpoints_move_between_layers(gpu_hf, tmp_path, source, target):
 def test_transformer_engine_holds_the_same_parameters(gpu_hf, family):
     """Names, shapes, dtypes and values are the torch layers'; so is the way back to Hugging Face."""
     found, expected = (build(gpu_hf(family), spec) for spec in ("te", "torch"))
-    shapes = [[(n, tuple(p.shape), p.dtype) for n, p in sorted(m.chunks[0].named_parameters())] for m in (found, expected)]
+    shapes = [
+        [(n, tuple(p.shape), p.dtype) for n, p in sorted(m.chunks[0].named_parameters())] for m in (found, expected)
+    ]
     assert shapes[0] == shapes[1]
     assert checkpoints.same(updates.hf_arrays(found), updates.hf_arrays(expected))
 
