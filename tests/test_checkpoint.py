@@ -1,8 +1,8 @@
 """A checkpoint restores the policy on its own layout bitwise, on any other to rounding; a bad one is never loaded.
 
 Weights, Adam's moments, learning rate and random states are checked through what they lead to: the next updates. Saved
-on one layout and loaded on others, for tied and untied embeddings, a vocabulary that is padded, a plain and a sharded
-optimizer. Leaves out the training loop around it and kills (test_train_resume.py).
+on one layout and loaded on others, for tied and untied embeddings, a vocabulary that is padded, experts, virtual and
+uneven stages, a plain and a sharded optimizer. Leaves out the training loop around it and kills (test_train_resume.py).
 """
 
 import resource
@@ -18,6 +18,7 @@ import torch
 from distributed import groups_of
 from g2r_megatron.config import Layout, OptimizerConfig, PolicyConfig, Precision, TrainConfig
 from g2r_megatron.errors import UserError
+from tiny_models import build_tiny_hf
 
 # name -> (processes, layout)
 PLACES = {
@@ -30,6 +31,14 @@ PLACES = {
     "tp2 pp2 sp": (4, Layout(tp=2, pp=2, sp=True)),
     "tp4": (4, Layout(tp=4)),
     "pp4": (4, Layout(pp=4)),
+    "pp2 uneven dp2": (4, Layout(pp=2, stage_layers=[3, 1])),
+    "ep2": (2, Layout(ep=2)),
+    "etp2": (2, Layout(etp=2)),
+    "pp2 ep2": (4, Layout(pp=2, ep=2)),
+    "tp2 sp ep2 etp2": (4, Layout(tp=2, sp=True, ep=2, etp=2)),
+    "tp2 sp ep2 dp2": (4, Layout(tp=2, sp=True, ep=2)),
+    "pp4 vpp2": (4, Layout(pp=4, vpp=2)),  # of 8 layers
+    "pp3 vpp2": (3, Layout(pp=3, vpp=2, stage_layers=[2, 1, 1, 1, 1, 2])),
 }
 MINI_BATCHES = [[0, 1, 2, 3], [4, 5, 6, 7]]
 
@@ -138,6 +147,22 @@ def on(worlds, place: str, function, *args) -> list:
     return worlds[size].run(function, layout, *args)
 
 
+@pytest.fixture(scope="module")
+def model_directory(tiny_hf, tmp_path_factory):
+    """``model_directory(family)``: of 4 layers, or of 8 with "_8" after the family's name."""
+    long: dict[str, Path] = {}
+
+    def get(family: str) -> str:
+        if not family.endswith("_8"):
+            return str(tiny_hf(family))
+        if family not in long:
+            path = tmp_path_factory.mktemp(family)
+            long[family] = build_tiny_hf(family.removesuffix("_8"), path, num_hidden_layers=8)
+        return str(long[family])
+
+    return get
+
+
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
@@ -155,10 +180,16 @@ def same(found: dict, expected: dict) -> bool:
         ("llama3", False, "pp2", ["pp2", "tp2"]),
         ("qwen3", True, "pp2", ["pp2", "tp2", "tp2 sp dp2"]),
         ("qwen3", False, "one rank", ["one rank", "tp2 pp2 sp"]),
+        ("mistral", True, "pp2 uneven dp2", ["pp2 uneven dp2", "tp2"]),
+        ("qwen3_moe", True, "pp2 ep2", ["pp2 ep2", "tp2 sp ep2 etp2", "one rank"]),
+        ("qwen3_moe", False, "ep2", ["ep2", "etp2", "tp2 pp2 sp"]),
+        ("mixtral", True, "tp2 sp ep2 dp2", ["tp2 sp ep2 dp2", "etp2"]),
+        ("qwen2_8", True, "pp4 vpp2", ["pp4 vpp2", "pp3 vpp2", "tp2 pp2 sp"]),
+        ("qwen3_moe_8", False, "pp3 vpp2", ["pp3 vpp2", "ep2"]),
     ],
 )
-def test_a_checkpoint_goes_on_anywhere(worlds, tiny_hf, tmp_path, family, distributed, source, targets):
-    common = (str(tiny_hf(family)), str(tmp_path), distributed, "fp32")
+def test_a_checkpoint_goes_on_anywhere(worlds, model_directory, tmp_path, family, distributed, source, targets):
+    common = (model_directory(family), str(tmp_path), distributed, "fp32")
     before = on(worlds, source, save_and_go_on, *common)
     weights, following = before[0]["weights"], before[0]["next"]
     stride = np.sqrt(sum(np.linalg.norm(following[n] - weights[n]) ** 2 for n in weights))

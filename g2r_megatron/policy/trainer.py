@@ -108,18 +108,19 @@ def _load_state(optimizer, state: dict) -> None:
     Megatron-Core 0.16 stumbles over its ``step`` twice: the reshardable parameter state has none where it expects one,
     and it loads one shared tensor into all parameters, which Adam would then increment once a parameter.
     """
-    inner = _torch_optimizers(optimizer)
-    if not inner:
+    if not _torch_optimizers(optimizer):
         optimizer.load_state_dict(state)
         return
-    sharded = state.pop("param_state", None)
-    optimizer.load_state_dict(state)
-    steps = [{p: s.pop("step").clone() for p, s in o.state.items()} for o in inner]
-    if sharded is not None:
-        optimizer.chained_optimizers[0].load_parameter_state_from_fully_reshardable(sharded)
-    for o, of_parameter in zip(inner, steps, strict=True):
-        for p, step in of_parameter.items():
-            o.state[p]["step"] = step
+    chained = optimizer.chained_optimizers  # experts have one of their own
+    for part, its_state in zip(chained, [state] if len(chained) == 1 else [state[i] for i in sorted(state)], strict=True):
+        sharded = its_state.pop("param_state", None)
+        part.load_state_dict(its_state)
+        adam = part.optimizer.state
+        steps = {p: s.pop("step").clone() for p, s in adam.items()}
+        if sharded is not None:
+            part.load_parameter_state_from_fully_reshardable(sharded)
+        for p, step in steps.items():
+            adam[p]["step"] = step
 
 
 def _check_shards(optimizer, options: OptimizerConfig) -> None:
