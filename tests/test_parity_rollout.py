@@ -1,12 +1,14 @@
 """The rollout engine's responses: greedy ones are transformers' ``generate`` token for token, sampled ones are the same
 on every layout, data-parallel size, batch size and order of requests.
 
-fp32, prompts of different lengths in one batch, stop tokens in the middle. Leaves out the sampling functions
+fp32, prompts of different lengths in one batch, stop tokens in the middle; replicas that share experts, virtual stages,
+sliding windows. Leaves out the sampling functions
 (test_sampling.py) and speed.
 """
 
 import random
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +20,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from distributed import LAYOUTS, groups_of
+from distributed import EXPERT_LAYOUTS, LAYOUTS, fits, groups_of
 from g2r_megatron.config import Layout, OptimizerConfig, Precision, RolloutConfig, TrainConfig
 from g2r_megatron.rollout.sampling import uniforms
-from tiny_models import DENSE_FAMILIES
+from tiny_models import DENSE_FAMILIES, build_tiny_hf
 
 LIMIT = 12
 SAMPLING = dict(temperature=0.9, top_p=0.9, top_k=40)
@@ -96,13 +98,28 @@ def hf_sample(model, prompt: list[int], stop: list[int], key: str) -> tuple[list
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_hf):
+def model_directory(tiny_hf, tmp_path_factory):
+    """``model_directory(family)``: tiny_hf's, and "qwen2_8", which has 8 layers for virtual stages."""
+    long: list[Path] = []
+
+    def get(family: str) -> Path:
+        if family != "qwen2_8":
+            return tiny_hf(family)
+        if not long:
+            long.append(build_tiny_hf("qwen2", tmp_path_factory.mktemp(family), num_hidden_layers=8))
+        return long[0]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def reference(model_directory):
     """``reference(family)`` -> (stop ids, greedy responses, sampled responses), each (token ids, finished)."""
 
     @cache
     @torch.no_grad()
     def compute(family: str):
-        model = AutoModelForCausalLM.from_pretrained(tiny_hf(family), dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(model_directory(family), dtype=torch.float32).eval()
 
         def greedy(prompt, stop):
             ids, mask = torch.tensor([prompt]), torch.ones(1, len(prompt), dtype=torch.int64)
@@ -121,24 +138,33 @@ def reference(tiny_hf):
 # The tests.
 
 IN_ORDER = list(range(len(PROMPT_LENGTHS)))
+CASES = [
+    *((layout, family) for layout in LAYOUTS for family in DENSE_FAMILIES),
+    *((layout, "qwen3_moe") for layout in LAYOUTS | EXPERT_LAYOUTS if fits(layout, layers=4, moe=True)),
+    ("tp1pp1", "mixtral"),
+    ("ep2", "mixtral"),
+    ("tp1pp1", "mistral"),  # a window that prompts and responses outgrow
+    ("tp2pp2sp", "mistral"),
+    ("pp2_uneven", "qwen2"),
+    ("pp4_vpp2", "qwen2_8"),
+    ("pp3_vpp2_uneven", "qwen2_8"),
+]
 
 
-@pytest.mark.parametrize("family", DENSE_FAMILIES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_greedy_equals_generate(worlds, tiny_hf, reference, layout, family):
+@pytest.mark.parametrize(("layout", "family"), CASES)
+def test_greedy_equals_generate(worlds, model_directory, reference, layout, family):
     """Token for token, stop token included, on every rank; some responses stop and some are cut at the limit."""
     stop, expected, _ = reference(family)
     assert {finished for _, finished in expected} == {True, False}
-    for found in worlds.on(layout, generate, str(tiny_hf(family)), stop, 3, True, IN_ORDER):
+    for found in worlds.on(layout, generate, str(model_directory(family)), stop, 3, True, IN_ORDER):
         assert found == expected
 
 
-@pytest.mark.parametrize("family", DENSE_FAMILIES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_sampled_responses_are_the_same_everywhere(worlds, tiny_hf, reference, layout, family):
+@pytest.mark.parametrize(("layout", "family"), CASES)
+def test_sampled_responses_are_the_same_everywhere(worlds, model_directory, reference, layout, family):
     """Every layout and data-parallel size draws what transformers' logits and filters give at the keys' own u."""
     stop, _, expected = reference(family)
-    for found in worlds.on(layout, generate, str(tiny_hf(family)), stop, 3, False, IN_ORDER):
+    for found in worlds.on(layout, generate, str(model_directory(family)), stop, 3, False, IN_ORDER):
         assert found == expected
 
 
