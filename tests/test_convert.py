@@ -103,6 +103,18 @@ def train_and_save(layout: Layout, path: str, directory: str) -> dict:
     return hf_arrays(trainer.model)
 
 
+def in_small_pieces(source: str, output: str, direction: str) -> str | None:
+    """Convert with blocks of a few rows, files of a few chunks and a cache of one: what large models come to."""
+    from g2r_megatron.convert import chunks, parameters
+
+    sizes = parameters.BLOCK_BYTES, chunks.FILE_BYTES, chunks.CACHE_BYTES
+    parameters.BLOCK_BYTES, chunks.FILE_BYTES, chunks.CACHE_BYTES = 3000, 40_000, 5000
+    try:
+        return {"to_megatron": to_megatron, "to_hf": to_hf}[direction](source, output)
+    finally:
+        parameters.BLOCK_BYTES, chunks.FILE_BYTES, chunks.CACHE_BYTES = sizes
+
+
 def convert_until(source: str, output: str, direction: str, operation: int) -> int:
     """Convert, and kill this process as the given file operation in the output's folder begins. How many there were."""
     folder, count = str(Path(output).parent), 0
@@ -193,7 +205,7 @@ def test_a_training_checkpoint_becomes_a_hugging_face_directory(worlds, source, 
     """Trained weights, saved in shards with optimizer state beside them, equal those of the model in memory."""
     runs = tmp_path / "checkpoints"
     trained = worlds.on(layout, train_and_save, str(source(name)), str(runs))[0]
-    assert worlds[2].run(to_hf, str(runs / "step_00000001"), str(tmp_path / "out")) == [None, None]
+    assert worlds[2].run(in_small_pieces, str(runs / "step_00000001"), str(tmp_path / "out"), "to_hf") == [None, None]
     found = tensors_of(tmp_path / "out")
     assert trained.keys() == found.keys() == tensors_of(source(name)).keys()
     for key, value in trained.items():
@@ -217,6 +229,20 @@ def test_a_checkpoint_without_config_takes_one_from_elsewhere(worlds, source, co
         (config / name).write_bytes(content.replace(b'"float32"', b'"bfloat16"') if name == "config.json" else content)
     assert worlds[1].run(to_hf, str(older), str(tmp_path / "out2"), str(config)) == [None]
     assert json.loads((tmp_path / "out2" / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("name", ["qwen2", "mixtral_fused"])
+def test_large_tensors_are_copied_in_pieces(worlds, source, converted, tmp_path, name):
+    """Tensors of many blocks, chunks that begin and end inside them, several files a process: still the same bits."""
+    pieces = tmp_path / "pieces"
+    assert worlds[2].run(in_small_pieces, str(source(name)), str(pieces), "to_megatron") == [None, None]
+    assert len(list(pieces.glob("__1_*.distcp"))) > 3
+    for start, direction in ((pieces, in_small_pieces), (pieces, to_hf), (converted(name), in_small_pieces)):
+        output = tmp_path / f"{start.name}_{direction.__name__}"
+        arguments = ["to_hf"] if direction is in_small_pieces else []
+        assert worlds[2].run(direction, str(start), str(output), *arguments) == [None, None]
+        assert_same_directory(source(name), output)
+    assert worlds.on("tp2pp2sp", parameters, str(pieces)) == worlds.on("tp2pp2sp", parameters, str(source(name)))
 
 
 @pytest.mark.parametrize("direction", ["to_megatron", "to_hf"])

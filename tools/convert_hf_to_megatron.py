@@ -5,6 +5,7 @@ torchrun --nproc-per-node 4 tools/convert_hf_to_megatron.py --hf Qwen3-30B-A3B -
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def main(argv: list[str]) -> None:
         help="checkpoint to make; must not exist; read on any layout",
     )
     arguments = parser.parse_args(argv)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the work is the CPU's and the disk's, in any number of processes
     from g2r_megatron.convert.to_megatron import convert_to_megatron
 
     convert_to_megatron(arguments.hf, arguments.output)

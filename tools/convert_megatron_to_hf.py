@@ -5,6 +5,7 @@ torchrun --nproc-per-node 4 tools/convert_megatron_to_hf.py --checkpoint qwen3-3
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def main(argv: list[str]) -> None:
         "--hf", type=Path, metavar="DIR", help="config and tokenizer, for a checkpoint that has no hf/ of its own"
     )
     arguments = parser.parse_args(argv)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the work is the CPU's and the disk's, in any number of processes
     from g2r_megatron.convert.to_hf import convert_to_hf
 
     convert_to_hf(arguments.checkpoint, arguments.output, arguments.hf)

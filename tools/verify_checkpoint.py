@@ -6,6 +6,7 @@ Exit code: 0 equal, 1 different, 2 when one of them cannot be read.
 """
 
 import argparse
+import os
 import sys
 
 from g2r_megatron.cli import OneLineParser, exit_code
@@ -22,6 +23,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--logits", action="store_true", help="run both on --text in fp32 (one process) and compare")
     parser.add_argument("--text", help="what --logits runs on (default: a paragraph in several languages)")
     arguments = parser.parse_args(argv)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the work is the CPU's and the disk's, in any number of processes
     from g2r_megatron.convert.report import verify
 
     return verify((arguments.a, arguments.b), arguments.hashes, arguments.logits, arguments.text)
