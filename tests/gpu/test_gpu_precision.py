@@ -162,16 +162,12 @@ def test_first_ratio_is_exactly_1_and_gradient_is_near(gpu_hf, format):
 @torch.no_grad()
 def next_logits(model, prompt: list[int], response: list[int]) -> torch.Tensor:
     """Logits [T, vocab] that predict the response's tokens, by one forward over the whole sequence."""
-    from g2r_megatron.model.schedule import run_schedule, token_batch
+    from g2r_megatron.model.schedule import forward_tokens, run_schedule, token_batch
 
     positions = range(len(prompt) - 1, len(prompt) + len(response) - 1)
     batch = token_batch(model, [prompt + response], [positions], [0])
-
-    def forward(batch):
-        return model.module(batch.input_ids, None, None, logit_rows=batch.logit_rows)
-
     model.train(False)
-    return run_schedule(model, [batch], forward, lambda _, logits: (None, logits), backward=False)[0].float()
+    return run_schedule(model, [batch], forward_tokens, lambda _, logits: (None, logits), backward=False)[0].float()
 
 
 @formats
@@ -214,10 +210,14 @@ def test_a_checkpoint_goes_on_bitwise(gpu_hf, tmp_path, monkeypatch, format):
 
 
 @needs_te
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 @pytest.mark.parametrize("source, target", [("torch", "te"), ("te", "torch")])
-def test_checkpoints_move_between_layers(gpu_hf, tmp_path, source, target):
-    """What plain torch layers wrote loads into Transformer Engine's and the other way round: the same weights."""
-    first, second = (fresh_trainer(gpu_hf("qwen3"), spec) for spec in (source, target))
+def test_checkpoints_move_between_layers(gpu_hf, tmp_path, source, target, family):
+    """What plain torch layers wrote loads into Transformer Engine's and the other way round: the same weights.
+
+    Experts too, which are a module each in plain torch and one grouped product in Transformer Engine.
+    """
+    first, second = (fresh_trainer(gpu_hf(family), spec) for spec in (source, target))
     checkpoints.update(first)
     checkpoints.checkpointer_of(first, str(tmp_path)).save(1)
     assert checkpoints.checkpointer_of(second, str(tmp_path)).load_latest() == 1
