@@ -141,7 +141,42 @@ def convert_with_small_files(source: str, output: str, direction: str, limit: in
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-# The tests.
+# The tests. Commands first: the worlds of the later ones keep the machine busy.
+
+
+def run_tool(tool: str, *arguments: object, processes: int = 1) -> subprocess.CompletedProcess:
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command = [*launcher, str(TOOLS / tool), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=250)
+
+
+def test_the_tools_as_commands(source, tmp_path):
+    """Both ways, the comparison and a refusal from the command line; progress in a pipe is plain lines."""
+    megatron, back = tmp_path / "megatron", tmp_path / "back"
+    first = run_tool("convert_hf_to_megatron.py", "--hf", source("qwen2"), "--output", megatron)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.count("\n") == 1 and "GB/s" in first.stdout and "\r" not in first.stdout
+    assert run_tool("convert_megatron_to_hf.py", "--checkpoint", megatron, "--output", back).returncode == 0
+    assert_same_directory(source("qwen2"), back)
+    compared = run_tool("verify_checkpoint.py", megatron, back)
+    assert compared.returncode == 0 and "bitwise equal" in compared.stdout
+    again = run_tool("convert_hf_to_megatron.py", "--hf", source("qwen2"), "--output", megatron)
+    assert again.returncode == 2
+    assert again.stderr.startswith("g2r: error: --output") and again.stderr.count("\n") == 1
+
+
+def test_a_tool_under_torchrun(source, tmp_path):
+    """Two processes share the work; a refusal is printed once."""
+    output = tmp_path / "out"
+    command = ("convert_hf_to_megatron.py", "--hf", source("qwen2"), "--output", output)
+    first = run_tool(*command, processes=2)
+    assert first.returncode == 0, first.stderr
+    assert {p.name for p in output.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
+    again = run_tool(*command, processes=2)
+    assert again.returncode != 0
+    assert again.stderr.count("g2r: error: --output") == 1
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -298,38 +333,3 @@ def test_every_row_is_shared_out_once(processes):
     sizes = [sum(block.nbytes for block in part) for part in shares]
     assert max(sizes) - min(sizes) <= 2 * max(block.nbytes for block in blocks)
     assert list(share([Block(0, 0, 1, 4)], 1, 2)) == [Block(0, 0, 1, 4)]
-
-
-def run_tool(tool: str, *arguments: object, processes: int = 1) -> subprocess.CompletedProcess:
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    command = [*launcher, str(TOOLS / tool), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=250)
-
-
-def test_the_tools_as_commands(source, tmp_path):
-    """Both ways, the comparison and a refusal from the command line; progress in a pipe is plain lines."""
-    megatron, back = tmp_path / "megatron", tmp_path / "back"
-    first = run_tool("convert_hf_to_megatron.py", "--hf", source("qwen2"), "--output", megatron)
-    assert first.returncode == 0, first.stderr
-    assert first.stdout.count("\n") == 1 and "GB/s" in first.stdout and "\r" not in first.stdout
-    assert run_tool("convert_megatron_to_hf.py", "--checkpoint", megatron, "--output", back).returncode == 0
-    assert_same_directory(source("qwen2"), back)
-    compared = run_tool("verify_checkpoint.py", megatron, back)
-    assert compared.returncode == 0 and "bitwise equal" in compared.stdout
-    again = run_tool("convert_hf_to_megatron.py", "--hf", source("qwen2"), "--output", megatron)
-    assert again.returncode == 2
-    assert again.stderr.startswith("g2r: error: --output") and again.stderr.count("\n") == 1
-
-
-def test_a_tool_under_torchrun(source, converted, tmp_path):
-    """Two processes share the work; a refusal is printed once."""
-    output = tmp_path / "out"
-    command = ("convert_megatron_to_hf.py", "--checkpoint", converted("qwen2"), "--output", output)
-    first = run_tool(*command, processes=2)
-    assert first.returncode == 0, first.stderr
-    assert_same_directory(source("qwen2"), output)
-    again = run_tool(*command, processes=2)
-    assert again.returncode != 0
-    assert again.stderr.count("g2r: error: --output") == 1
