@@ -186,7 +186,8 @@ def main() -> None:
     intro = (
         f"{size:.2f} GB of Qwen3-30B-A3B shapes in bf16, shards of 4 GB, files not in the page cache. {description}."
     )
-    text = f"# Converting checkpoints\n\n`python benchmarks/convert.py {' '.join(sys.argv[1:])}`\n\n{intro}\n\n{table(rows)}\n"
+    options = f"--gigabytes {args.gigabytes:g} --processes {' '.join(map(str, args.processes))}"
+    text = f"# Converting checkpoints\n\n`python benchmarks/convert.py {options}`\n\n{intro}\n\n{table(rows)}\n"
     print(text)
     if args.output:
         args.output.write_text(text)
