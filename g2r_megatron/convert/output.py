@@ -63,8 +63,8 @@ def new_directory(final: Path) -> Iterator[Path]:
                 except OSError as error:
                     raise unwritable(temporary, error) from error
     except BaseException:  # Ctrl-C too: half a model is of no use
-        if first:
-            shutil.rmtree(temporary, ignore_errors=True)
+        if first and temporary.exists():
+            _remove(temporary)
         raise
     if first:
         (final / MARKER).unlink()  # after the rename: a leftover without it could not be told from a user's directory
@@ -75,11 +75,21 @@ def _make(final: Path, temporary: Path) -> None:
     check_output(final)
     try:
         if temporary.exists():
-            shutil.rmtree(temporary)
+            _remove(temporary)
         temporary.mkdir(parents=True)
         (temporary / MARKER).touch()
     except OSError as error:
         raise unwritable(temporary, error) from error
+
+
+def _remove(directory: Path) -> None:
+    """The marker goes last: what is left of a removal that was killed is still known for ours."""
+    for path in directory.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != MARKER:
+            path.unlink()
+    shutil.rmtree(directory)
 
 
 @contextmanager
