@@ -112,7 +112,9 @@ def _load_state(optimizer, state: dict) -> None:
         optimizer.load_state_dict(state)
         return
     chained = optimizer.chained_optimizers  # experts have one of their own
-    for part, its_state in zip(chained, [state] if len(chained) == 1 else [state[i] for i in sorted(state)], strict=True):
+    for part, its_state in zip(
+        chained, [state] if len(chained) == 1 else [state[i] for i in sorted(state)], strict=True
+    ):
         sharded = its_state.pop("param_state", None)
         part.load_state_dict(its_state)
         adam = part.optimizer.state
