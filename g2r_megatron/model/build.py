@@ -96,9 +96,9 @@ def spec_backend(name: str, spec: str, dtype: str) -> BackendSpecProvider:
                 f"{name}.spec", "te, but transformer_engine is not installed", "install the gpu extra or use torch"
             ) from None
         return TorchSpecProvider()
-    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+    from g2r_megatron.model.te_layers import TreeTESpecProvider
 
-    return TESpecProvider()
+    return TreeTESpecProvider()
 
 
 def check_precision(name: str, precision: Precision, spec: str) -> None:
