@@ -5,8 +5,9 @@ does not matter. Tolerances (fp32): verdict probabilities 1e-5, attributions 1e-
 Leaves out what test_parity_judge.py varies (targets, attributions, standardising), which shares prefixes too.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from weakref import ref
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from distributed import ALL_LAYOUTS, fits, groups_of
 from g2r_megatron.config import JudgeConfig, Layout, Precision
 from g2r_megatron.data.tokenizer import encode_text, load_tokenizer
 from g2r_megatron.data.types import Query, RubricItem
+from g2r_megatron.errors import UserError
 from g2r_megatron.judge.attribution import pooled_weights
+from g2r_megatron.judge.packing import shared_length, tree_tokens
 from g2r_megatron.judge.prompt import JudgePrompt
 from tiny_models import build_tiny_hf
 
@@ -204,3 +207,95 @@ def test_any_order_of_the_template_gives_its_own_sequences(worlds, directory, gr
     for layout in ("tp1pp1", "tp2pp1sp"):
         way = Way(template=template, budget=200)
         check(on(worlds, layout, judge_all, directory(family, 4), layout, way), gradients, way, family, 4)
+
+
+# What sharing is for.
+
+
+def matrix_flops(function) -> int:
+    """FLOPs of the matrix products in ``function()``, attention left out."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        function()
+    products = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+    return sum(counter.get_flop_counts()["Global"].get(operation, 0) for operation in products)
+
+
+def costs(layout: Layout, path: str) -> dict[str, float]:
+    """FLOPs of a verdict pass over shared prefixes, over separate sequences, and of backward passes; tokens of each."""
+    from g2r_megatron.judge.frozen import Pass
+
+    stage = stage_of(path, "tp1pp1", Way().config())
+    bodies = [encode_text(stage.prompt.tokenizer, text) for text in RESPONSES[:2]]
+    rows = stage.inputs([QUERY] * 2, bodies)
+    flat = [item for row in rows for item in row]
+    passes = [Pass([item], [True], [1.0]) for item in flat]
+    judge = stage.judge
+    return {
+        "shared": matrix_flops(lambda: judge.verdict_log_probs(rows)),
+        "separate": matrix_flops(lambda: judge.verdict_log_probs([[item] for item in flat])),
+        "backward": matrix_flops(lambda: judge.token_gradients(passes)),
+        "logits": 2 * judge.model.chunks[0].output_layer.weight.numel() * len(flat),
+        "shared_tokens": sum(tree_tokens(row) for row in rows),
+        "separate_tokens": sum(len(item.input_ids) for item in flat),
+    }
+
+
+def test_a_shared_prefix_is_computed_once_and_frozen_weights_get_no_gradient(worlds, directory):
+    """Matrix products: in proportion to the tokens (logits apart), and a backward that costs what its forward costs."""
+    found = on(worlds, "tp1pp1", costs, directory("qwen3", 4))
+    shared, separate = found["shared"] - found["logits"], found["separate"] - found["logits"]
+    assert shared * found["separate_tokens"] == separate * found["shared_tokens"]
+    assert found["shared_tokens"] < 0.6 * found["separate_tokens"]
+    assert found["backward"] == 2 * found["separate"]  # with weight gradients it would be three times
+
+
+def kept_activations(layout: Layout, path: str, recompute: str) -> list[int]:
+    """Activations alive that earlier micro-batches saved: when each micro-batch begins, and at the end."""
+    stage = stage_of(path, "tp1pp1", Way(budget=1, recompute=recompute).config())
+    body = encode_text(stage.prompt.tokenizer, RESPONSES[1])
+    inputs = stage.inputs([QUERY], [body])
+    judgements = stage.verdicts(inputs, ["0"])
+    saved, alive = [], []
+
+    class Saved:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+    def pack(tensor):
+        holder = Saved(tensor)
+        saved.append(ref(holder))
+        return holder
+
+    def count(*_):
+        alive.append(sum(holder() is not None for holder in saved))
+
+    hook = stage.judge.model.modules[0].register_forward_pre_hook(count)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
+        stage.attribute(inputs, judgements, [[True] * 3], [WEIGHTS])
+    hook.remove()
+    count()
+    assert saved
+    return alive
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_activations_are_freed_with_their_micro_batch(worlds, directory, recompute):
+    """Three micro-batches: when the next one begins, nothing is left of those before it; nor after the last."""
+    assert on(worlds, "tp1pp1", kept_activations, directory("qwen3", 4), recompute) == [0, 0, 0, 0]
+
+
+def test_a_response_whose_items_together_are_too_long_is_refused_with_the_numbers(directory):
+    """Each item fits judge.max_length, all of them as one sequence do not; separate sequences do."""
+    tokenizer = load_tokenizer(directory("qwen3", 4))
+    body = encode_text(tokenizer, RESPONSES[1])
+    inputs = JudgePrompt(tokenizer, Way().config()).build_items(QUERY, body)
+    longest, together = max(len(item.input_ids) for item in inputs), tree_tokens(inputs)
+    for way, limit in ((Way(), together), (Way(template="criterion_first"), together - 1)):
+        JudgePrompt(tokenizer, replace(way.config(), max_length=limit)).build_items(QUERY, body)
+    with pytest.raises(UserError) as error:
+        JudgePrompt(tokenizer, replace(Way().config(), max_length=together - 1)).build_items(QUERY, body)
+    assert longest < together - 1
+    for number in (f"3 judge inputs of query 'a' share {shared_length(inputs)}", f"{together} in all"):
+        assert number in str(error.value)
