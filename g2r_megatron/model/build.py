@@ -217,6 +217,7 @@ def transformer_config(
         ffn_hidden_size=g.ffn,
         gated_linear_unit=True,
         activation_func=F.silu,
+        use_te_activation_func=isinstance(backend, TorchSpecProvider),  # our own counterpart, which keeps less
         normalization="RMSNorm",
         layernorm_epsilon=hf.config.rms_norm_eps,
         add_bias_linear=False,

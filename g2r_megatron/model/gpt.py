@@ -72,7 +72,9 @@ def _layer_spec(config, backend: BackendSpecProvider, moe: bool) -> ModuleSpec:
         mlp = ModuleSpec(
             module=MLP,
             submodules=MLPSubmodules(
-                linear_fc1=backend.column_parallel_layer_norm_linear(), linear_fc2=backend.row_parallel_linear()
+                linear_fc1=backend.column_parallel_layer_norm_linear(),
+                linear_fc2=backend.row_parallel_linear(),
+                activation_func=backend.activation_func() if config.use_te_activation_func else None,
             ),
         )
     return ModuleSpec(

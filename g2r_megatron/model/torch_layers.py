@@ -72,6 +72,31 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
         )
 
 
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of x = [gate, up]. Keeps x alone for the backward, half of what autograd would keep."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        gate, up = ctx.saved_tensors[0].chunk(2, dim=-1)
+        return torch.cat([torch.ops.aten.silu_backward(gradient * up, gate), gradient * F.silu(gate)], dim=-1)
+
+
+class SwiGLU:
+    """Counterpart of Transformer Engine's activation modules: [..., 2 f] -> [..., f]. Has no weights."""
+
+    def __init__(self, config):
+        pass
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return _SwiGLU.apply(x)
+
+
 class SDPACoreAttention(torch.nn.Module):
     """Counterpart of ``TEDotProductAttention``: causal, over a KV cache, or over a packed row (tree_attention.py).
 
@@ -145,5 +170,5 @@ class TorchSpecProvider(BackendSpecProvider):
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool):
         return SequentialMLP, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
-    def activation_func(self) -> None:
-        return None
+    def activation_func(self) -> type:
+        return SwiGLU
