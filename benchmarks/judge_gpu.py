@@ -22,8 +22,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from g2r_megatron.config import JudgeConfig, Layout, Precision
 from g2r_megatron.errors import UserError
-from g2r_megatron.judge.frozen import FrozenJudge
-from g2r_megatron.judge.prompt import JudgeInput
+from g2r_megatron.judge.frozen import FrozenJudge, Pass
+from g2r_megatron.judge.types import JudgeInput
 from g2r_megatron.model.build import MegatronModel, build_model
 from g2r_megatron.model.hf import open_hf_model
 from g2r_megatron.parallel import cpu
@@ -86,9 +86,9 @@ def measure(model: MegatronModel, inputs: list[JudgeInput], args: argparse.Names
     """Figures of one format, and the attributions of all response tokens in a row."""
     options = JudgeConfig(attribution="contracted", target="logit_margin", micro_batch_tokens=args.micro_batch_tokens)
     judge = FrozenJudge(model, options, TRUE_IDS, FALSE_IDS)
-    everything = dict.fromkeys(range(len(inputs)), True)
-    verdict, verdict_gib, _ = timed(lambda: judge.verdict_log_probs(inputs), args.repetitions)
-    attribution, attribution_gib, found = timed(lambda: judge.token_gradients(inputs, everything), args.repetitions)
+    verdict, verdict_gib, _ = timed(lambda: judge.verdict_log_probs([[item] for item in inputs]), args.repetitions)
+    passes = [Pass([item], [True], [1.0]) for item in inputs]
+    attribution, attribution_gib, found = timed(lambda: judge.token_gradients(passes), args.repetitions)
     tokens = args.sequences * args.tokens
     figures = {
         "verdict_seconds": verdict,
@@ -99,7 +99,7 @@ def measure(model: MegatronModel, inputs: list[JudgeInput], args: argparse.Names
         "verdict_peak_gib": verdict_gib,
         "attribution_peak_gib": attribution_gib,
     }
-    return figures, torch.cat([found[i].dot for i in sorted(found)])
+    return figures, torch.cat([gradients.dot for gradients in found])
 
 
 def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -11,6 +11,7 @@ from typing import Literal
 Attribution = Literal["grad_x_embed", "l1", "l2", "contracted"]
 Target = Literal["log_prob", "logit_margin"]
 Pool = Literal["none", "smear", "sentence"]
+Pooling = Literal["item", "response"]
 AdvantageKind = Literal["sequence", "token_return", "itemwise", "sequence_weighted"]
 
 DEFAULT_JUDGE_TEMPLATE = """Below are a conversation, a response to it, and one criterion. Decide whether the response meets the criterion.
@@ -86,11 +87,12 @@ class JudgeConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     """activation recompute in the attribution backward"""
     micro_batch_tokens: int = 8192
-    """token budget of a micro-batch (padding included)"""
+    """token budget of a micro-batch; what the items of a response share counts once"""
     spec: Literal["auto", "torch", "te"] = "auto"
     """layers: plain torch or Transformer Engine (TF32 in fp32); auto: Transformer Engine on GPU, except in fp32"""
     template: str = DEFAULT_JUDGE_TEMPLATE
-    """judge prompt; must contain {conversation}, {response}, {criterion} once each, in any order"""
+    """judge prompt; must contain {conversation}, {response}, {criterion} once each, in any order (the criterion last is
+    cheapest: the items of a response then share what stands before it)"""
     chat_template: bool = True
     """wrap the judge prompt in the tokenizer's chat template (off for a tokenizer without one)"""
     true_words: list[str] = field(default_factory=lambda: ["True", "true", "TRUE"])
@@ -98,13 +100,16 @@ class JudgeConfig:
     false_words: list[str] = field(default_factory=lambda: ["False", "false", "FALSE"])
     """spellings of a negative verdict"""
     max_length: int = 32768
-    """longest judge input in tokens; longer ones are an error that names the row"""
+    """longest judge input in tokens, all items of a response together where they share it; longer is an error that
+    names the row"""
     verdict: Literal["compare", "sample"] = "compare"
     """verdict by p(True) > p(False), or sampled with p(True) / (p(True) + p(False))"""
     target: Target | None = None
     """what is differentiated: log p(verdict) or logit(True) - logit(False) (follows the preset)"""
     attribution: Attribution | None = None
     """b_t: g.e, L1 or L2 norm of g, or g.(e - mean) at the contracted embedding (follows the preset)"""
+    pooling: Pooling = "item"
+    """one backward for each item, or one for the weighted mean of a response's items, which then have one alpha"""
     contraction: float = 0.15
     """s of `contracted`: response embeddings are moved to mean + s (e - mean) for the gradient"""
     tau: float = 1.0

@@ -19,7 +19,7 @@ from g2r_megatron.grpo.metrics import (
 from g2r_megatron.grpo.truth import key_token_mask, true_reward, true_verdicts
 from g2r_megatron.judge.attribution import response_reward, token_rewards
 from g2r_megatron.judge.stage import JudgeStage
-from g2r_megatron.judge.types import ItemJudgement
+from g2r_megatron.judge.types import ItemJudgement, backward_passes
 from g2r_megatron.policy.log_probs import TokenSequence
 from g2r_megatron.rollout.engine import MegatronRolloutEngine, Request
 from g2r_megatron.rollout.types import Response
@@ -80,7 +80,8 @@ def attribute(stage: JudgeStage, batch: Experience, inputs: list, config: TrainC
     needed: list[list[bool]] = []
     for group in batch.groups:
         needed += items_needing_attribution(*_verdict_table(batch, group), config.grpo, mix).tolist()
-    stage.attribute(inputs, batch.judgements, needed)
+    weights = [[item.weight for item in query.rubric] for query in batch.queries]
+    stage.attribute(inputs, batch.judgements, needed, weights)
     bodies = [r.body_ids for r in batch.responses]
     batch.alphas = [stage.alphas(body, row) for body, row in zip(bodies, batch.judgements, strict=True)]
     batch.advantages = []
@@ -115,19 +116,22 @@ def score_metrics(batch: Experience) -> dict[str, float]:
 def credit_metrics(batch: Experience, inputs: Inputs, flat_threshold: float) -> dict[str, float]:
     """Health of the attributions and where the advantages went."""
     attributed = [
-        (i, k, j) for i, row in enumerate(batch.judgements) for k, j in enumerate(row) if j.attribution is not None
+        (i, k) for i, row in enumerate(batch.judgements) for k, j in enumerate(row) if j.attribution is not None
     ]
-    alphas = [batch.alphas[i][k] for i, k, _ in attributed]
+    passes = [(i, k) for i, row in enumerate(batch.judgements) for k in backward_passes(row)]
     metrics = attribution_metrics(
-        [j.attribution for *_, j in attributed], alphas, [j.cos for *_, j in attributed], flat_threshold
+        [batch.judgements[i][k].attribution for i, k in passes],
+        [batch.alphas[i][k] for i, k in passes],
+        [batch.judgements[i][k].cos for i, k in passes],
+        flat_threshold,
     )
     key_alphas, masks, texts = [], [], {}
-    for (i, k, _), alpha in zip(attributed, alphas, strict=True):
+    for i, k in attributed:
         check = batch.queries[i].rubric[k].check
         if check is not None:
             if i not in texts:
                 texts[i] = token_texts(inputs.tokenizer, batch.responses[i].body_ids)
-            key_alphas.append(alpha)
+            key_alphas.append(batch.alphas[i][k])
             masks.append(key_token_mask(check, texts[i]))
     finished = [r.finished for r in batch.responses]
     largest = max(float(a.abs().max()) for a in batch.advantages)

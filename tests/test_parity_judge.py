@@ -130,7 +130,8 @@ def judge(stage) -> dict:
     queries, texts = [QUERIES[q] for q, _ in RESPONSES], bodies(stage.prompt.tokenizer)
     inputs = stage.inputs(queries, texts)
     judgements = stage.verdicts(inputs, [str(i) for i in range(len(texts))])
-    stage.attribute(inputs, judgements, [[True] * len(row) for row in judgements])
+    weights = [[item.weight for item in query.rubric] for query in queries]
+    stage.attribute(inputs, judgements, [[True] * len(row) for row in judgements], weights)
     rewards, alphas = [], []
     for query, body, row in zip(queries, texts, judgements):
         alphas.append(stage.alphas(body, row))
@@ -447,9 +448,10 @@ def attribute_nothing_and_little(layout: Layout, path: str) -> dict:
     stage = judge_stage(layout, path, VARIANTS["paper"].config())
     inputs = stage.inputs([QUERIES[0], QUERIES[1]], [bodies(stage.prompt.tokenizer)[0], []])
     judgements = stage.verdicts(inputs, ["0", "1"])
-    stage.attribute(inputs, judgements, [[False] * 3, [True] * 2])
+    weights = [[1.0] * 3, [1.0] * 2]
+    stage.attribute(inputs, judgements, [[False] * 3, [True] * 2], weights)
     untouched = [item.attribution is None for row in judgements for item in row]
-    stage.attribute(inputs, judgements, [[False, True, False], [False] * 2])
+    stage.attribute(inputs, judgements, [[False, True, False], [False] * 2], weights)
     return {"untouched": untouched, "b": judgements[0][1].attribution.tolist()}
 
 

@@ -12,6 +12,20 @@ from torch import Tensor
 CONSTANT_SPREAD = 1e-6
 
 
+def pooled_weights(weights: list[float]) -> list[float]:
+    """Factors c_k of the items in the one backward of ``judge.pooling=response``, from their weights w_k (not all 0).
+
+    b_t = sum_k c_k b_kt with c_k = s w_k / sum_j |w_j|, s the sign of sum_j w_j (of + for 0). Then alpha = softmax(b / tau)
+    stands for every item of the pool, as ``item`` pooling does to first order: sum_k w_k (1 + b_kt) is
+    (sum_k w_k) (1 + b_t) there, up to the size of b. Two things follow: one item alone has c = 1, whatever its weight,
+    so that weights do not change the softmax's temperature; and where pitfalls outweigh the rest, the blame goes to the
+    tokens they rest on, because r_t = alpha_t r with r < 0.
+    """
+    sign = -1.0 if sum(weights) < 0 else 1.0
+    total = sum(abs(weight) for weight in weights)
+    return [sign * weight / total for weight in weights]
+
+
 def is_informative(b: Tensor) -> bool:
     """Whether b [T] can rank tokens: finite everywhere and not constant (a zero gradient is constant)."""
     if b.numel() < 2 or not bool(torch.isfinite(b).all()):

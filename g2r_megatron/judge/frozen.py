@@ -4,6 +4,7 @@ Every rank passes the same global list of inputs; data-parallel replicas each do
 sequence, a few scalars a response token) are summed into place over the world. Hidden-sized tensors never travel.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +12,25 @@ import torch.distributed as dist
 
 from g2r_megatron.config import JudgeConfig
 from g2r_megatron.errors import UserError
-from g2r_megatron.judge.prompt import JudgeInput
+from g2r_megatron.judge.packing import Tree, build_trees, row_structure
+from g2r_megatron.judge.types import JudgeInput
 from g2r_megatron.model.build import MegatronModel
-from g2r_megatron.model.schedule import TokenBatch, forward_tokens, replica_plan, run_schedule, token_batch
+from g2r_megatron.model.schedule import TokenBatch, forward_tokens, replica_plan, run_schedule
 from g2r_megatron.parallel import cpu
+from g2r_megatron.parallel.microbatches import pack_rows, padded
 from g2r_megatron.parallel.vocab import log_probs_at
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One backward: of sum_j ``weights[j]`` target(``inputs[j]``, ``verdicts[j]``).
+
+    Several inputs are of one response and share it (``packing.shared_length``): its embeddings are then one leaf.
+    """
+
+    inputs: Sequence[JudgeInput]
+    verdicts: Sequence[bool]
+    weights: Sequence[float]
 
 
 @dataclass
@@ -40,6 +55,37 @@ class TokenGradients:
         return (self.dot.abs() / (self.l2 * self.d_norm)).median().item() if self.dot.numel() else float("nan")
 
 
+@dataclass(kw_only=True)
+class TreeBatch(TokenBatch):
+    """One packed row of trees; ``items`` and ``logit_rows`` run over the sequences of all trees.
+
+    ``starts``: the row position of each tree's first token. A filler has no trees.
+    """
+
+    trees: list[Tree]
+    starts: list[int]
+
+
+def tree_batch(model: MegatronModel, trees: Sequence[Tree]) -> TreeBatch:
+    """``trees`` in one row on the model's device, padded to its length multiple at the end."""
+    ids, rows, starts = [], [], []
+    for tree in trees:
+        starts.append(len(ids))
+        rows += [len(ids) + verdict for verdict in tree.verdicts]
+        ids += tree.ids
+    length, device = padded(max(1, len(ids)), model.length_multiple), cpu.device()
+    structure = row_structure(trees, length)
+    return TreeBatch(
+        input_ids=torch.tensor([ids + [0] * (length - len(ids))], device=device),
+        logit_rows=torch.tensor(rows, dtype=torch.int64, device=device),
+        items=[item for tree in trees for item in tree.items],
+        position_ids=structure[2].long().to(device),
+        structure=structure,
+        trees=list(trees),
+        starts=starts,
+    )
+
+
 class FrozenJudge:
     """A model that only judges. ``true_ids``/``false_ids``: the token spellings of the two verdicts."""
 
@@ -58,35 +104,38 @@ class FrozenJudge:
             dist.all_reduce(total, group=self.model.groups.pgs.tp)
         return total / self.model.geometry.vocab
 
-    def _micro_batches(self, inputs: list[JudgeInput], indices: list[int]) -> list[TokenBatch]:
-        """This replica's share of ``indices`` as micro-batches; logits at the verdict position only."""
-        lengths = [len(inputs[i].input_ids) for i in indices]
-        plan = replica_plan(self.model, lengths, indices, self.config.micro_batch_tokens)
-        sequences = [item.input_ids for item in inputs]
-        positions = [[item.verdict_position] for item in inputs]
-        return [token_batch(self.model, sequences, positions, items) for items in plan]
+    def _micro_batches(self, trees: Sequence[Tree]) -> list[TreeBatch]:
+        """This replica's share of ``trees`` as packed rows; logits at the verdict positions only."""
+        lengths = [len(tree.ids) for tree in trees]
+        plan = replica_plan(self.model, lengths, list(range(len(trees))), self.config.micro_batch_tokens, pack_rows)
+        return [tree_batch(self.model, [trees[i] for i in row]) for row in plan]
 
     def _verdict_log_probs(self, logits: torch.Tensor) -> torch.Tensor:
-        """logits [b, v/tp] at the verdict position -> (log p(True), log p(False)) [b, 2], summed over spellings."""
+        """logits [n, v/tp] at verdict positions -> (log p(True), log p(False)) [n, 2], summed over spellings."""
         ids = torch.tensor(self.true_ids + self.false_ids, device=logits.device).expand(logits.size(0), -1)
         log_probs = log_probs_at(logits, ids, self.model.geometry.vocab, self.model.groups.pgs.tp)
         split = len(self.true_ids)
         return torch.stack([log_probs[:, :split].logsumexp(1), log_probs[:, split:].logsumexp(1)], dim=1)
 
     @torch.no_grad()
-    def verdict_log_probs(self, inputs: list[JudgeInput]) -> torch.Tensor:
-        """(log p(True), log p(False)) of every input: fp32 [len(inputs), 2] on the CPU of every rank (collective).
+    def verdict_log_probs(self, responses: Sequence[Sequence[JudgeInput]]) -> torch.Tensor:
+        """(log p(True), log p(False)) of every input: fp32 [inputs, 2] on the CPU of every rank (collective).
 
-        Raises ``UserError`` when one is not finite: the judge's weights or its precision are broken.
+        ``responses``: the inputs of each response, which share what they begin with (judge/packing.py). Rows of the
+        result are in their order. Raises ``UserError`` when one is not finite: the judge's weights or its precision
+        are broken.
         """
         self.model.train(False)
+        trees, total = [], 0
+        for inputs in responses:
+            trees += build_trees(inputs, total)
+            total += len(inputs)
 
-        def collect(batch: TokenBatch, logits: torch.Tensor):
+        def collect(batch: TreeBatch, logits: torch.Tensor):
             return None, (batch.items, self._verdict_log_probs(logits))
 
-        batches = self._micro_batches(inputs, list(range(len(inputs))))
-        results = run_schedule(self.model, batches, forward_tokens, collect, backward=False)
-        table = torch.zeros(len(inputs), 2, device=cpu.device())
+        results = run_schedule(self.model, self._micro_batches(trees), forward_tokens, collect, backward=False)
+        table = torch.zeros(total, 2, device=cpu.device())
         if self.model.groups.is_replica_writer:
             for items, values in results:
                 table[items] = values
@@ -100,41 +149,51 @@ class FrozenJudge:
             )
         return table.cpu()
 
-    def token_gradients(self, inputs: list[JudgeInput], verdicts: dict[int, bool]) -> dict[int, TokenGradients]:
-        """Gradients of the target of ``inputs[i]`` for the ``i`` in ``verdicts`` (collective; all ranks get all).
+    def token_gradients(self, passes: Sequence[Pass]) -> list[TokenGradients]:
+        """Gradients of every pass at its response's embeddings (collective; all ranks get all).
 
-        Target: log p(verdict), or logit(True) - logit(False) = log p(True) - log p(False), which does not saturate
-        (for several spellings, of their summed probabilities). METHOD.md steps 2 and 3.
+        The target of an input: log p(verdict), or logit(True) - logit(False) = log p(True) - log p(False), which does not
+        saturate (for several spellings, of their summed probabilities). METHOD.md steps 2 and 3.
         """
-        indices = sorted(verdicts)
-        offsets, total = {}, 0
-        for i in indices:
-            offsets[i] = total
-            total += inputs[i].response_end - inputs[i].response_start
-        table = torch.zeros(total, 4, device=cpu.device())
-        batches = self._micro_batches(inputs, indices)
-        reduced: list[TokenBatch] = []
+        trees, owners, verdicts, weights = [], [], [], []  # owners: the pass of each input
+        for number, item in enumerate(passes):
+            found = build_trees(item.inputs, len(owners))
+            if len(found) != 1:
+                raise ValueError(f"the {len(item.inputs)} inputs of pass {number} do not share their response")
+            trees += found
+            owners += [number] * len(item.inputs)
+            verdicts += item.verdicts
+            weights += item.weights
+        lengths = [item.inputs[0].response_end - item.inputs[0].response_start for item in passes]
+        table = torch.zeros(sum(lengths), 4, device=cpu.device())
+        spans = table.split(lengths)  # of each pass
+        batches = self._micro_batches(trees)
+        reduced: list[TreeBatch] = []
 
-        def forward(module: torch.nn.Module, batch: TokenBatch):
+        def forward(module: torch.nn.Module, batch: TreeBatch):
             leaf = None
             if self.model.groups.is_first_stage and module is self.model.modules[0]:
-                leaf, direction = self._embedding_leaf(batch, inputs)
+                leaf, direction = self._embedding_leaf(batch)
 
                 def reduce(leaf: torch.Tensor) -> None:
                     """Scalars out of the gradient as soon as it is there: one micro-batch of it is ever held."""
-                    self._reduce_into(table, offsets, inputs, batch, leaf.grad, direction)
+                    self._reduce_into(
+                        [spans[owners[tree.items[0]]] for tree in batch.trees], batch, leaf.grad, direction
+                    )
                     leaf.grad = None
                     reduced.append(batch)
 
                 leaf.register_post_accumulate_grad_hook(reduce)
-            return module(batch.input_ids, None, None, decoder_input=leaf, logit_rows=batch.logit_rows)
+            return forward_tokens(module, batch, leaf)
 
-        def target(batch: TokenBatch, logits: torch.Tensor):
-            log_probs = self._verdict_log_probs(logits)  # [b, 2]
+        def target(batch: TreeBatch, logits: torch.Tensor):
+            log_probs = self._verdict_log_probs(logits)  # [n, 2]
             if self.config.target == "logit_margin":
-                return (log_probs[:, 0] - log_probs[:, 1]).sum(), None
-            chosen = torch.tensor([0 if verdicts[i] else 1 for i in batch.items], device=log_probs.device)
-            return log_probs.gather(1, chosen.unsqueeze(1)).sum(), None
+                targets = log_probs[:, 0] - log_probs[:, 1]
+            else:
+                chosen = torch.tensor([0 if verdicts[i] else 1 for i in batch.items], device=log_probs.device)
+                targets = log_probs.gather(1, chosen.unsqueeze(1)).squeeze(1)
+            return (targets * torch.tensor([weights[i] for i in batch.items], device=targets.device)).sum(), None
 
         # Megatron-Core recomputes activations in train mode only, and Transformer Engine picks attention kernels that have a
         # backward only there; the model has no dropout.
@@ -144,15 +203,13 @@ class FrozenJudge:
         if self.model.groups.is_first_stage and len(reduced) != len(batches):
             raise RuntimeError(f"{len(batches)} judge backward passes left {len(reduced)} gradients at the embeddings")
         dist.all_reduce(table)
-        table = table.cpu()
-        result = {}
-        for i in indices:
-            rows = table[offsets[i] : offsets[i] + inputs[i].response_end - inputs[i].response_start]
-            result[i] = TokenGradients(rows[:, 0], rows[:, 1], rows[:, 2].sqrt(), rows[:, 3].sqrt())
-        return result
+        return [
+            TokenGradients(rows[:, 0], rows[:, 1], rows[:, 2].sqrt(), rows[:, 3].sqrt())
+            for rows in table.cpu().split(lengths)
+        ]
 
-    def _embedding_leaf(self, batch: TokenBatch, inputs: list[JudgeInput]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(leaf, d): the decoder input [s, b, h] (this TP rank's slice under SP) as a leaf, and the directions d."""
+    def _embedding_leaf(self, batch: TreeBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(leaf, d): the decoder input [s, 1, h] (this TP rank's slice under SP) as a leaf, and the directions d."""
         with torch.no_grad():
             embedding = self.model.chunks[0].embedding(batch.input_ids, position_ids=None)
             if self._mean_embedding is None:
@@ -160,41 +217,31 @@ class FrozenJudge:
             else:
                 mean = self._mean_embedding.to(embedding.dtype)
                 direction = embedding - mean
-                leaf = torch.where(
-                    self._response_mask(batch, inputs, embedding.size(0)),
-                    mean + self.config.contraction * direction,
-                    embedding,
-                )
+                leaf = embedding.clone()
+                for _, _, here in self._local_spans(batch, leaf.size(0)):
+                    leaf[here] = mean + self.config.contraction * direction[here]
         return leaf.detach().clone().requires_grad_(), direction
 
-    def _response_mask(self, batch: TokenBatch, inputs: list[JudgeInput], local_length: int) -> torch.Tensor:
-        """bool [s_local, b, 1]: positions inside each row's response, of this rank's slice of the sequence."""
-        first = self._sequence_offset(local_length)
-        position = torch.arange(first, first + local_length, device=batch.input_ids.device).view(-1, 1, 1)
-        start, end = (
-            torch.tensor([getattr(inputs[i], name) for i in batch.items] or [0], device=position.device).view(1, -1, 1)
-            for name in ("response_start", "response_end")
-        )
-        return (position >= start) & (position < end)
+    def _local_spans(self, batch: TreeBatch, local_length: int) -> list[tuple[int, slice, slice]]:
+        """Where responses are in this TP rank's slice of the row: (tree, tokens of the response, local positions)."""
+        # under sequence parallelism a TP rank has the positions from first on, else all of them
+        first = self.model.groups.pgs.tp.rank() * local_length if self.model.config.sequence_parallel else 0
+        spans = []
+        for number, (tree, start) in enumerate(zip(batch.trees, batch.starts, strict=True)):
+            begin = start + tree.response_start
+            low, high = max(begin, first), min(start + tree.response_end, first + local_length)
+            if low < high:
+                spans.append((number, slice(low - begin, high - begin), slice(low - first, high - first)))
+        return spans
 
-    def _sequence_offset(self, local_length: int) -> int:
-        """First position of this TP rank's slice (0 without sequence parallelism)."""
-        return self.model.groups.pgs.tp.rank() * local_length if self.model.config.sequence_parallel else 0
-
-    def _reduce_into(self, table, offsets, inputs, batch: TokenBatch, grad, direction) -> None:
-        """Write this rank's (g.d, |g|_1, |g|^2, |d|^2) of its response tokens into the flat table [total, 4].
+    def _reduce_into(self, spans: list[torch.Tensor], batch: TreeBatch, grad, direction) -> None:
+        """Write this rank's (g.d, |g|_1, |g|^2, |d|^2) of its response tokens into each tree's span [T, 4].
 
         Each token is written by exactly one rank: TP rank 0, or under SP the rank that holds its slice.
         """
-        sequence_parallel = self.model.config.sequence_parallel
-        if self.model.groups.pgs.tp.rank() > 0 and not sequence_parallel:
+        if self.model.groups.pgs.tp.rank() > 0 and not self.model.config.sequence_parallel:
             return
-        g, d = grad.float(), direction.float()
-        stats = torch.stack([(g * d).sum(-1), g.abs().sum(-1), g.square().sum(-1), d.square().sum(-1)], dim=-1)
-        first = self._sequence_offset(stats.size(0))
-        for row, i in enumerate(batch.items):
-            low = max(inputs[i].response_start, first)
-            high = min(inputs[i].response_end, first + stats.size(0))
-            if low < high:
-                at = offsets[i] + low - inputs[i].response_start
-                table[at : at + high - low] = stats[low - first : high - first, row]
+        for number, tokens, here in self._local_spans(batch, grad.size(0)):
+            g, d = grad[here, 0].float(), direction[here, 0].float()
+            stats = [(g * d).sum(-1), g.abs().sum(-1), g.square().sum(-1), d.square().sum(-1)]
+            spans[number][tokens] = torch.stack(stats, dim=-1)

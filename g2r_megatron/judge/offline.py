@@ -30,9 +30,9 @@ from g2r_megatron.data.types import Query
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.attribution import response_reward, token_rewards
 from g2r_megatron.judge.frozen import FrozenJudge
-from g2r_megatron.judge.prompt import JudgeInput, JudgePrompt
+from g2r_megatron.judge.prompt import JudgePrompt
 from g2r_megatron.judge.stage import JudgeStage
-from g2r_megatron.judge.types import ItemJudgement
+from g2r_megatron.judge.types import ItemJudgement, JudgeInput, backward_passes
 from g2r_megatron.model.build import build_model
 from g2r_megatron.model.hf import load_model_tokenizer, open_hf_model
 from g2r_megatron.parallel import groups
@@ -57,13 +57,12 @@ class GradientHealth:
     bad: list[str] = field(default_factory=list)
 
     def count(self, row: Row, judgements: Sequence[ItemJudgement]) -> None:
-        for number, judgement in enumerate(judgements, 1):
-            if judgement.attribution is None:
-                continue
+        for number in backward_passes(judgements):
+            judgement = judgements[number]
             self.passes += 1
             finite = math.isfinite(judgement.grad_norm) and bool(judgement.attribution.isfinite().all())
             if not finite or judgement.grad_norm == 0:
-                self.bad.append(f"{row.query.id} item {number} ({'zero' if finite else 'not finite'})")
+                self.bad.append(f"{row.query.id} item {number + 1} ({'zero' if finite else 'not finite'})")
 
     def warning(self) -> str | None:
         if not self.bad:
@@ -115,8 +114,7 @@ def read_rows(config: OfflineJudgeConfig, prompt: JudgePrompt) -> list[Row]:
     queries = read_queries([config.input], config.format, config.polarity, require_response=True)
     rows = [Row(query, encode_text(prompt.tokenizer, query.response)) for query in queries]
     for row in rows:
-        for item in row.query.rubric:
-            prompt.build(row.query, item, row.body)
+        prompt.build_items(row.query, row.body)
     return rows
 
 
@@ -131,7 +129,8 @@ def judge_rows(
         [judgement.verdict and item.weight != 0 for judgement, item in zip(items, row.query.rubric, strict=True)]
         for items, row in zip(judgements, rows, strict=True)
     ]
-    stage.attribute(inputs, judgements, needed)
+    weights = [[item.weight for item in row.query.rubric] for row in rows]
+    stage.attribute(inputs, judgements, needed, weights)
     return list(zip(rows, inputs, judgements, strict=True))
 
 

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 from transformers import PreTrainedTokenizerFast
@@ -20,20 +19,11 @@ from g2r_megatron.data.tokenizer import (
 )
 from g2r_megatron.data.types import Query, RubricItem
 from g2r_megatron.errors import UserError
+from g2r_megatron.judge.packing import shared_length, tree_tokens
+from g2r_megatron.judge.types import JudgeInput
 
 PLACEHOLDER = re.compile(r"\{(" + "|".join(TEMPLATE_FIELDS) + r")\}")
 CACHED_SIDES = 8192
-
-
-@dataclass(frozen=True)
-class JudgeInput:
-    """One judge sequence. The response is ``input_ids[response_start:response_end]``; the logits at
-    ``verdict_position`` (the last position) predict the verdict token."""
-
-    input_ids: list[int]
-    response_start: int
-    response_end: int
-    verdict_position: int
 
 
 class JudgePrompt:
@@ -77,6 +67,22 @@ class JudgePrompt:
             )
         start = len(before)
         return JudgeInput(input_ids, start, start + len(response_ids), len(input_ids) - 1)
+
+    def build_items(self, query: Query, response_ids: Sequence[int]) -> list[JudgeInput]:
+        """The judge inputs of a response, one for each item of ``query``'s rubric, as ``build`` makes them.
+
+        Raises ``UserError`` naming the query when together (their common beginning once) they are longer than
+        ``judge.max_length``: they are run as one sequence.
+        """
+        inputs = [self.build(query, item, response_ids) for item in query.rubric]
+        if (tokens := tree_tokens(inputs)) > self.max_length:
+            raise UserError(
+                "judge.max_length",
+                f"the {len(inputs)} judge inputs of query {query.id!r} share {shared_length(inputs)} tokens and are "
+                f"{tokens} in all, more than {self.max_length}",
+                "raise judge.max_length, shorten the responses, or put the criterion before the response",
+            )
+        return inputs
 
     def _side(self, side: str, conversation: str, criterion: str) -> tuple[int, ...]:
         """Encoded text on one side of the response; cached by the fields that stand on that side."""

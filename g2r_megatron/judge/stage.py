@@ -12,10 +12,10 @@ import torch
 from g2r_megatron.config import JudgeConfig
 from g2r_megatron.data.tokenizer import token_texts
 from g2r_megatron.data.types import Query
-from g2r_megatron.judge.attribution import alpha_from_attribution, sentence_ids
-from g2r_megatron.judge.frozen import FrozenJudge
-from g2r_megatron.judge.prompt import JudgeInput, JudgePrompt
-from g2r_megatron.judge.types import ItemJudgement
+from g2r_megatron.judge.attribution import alpha_from_attribution, pooled_weights, sentence_ids
+from g2r_megatron.judge.frozen import FrozenJudge, Pass
+from g2r_megatron.judge.prompt import JudgePrompt
+from g2r_megatron.judge.types import ItemJudgement, JudgeInput
 
 
 class JudgeStage:
@@ -26,18 +26,14 @@ class JudgeStage:
 
     def inputs(self, queries: Sequence[Query], bodies: Sequence[list[int]]) -> list[list[JudgeInput]]:
         """One judge input per response and rubric item. ``bodies``: response token ids without the stop token."""
-        return [
-            [self.prompt.build(query, item, body) for item in query.rubric]
-            for query, body in zip(queries, bodies, strict=True)
-        ]
+        return [self.prompt.build_items(query, body) for query, body in zip(queries, bodies, strict=True)]
 
     def verdicts(self, inputs: list[list[JudgeInput]], keys: Sequence[str]) -> list[list[ItemJudgement]]:
         """Verdicts of every item of every response (collective).
 
         ``keys``: one string a response that seeds sampled verdicts, so that they depend on nothing else.
         """
-        flat = [item for row in inputs for item in row]
-        probabilities = iter(self.judge.verdict_log_probs(flat).exp().tolist())
+        probabilities = iter(self.judge.verdict_log_probs(inputs).exp().tolist())
         return [
             [self._judgement(*next(probabilities), f"{key}/{k}") for k in range(len(row))]
             for row, key in zip(inputs, keys, strict=True)
@@ -49,22 +45,32 @@ class JudgeStage:
         return ItemJudgement(p_true, p_false, p_true > p_false)
 
     def attribute(
-        self, inputs: list[list[JudgeInput]], judgements: list[list[ItemJudgement]], needed: list[list[bool]]
+        self,
+        inputs: list[list[JudgeInput]],
+        judgements: list[list[ItemJudgement]],
+        needed: list[list[bool]],
+        weights: list[list[float]],
     ) -> None:
-        """Fill ``attribution``, ``grad_norm`` and ``cos`` of the judgements marked in ``needed`` (collective)."""
-        flat = [item for row in inputs for item in row]
-        results = [item for row in judgements for item in row]
-        marks = [mark for row in needed for mark in row]
-        # an empty response has no token to credit
-        wanted = {
-            i: results[i].verdict
-            for i, mark in enumerate(marks)
-            if mark and flat[i].response_end > flat[i].response_start
-        }
-        for i, gradients in self.judge.token_gradients(flat, wanted).items():
-            results[i].attribution = gradients.attribution(self.config.attribution)
-            results[i].grad_norm = gradients.l2.square().sum().sqrt().item()
-            results[i].cos = gradients.cos
+        """Fill ``attribution``, ``grad_norm`` and ``cos`` of the judgements marked in ``needed`` (collective).
+
+        ``weights``: w_k of the items of each response; ``judge.pooling=response`` pools the marked items by them, and all
+        of them then hold the one result (METHOD.md).
+        """
+        pools: list[list[ItemJudgement]] = []
+        passes: list[Pass] = []
+        for row, found, marks, row_weights in zip(inputs, judgements, needed, weights, strict=True):
+            # an empty response has no token to credit
+            marked = [k for k, mark in enumerate(marks) if mark and row[k].response_end > row[k].response_start]
+            for items in [[k] for k in marked] if self.config.pooling == "item" else [marked] if marked else []:
+                factors = pooled_weights([row_weights[k] for k in items]) if len(items) > 1 else [1.0]
+                passes.append(Pass([row[k] for k in items], [found[k].verdict for k in items], factors))
+                pools.append([found[k] for k in items])
+        for pool, gradients in zip(pools, self.judge.token_gradients(passes), strict=True):
+            attribution = gradients.attribution(self.config.attribution)
+            for item in pool:
+                item.attribution = attribution
+                item.grad_norm = gradients.l2.square().sum().sqrt().item()
+                item.cos = gradients.cos
 
     def alphas(self, body: list[int], judgements: list[ItemJudgement]) -> list[torch.Tensor | None]:
         """alpha_t [T] of each item of one response; None where no backward ran."""

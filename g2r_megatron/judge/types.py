@@ -1,15 +1,28 @@
-"""What the judge returns for one (response, criterion) pair."""
+"""What the judge reads and returns for one (response, criterion) pair."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+
+@dataclass(frozen=True)
+class JudgeInput:
+    """One judge sequence. The response is ``input_ids[response_start:response_end]``; the logits at
+    ``verdict_position`` (the last position) predict the verdict token."""
+
+    input_ids: list[int]
+    response_start: int
+    response_end: int
+    verdict_position: int
 
 
 @dataclass
 class ItemJudgement:
     """Verdict of one rubric item on one response, and what its gradient says of the response tokens.
 
-    ``attribution`` is b_t [T], fp32 on the CPU, over the response body; ``None`` where no backward ran.
+    ``attribution`` is b_t [T], fp32 on the CPU, over the response body; ``None`` where no backward ran. Items that were
+    pooled into one backward (``judge.pooling=response``) have the same tensor.
     ``cos`` is the median over tokens of |cos(g_t, e_t)|, ``grad_norm`` the L2 norm of g over the response.
     """
 
@@ -19,3 +32,11 @@ class ItemJudgement:
     attribution: torch.Tensor | None = None
     grad_norm: float | None = None
     cos: float | None = None
+
+
+def backward_passes(judgements: Sequence[ItemJudgement]) -> list[int]:
+    """Of one response's items, the first of each backward that ran."""
+    first = {
+        id(item.attribution): k for k, item in reversed(list(enumerate(judgements))) if item.attribution is not None
+    }
+    return sorted(first.values())

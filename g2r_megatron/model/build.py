@@ -96,9 +96,9 @@ def spec_backend(name: str, spec: str, dtype: str) -> BackendSpecProvider:
                 f"{name}.spec", "te, but transformer_engine is not installed", "install the gpu extra or use torch"
             ) from None
         return TorchSpecProvider()
-    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+    from g2r_megatron.model.te_layers import TreeTESpecProvider
 
-    return TESpecProvider()
+    return TreeTESpecProvider()
 
 
 def check_precision(name: str, precision: Precision, spec: str) -> None:
@@ -217,6 +217,7 @@ def transformer_config(
         ffn_hidden_size=g.ffn,
         gated_linear_unit=True,
         activation_func=F.silu,
+        use_te_activation_func=isinstance(backend, TorchSpecProvider),  # our own counterpart, which keeps less
         normalization="RMSNorm",
         layernorm_epsilon=hf.config.rms_norm_eps,
         add_bias_linear=False,

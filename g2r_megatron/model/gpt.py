@@ -1,7 +1,8 @@
-"""GPTModel with one change: logits at chosen positions only.
+"""GPTModel with two changes: logits at chosen positions only, and rotary positions that the caller gives.
 
 A verdict needs logits at one position a sequence, a policy update at the response positions; building them for whole
-sequences is the largest tensor of a small model and most of the waste of a large vocabulary.
+sequences is the largest tensor of a small model and most of the waste of a large vocabulary. Several sequences packed in
+one row each count their positions from 0, where GPTModel counts 0..S-1 whatever ``position_ids`` say.
 """
 
 from contextlib import contextmanager
@@ -71,7 +72,9 @@ def _layer_spec(config, backend: BackendSpecProvider, moe: bool) -> ModuleSpec:
         mlp = ModuleSpec(
             module=MLP,
             submodules=MLPSubmodules(
-                linear_fc1=backend.column_parallel_layer_norm_linear(), linear_fc2=backend.row_parallel_linear()
+                linear_fc1=backend.column_parallel_layer_norm_linear(),
+                linear_fc2=backend.row_parallel_linear(),
+                activation_func=backend.activation_func() if config.use_te_activation_func else None,
             ),
         )
     return ModuleSpec(
@@ -95,7 +98,9 @@ def block_spec(config, backend: BackendSpecProvider, is_moe: list[bool]) -> Tran
 
 
 class SelectiveGPTModel(GPTModel):
-    """GPTModel whose ``forward`` takes ``logit_rows``.
+    """GPTModel whose ``forward`` takes ``logit_rows`` and heeds ``position_ids``.
+
+    ``position_ids``: None (0..s-1), or int64 [s] below s, for a batch of one row (no context parallelism).
 
     ``logit_rows``: int64 [n], indices into the flattened ``[b, s]`` positions (b * s_total + s). The last pipeline
     stage then returns logits ``[n, vocab / tp]``; other stages ignore it. Without it, GPTModel as it is.
@@ -106,6 +111,11 @@ class SelectiveGPTModel(GPTModel):
     def forward(self, *args, logit_rows: torch.Tensor | None = None, **kwargs):
         self._logit_rows = logit_rows
         return super().forward(*args, **kwargs)
+
+    def _preprocess(self, input_ids, position_ids, *args, **kwargs):
+        decoder_input, rotary, *rest = super()._preprocess(input_ids, None, *args, **kwargs)
+        # rotary: [s, 1, 1, d], the angles of positions 0..s-1
+        return decoder_input, rotary if position_ids is None else rotary[position_ids], *rest
 
     def _postprocess(self, hidden_states, *args, **kwargs):
         rows, self._logit_rows = self._logit_rows, None

@@ -16,16 +16,19 @@ from g2r_megatron.parallel.microbatches import balanced_shards, pack_by_tokens, 
 
 @dataclass
 class TokenBatch:
-    """Right-padded sequences of one micro-batch, on the model's device.
+    """One micro-batch, on the model's device: right-padded sequences, or one packed row of them.
 
     ``input_ids`` int64 [b, s]; ``logit_rows`` int64 [n] into the flattened positions (row * s + position);
     ``items``: the indices of the caller's sequences, in row order. A filler (see ``replica_plan``) has no items, no
-    logit rows and one row of padding.
+    logit rows and one row of padding. Of a packed row also ``position_ids`` int64 [s] and ``structure`` int32 [3, s] on
+    the CPU (model/tree_attention.py).
     """
 
     input_ids: torch.Tensor
     logit_rows: torch.Tensor
     items: list[int]
+    position_ids: torch.Tensor | None = None
+    structure: torch.Tensor | None = None
 
 
 def token_batch(
@@ -40,16 +43,19 @@ def token_batch(
     return TokenBatch(torch.tensor(ids, device=device), torch.tensor(rows, dtype=torch.int64, device=device), items)
 
 
-def replica_plan(model: MegatronModel, lengths: Sequence[int], indices: list[int], budget: int) -> list[list[int]]:
-    """This data-parallel replica's share of ``indices`` as micro-batches of at most ``budget`` padded tokens.
+def replica_plan(
+    model: MegatronModel, lengths: Sequence[int], indices: list[int], budget: int, pack: Callable = pack_by_tokens
+) -> list[list[int]]:
+    """This data-parallel replica's share of ``indices`` as micro-batches of at most ``budget`` tokens.
 
-    ``lengths`` of the sequences ``indices``, in the same order. A pure function of its arguments and the layout.
+    ``lengths`` of the sequences ``indices``, in the same order; ``pack`` (of parallel/microbatches.py) says whether they
+    are padded to rows of one length or packed into one row. A pure function of its arguments and the layout.
     Every replica gets as many micro-batches, some of them empty: replicas share experts and meet in every layer. With
     virtual stages their number is a multiple of the pipeline's ranks, as the interleaved schedule needs it.
     """
     plans = []
     for share in balanced_shards(list(lengths), model.groups.dp_size):
-        packed = pack_by_tokens([lengths[i] for i in share], budget, model.length_multiple)
+        packed = pack([lengths[i] for i in share], budget, model.length_multiple)
         plans.append([[indices[share[i]] for i in rows] for rows in packed])
     multiple = model.groups.pgs.pp.size() if len(model.chunks) > 1 else 1
     micro_batches = padded(max(len(plan) for plan in plans), multiple)
@@ -57,9 +63,20 @@ def replica_plan(model: MegatronModel, lengths: Sequence[int], indices: list[int
     return mine + [[] for _ in range(micro_batches - len(mine))]
 
 
-def forward_tokens(module: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
-    """A micro-batch through one chunk: logits [n, v/tp] at its ``logit_rows`` on the last stage, hidden states before."""
-    return module(batch.input_ids, None, None, logit_rows=batch.logit_rows)
+def forward_tokens(
+    module: torch.nn.Module, batch: TokenBatch, decoder_input: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A micro-batch through one chunk: logits [n, v/tp] at its ``logit_rows`` on the last stage, hidden states before.
+
+    ``decoder_input`` [s, b, h] (a slice of s under sequence parallelism) stands for the embeddings on the first stage.
+    """
+    return module(
+        batch.input_ids,
+        batch.position_ids,
+        batch.structure,
+        decoder_input=decoder_input,
+        logit_rows=batch.logit_rows,
+    )
 
 
 def run_schedule(

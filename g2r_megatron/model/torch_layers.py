@@ -13,7 +13,14 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 
+from g2r_megatron.model.tree_attention import tree_attention
 from g2r_megatron.parallel import cpu
+
+
+def layer_window(config, layer_number: int) -> int | None:
+    """How many positions before itself a position of this layer sees; None: all of them."""
+    windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+    return config.window_size[0] if windowed else None
 
 
 def _norm_weight(size: int, config) -> torch.nn.Parameter:
@@ -65,8 +72,33 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
         )
 
 
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of x = [gate, up]. Keeps x alone for the backward, half of what autograd would keep."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        gate, up = ctx.saved_tensors[0].chunk(2, dim=-1)
+        return torch.cat([torch.ops.aten.silu_backward(gradient * up, gate), gradient * F.silu(gate)], dim=-1)
+
+
+class SwiGLU:
+    """Counterpart of Transformer Engine's activation modules: [..., 2 f] -> [..., f]. Has no weights."""
+
+    def __init__(self, config):
+        pass
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return _SwiGLU.apply(x)
+
+
 class SDPACoreAttention(torch.nn.Module):
-    """Counterpart of ``TEDotProductAttention``: torch's scaled dot-product attention, causal or over a KV cache.
+    """Counterpart of ``TEDotProductAttention``: causal, over a KV cache, or over a packed row (tree_attention.py).
 
     In layers with a sliding window a position sees itself and the ``window_size[0]`` positions before it.
     """
@@ -74,19 +106,22 @@ class SDPACoreAttention(torch.nn.Module):
     def __init__(self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, **kwargs):
         super().__init__()
         self.softmax_scale = softmax_scale
-        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
-        self.window = config.window_size[0] if windowed else None
+        self.window = layer_window(config, layer_number)
 
     def forward(
         self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None
     ):
         """``query`` [sq, b, np, hn], ``key``/``value`` [sk, b, ng, hn] -> [sq, b, np * hn].
 
-        Only causal attention over whole sequences and unmasked attention over a cache (decode) exist here; any
-        explicit mask, bias or packing is refused rather than ignored.
+        ``attention_mask``: None, or the structure of a packed row. Otherwise attention is causal over whole sequences
+        or unmasked over a cache (decode); a bias or Megatron's packing is refused rather than ignored.
         """
-        if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
-            raise ValueError("SDPACoreAttention takes no attention_mask, attention_bias or packed_seq_params")
+        if attention_bias is not None or packed_seq_params is not None:
+            raise ValueError("SDPACoreAttention takes no attention_bias or packed_seq_params")
+        if attention_mask is not None:
+            q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+            context = tree_attention(q, k, v, attention_mask, self.window, self.softmax_scale)
+            return context.permute(2, 0, 1, 3).flatten(2)
         causal = attn_mask_type == AttnMaskType.causal
         if causal and query.size(0) != key.size(0):
             raise ValueError(f"causal attention needs equal lengths, got {query.size(0)} queries, {key.size(0)} keys")
@@ -135,5 +170,5 @@ class TorchSpecProvider(BackendSpecProvider):
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool):
         return SequentialMLP, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
-    def activation_func(self) -> None:
-        return None
+    def activation_func(self) -> type:
+        return SwiGLU

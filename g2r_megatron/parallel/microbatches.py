@@ -17,6 +17,25 @@ def pack_by_tokens(lengths: list[int], budget: int, multiple: int = 1) -> list[l
     return batches
 
 
+def pack_rows(lengths: list[int], budget: int, multiple: int = 1) -> list[list[int]]:
+    """Group sequences into rows, one after the other, so that each row (padded to ``multiple``) stays within ``budget``.
+
+    ``lengths`` in tokens. First fit, longest first; a sequence longer than the budget gets a row of its own. Returns
+    lists of indices.
+    """
+    rows: list[list[int]] = []
+    used: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        row = next((r for r, tokens in enumerate(used) if padded(tokens + lengths[i], multiple) <= budget), None)
+        if row is None:
+            rows.append([])
+            used.append(0)
+            row = len(rows) - 1
+        rows[row].append(i)
+        used[row] += lengths[i]
+    return rows
+
+
 def padded(length: int, multiple: int) -> int:
     """``length`` rounded up to ``multiple`` (sequence parallelism splits the sequence evenly)."""
     return -(-length // multiple) * multiple

@@ -9,9 +9,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import test_checkpoint as checkpoints
+import test_packing as packing
 import test_parity_judge as judging
 import test_parity_rollout as rollouts
 import test_parity_update as updates
+import test_shared_prefix as sharing
 from g2r_megatron.config import Layout
 from tiny_models import DENSE_FAMILIES
 
@@ -22,6 +24,7 @@ pytestmark = [
 judge_reference = judging.reference
 rollout_reference = rollouts.reference
 update_reference = updates.reference
+directory, sharing_gradients = sharing.directory, sharing.gradients
 
 
 @pytest.mark.parametrize("variant", judging.VARIANTS)
@@ -86,3 +89,27 @@ def test_a_checkpoint_goes_on_bitwise(tiny_hf, tmp_path, family, distributed):
     assert after["step"] == 2 and after["random"] == before["random"]
     assert checkpoints.same(after["weights"], before["weights"])
     assert checkpoints.same(after["next"], before["next"]) and after["metrics"] == before["metrics"]
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_flex_attention_equals_attention_tree_by_tree(window):
+    """A row of trees, fp32: FlexAttention, compiled, gives the CPU's output and gradients of query, key and value."""
+    trees, structure, _ = packing.random_row(3)
+    structure = packing.row_structure([*trees, *trees, *trees], 3 * sum(len(tree.ids) for tree in trees) + 5)
+    heads = packing.random_heads(1, structure.size(1))
+    on_gpu = [t.detach().cuda().requires_grad_() for t in heads]
+    expected = packing.tree_attention(*heads, structure, window, None)
+    found = packing.tree_attention(*on_gpu, structure, window, None)
+    pull = torch.randn(expected.shape)
+    assert packing.relative(found.cpu(), expected) <= 1e-5
+    wanted = torch.autograd.grad((expected * pull).sum(), heads)
+    for gradient, want in zip(torch.autograd.grad((found * pull.cuda()).sum(), on_gpu), wanted, strict=True):
+        assert packing.relative(gradient.cpu(), want) <= 1e-5
+
+
+@pytest.mark.parametrize("way", sharing.WAYS)
+@pytest.mark.parametrize("family", ["qwen3", "mistral"])
+def test_shared_prefixes_equal_separate_sequences(directory, sharing_gradients, family, way):
+    """Items alone and pooled, with and without recompute, a sliding window."""
+    found = sharing.judge_all(Layout(), directory(family, 4), "tp1pp1", sharing.WAYS[way])
+    sharing.check(found, sharing_gradients, sharing.WAYS[way], family, 4)

@@ -1,0 +1,284 @@
+"""What dense rewards cost beside the sparse judge calls that others make: time and peak memory, each way in its own process.
+
+    python benchmarks/judge_cost.py [--rows 4 --response-tokens 400 --output benchmarks/results]
+
+A random model (hidden 512, 8 layers by default: arithmetic dominates) judges responses to HealthBench conversations with
+their own rubrics (../shared/data/healthbench_100.jsonl, or synthetic ones of the same sizes where it is missing), with
+the default judge template and a byte-level tokenizer trained on that text. The ways:
+
+    a     Hugging Face, one padded call an item, full logits, all parameters requiring gradients, one backward an item
+    b     Hugging Face, one call an item, no gradients, logits of the last position: the sparse judge
+    b-own the same by this project's engine, every item a sequence of its own
+    c     this project, sparse: prefixes shared
+    d     this project, dense, judge.pooling=item: c and a backward for each item judged True
+    e     this project, dense, judge.pooling=response: c and one backward a response for the items judged True
+    d-rec, e-rec  the same with judge.recompute=full
+
+What a random model says means nothing: every second item counts as judged True. Responses are random text of the given
+length. Peak memory is what the judging adds to the process (to the allocated GPU memory, on a GPU).
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from g2r_megatron.config import JudgeConfig, Layout, Precision
+from g2r_megatron.data.readers import read_queries
+from g2r_megatron.data.tokenizer import encode_text, load_tokenizer
+from g2r_megatron.data.types import Query, RubricItem
+from g2r_megatron.judge.frozen import FrozenJudge
+from g2r_megatron.judge.packing import tree_tokens
+from g2r_megatron.judge.prompt import JudgePrompt
+from g2r_megatron.judge.stage import JudgeStage
+from g2r_megatron.judge.types import JudgeInput, backward_passes
+from g2r_megatron.model.build import build_model
+from g2r_megatron.model.hf import open_hf_model
+from g2r_megatron.parallel import cpu
+from g2r_megatron.parallel.groups import build_groups, initialize
+
+DATA = Path(__file__).parents[2] / "shared" / "data" / "healthbench_100.jsonl"
+WAYS = ("a", "b", "b-own", "c", "d", "e", "d-rec", "e-rec")
+WORDS = ["fever", "rash", "doctor", "water", "rest", "pain", "dose", "day", "child", "test", "advice", "sleep", "heart"]
+
+
+def synthetic_queries(count: int) -> list[Query]:
+    """Queries of HealthBench's sizes: 780 characters of conversation, 1 to 26 criteria of 260 characters."""
+    numbers = random.Random(1)
+
+    def text(characters: int) -> str:
+        return " ".join(numbers.choice(WORDS) for _ in range(characters // 6))
+
+    return [
+        Query(
+            f"synthetic-{i}",
+            ({"role": "user", "content": text(numbers.randrange(200, 1400))},),
+            tuple(
+                RubricItem(text(260), numbers.choice([-5.0, 3.0, 5.0, 8.0])) for _ in range(numbers.randrange(4, 20))
+            ),
+        )
+        for i in range(count)
+    ]
+
+
+def read_rows(count: int) -> tuple[str, list[Query], str]:
+    """(where from, ``count`` queries of evenly spread rubric sizes, text to make tokens and responses of)."""
+    source, queries = f"{count} of 100 synthetic rows", synthetic_queries(100)
+    if DATA.exists():
+        source, queries = f"{count} of 100 HealthBench rows", read_queries([str(DATA)], "healthbench", "raw")
+    text = "\n".join(
+        part for q in queries for part in (q.messages[-1]["content"], *(item.criterion for item in q.rubric))
+    )
+    queries = sorted(queries, key=lambda query: len(query.rubric))
+    return source, [queries[(2 * i + 1) * len(queries) // (2 * count)] for i in range(count)], text
+
+
+def write_model(args: argparse.Namespace, text: str, directory: str) -> None:
+    """A random Qwen3 of the given size with a byte-level BPE trained on ``text``."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=args.vocab,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text, "True False\n True False\n" * 1000], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(directory)
+    config = Qwen3Config(
+        vocab_size=args.vocab,
+        hidden_size=args.hidden,
+        intermediate_size=3 * args.hidden,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 64,
+        num_key_value_heads=max(args.hidden // 128, 1),
+        head_dim=64,
+        eos_token_id=0,
+        bos_token_id=None,
+    )
+    torch.manual_seed(1)
+    Qwen3ForCausalLM(config).save_pretrained(directory)
+
+
+def judge_config(args: argparse.Namespace) -> JudgeConfig:
+    return JudgeConfig(
+        chat_template=False,
+        target="log_prob",
+        attribution="grad_x_embed",
+        standardize=False,
+        pool="none",
+        micro_batch_tokens=args.micro_batch_tokens,
+        recompute="full" if args.way.endswith("-rec") else "none",
+        pooling="response" if args.way.startswith("e") else "item",
+    )
+
+
+class Judged:
+    """The judge inputs of the rows, and the two ways to run them."""
+
+    def __init__(self, args: argparse.Namespace, directory: str):
+        _, self.queries, text = read_rows(args.rows)
+        tokenizer = load_tokenizer(directory)
+        ids = encode_text(tokenizer, text)
+        starts = random.Random(2)
+        self.bodies = []
+        for _ in self.queries:
+            start = starts.randrange(len(ids) - args.response_tokens)
+            self.bodies.append(ids[start : start + args.response_tokens])
+        self.config, self.directory = judge_config(args), directory
+        self.prompt = JudgePrompt(tokenizer, self.config)
+        self.inputs = [self.prompt.build_items(q, body) for q, body in zip(self.queries, self.bodies, strict=True)]
+        self.passes = 0
+
+    def hugging_face(self, way: str):
+        """function(rows) for ways a and b."""
+        self.model = model = (
+            AutoModelForCausalLM.from_pretrained(self.directory, dtype=torch.float32).to(cpu.device()).eval()
+        )
+
+        def naive(rows) -> None:
+            for row in rows:
+                length = max(len(item.input_ids) for item in row)
+                for item in row:
+                    padding = length - len(item.input_ids)
+                    ids = torch.tensor([item.input_ids + [0] * padding], device=model.device)
+                    mask = torch.tensor([[1] * len(item.input_ids) + [0] * padding], device=model.device)
+                    leaf = model.get_input_embeddings()(ids).detach().requires_grad_()
+                    logits = model(inputs_embeds=leaf, attention_mask=mask, use_cache=False).logits
+                    log_probs = logits[0, item.verdict_position].log_softmax(-1)
+                    log_probs[self.prompt.true_ids].logsumexp(0).backward()
+                    (leaf.grad * leaf.detach()).sum(-1)[0, item.response_start : item.response_end].tolist()
+                    self.passes += 1
+
+        @torch.no_grad()
+        def sparse(rows) -> None:
+            for row in rows:
+                for item in row:
+                    ids = torch.tensor([item.input_ids], device=model.device)
+                    logits = model(ids, use_cache=False, logits_to_keep=1).logits
+                    logits[0, -1].log_softmax(-1)[[*self.prompt.true_ids, *self.prompt.false_ids]].tolist()
+
+        return naive if way == "a" else sparse
+
+    def own(self, way: str):
+        """function(rows) for the other ways."""
+        initialize(seed=1)
+        groups, hf = build_groups("judge", Layout()), open_hf_model(self.directory, "judge.model")
+        model = build_model("judge", hf, groups, Precision(), self.config.recompute)
+        stage = JudgeStage(
+            FrozenJudge(model, self.config, self.prompt.true_ids, self.prompt.false_ids), self.prompt, self.config
+        )
+
+        def run(rows) -> None:
+            if way == "b-own":
+                rows = [[item] for row in rows for item in row]
+            judgements = stage.verdicts(rows, [str(i) for i in range(len(rows))])
+            if way[0] in "de":
+                marks = [[k % 2 == 0 for k in range(len(row))] for row in rows]
+                for row in judgements:
+                    for k, item in enumerate(row):
+                        item.verdict = k % 2 == 0
+                stage.attribute(rows, judgements, marks, [[1.0] * len(row) for row in rows])
+                self.passes += sum(len(backward_passes(row)) for row in judgements)
+
+        return run
+
+
+def memory(reset: bool = False) -> int:
+    """Peak bytes of this process (of its GPU memory) so far; ``reset`` makes the present size the peak."""
+    if not cpu.on_cpu():
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+def measure(args: argparse.Namespace, directory: str) -> dict:
+    """Figures of one way, in this process, after a warm-up of a few tokens."""
+    judged = Judged(args, directory)
+    function = judged.hugging_face(args.way) if args.way in ("a", "b") else judged.own(args.way)
+    first = judged.inputs[0][0].input_ids
+    function([[JudgeInput([*first[:12], 5 + k], 4, 8, 12) for k in range(2)]])
+    if args.way == "a":
+        judged.model.zero_grad(set_to_none=True)
+    judged.passes = 0
+    before = memory(reset=True)
+    start = time.perf_counter()
+    function(judged.inputs)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    return {
+        "seconds": seconds,
+        "mebibytes": (memory() - before) / 2**20,
+        "backward passes": judged.passes,
+        "items": sum(map(len, judged.inputs)),
+        "tokens of separate items": sum(len(item.input_ids) for row in judged.inputs for item in row),
+        "tokens with shared prefixes": sum(map(tree_tokens, judged.inputs)),
+    }
+
+
+def table(results: dict[str, dict]) -> str:
+    rows = ["| way | s | MiB | backward passes | time / a | memory / a | time / b |", "|---|---|---|---|---|---|---|"]
+    a, b = results["a"], results["b"]
+    for way, r in results.items():
+        ratios = r["seconds"] / a["seconds"], r["mebibytes"] / a["mebibytes"], r["seconds"] / b["seconds"]
+        figures = " | ".join(f"{ratio:.2f}" for ratio in ratios)
+        rows.append(f"| {way} | {r['seconds']:.1f} | {r['mebibytes']:.0f} | {r['backward passes']} | {figures} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = dict(rows=4, response_tokens=400, hidden=512, layers=8, vocab=8192, micro_batch_tokens=1)
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--way", choices=WAYS, help="only this one, as JSON (needs --model)")
+    parser.add_argument("--model", help="what an earlier process wrote, for --way")
+    args = parser.parse_args()
+    if args.way:
+        cpu.install()
+        print(json.dumps(measure(args, args.model)))
+        return
+    source, _, text = read_rows(args.rows)
+    results = {}
+    with tempfile.TemporaryDirectory() as directory:
+        write_model(args, text, directory)
+        for way in WAYS:
+            command = [sys.executable, __file__, *sys.argv[1:], "--way", way, "--model", directory]
+            quiet = os.environ | {"PYTHONWARNINGS": "ignore"}
+            out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=quiet).stdout
+            results[way] = json.loads(out.splitlines()[-1])
+            print(way, results[way], flush=True)
+    first = results["a"]
+    facts = {
+        "rows": source,
+        **{key: first[key] for key in ("items", "tokens of separate items", "tokens with shared prefixes")},
+        **{name: getattr(args, name) for name in sizes},
+        "machine": f"{torch.get_num_threads()} threads, {platform.processor() or platform.machine()}, torch {torch.__version__}",
+    }
+    report = "\n".join(
+        [f"{key.replace('_', ' ')}: {value}  " for key, value in facts.items()] + ["", table(results), ""]
+    )
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "judge_cost.json").write_text(json.dumps({"facts": facts, "results": results}, indent=2) + "\n")
+    (args.output / "judge_cost.md").write_text(report)
+    print(report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Judge inputs as trees: what the items of one response have in common is run once, and trees share rows.
+
+All K judge inputs of a response hold the same conversation and response; where the template puts the criterion after
+them, a *tree* is that prefix once and K branches of the criterion and what follows it. Trees are packed one after the
+other into rows of ``judge.micro_batch_tokens`` real tokens; attention (model/tree_attention.py) and rotary positions
+keep trees and branches apart, so verdicts and gradients are those of K separate sequences.
+
+Memory of a micro-batch. A row has S <= max(``judge.micro_batch_tokens``, longest tree) tokens, a tree of P prefix and
+B branch tokens P + B of them, at most ``judge.max_length``: more is refused with the numbers. With hidden size h,
+feed-forward size f (of the experts chosen for a token), a rank's share 1/t of a tensor parallel layer (of everything
+under sequence parallelism), L layers on the stage, V vocabulary rows, n verdicts and a bytes a number, above the weights:
+
+    verdict pass          ~ a S (8 h + 4 f) / t             one layer at work, nothing kept
+    attribution           ~ a S L (8 h + 2 f) / t           kept until the row's backward; pp rows at once with stages
+      recompute full      ~ a S (L h + 8 h + 4 f / t)
+    both                  + 12 n V / t                      logits and their softmax, fp32
+                          + a B (P + B) a tree on CPU, 4 S^2 while a row's mask is made on GPU
+
+8 h holds for half as many key-value heads as h / 128 and 7.5 h to 8.5 h in plain torch layers. The largest real HealthBench
+rubric, 33 items of 110 tokens, on a response of 4096 tokens after a conversation of 400 is a row of S = 8126 tokens; in a
+Qwen2.5-7B judge (h 3584, f 18944, L 28, bf16) that is 30 GB without recompute and 3.3 GB with it on one GPU.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from g2r_megatron.judge.types import JudgeInput
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Sequences with a common prefix, as one: ``ids`` are the prefix and then the branches.
+
+    A sequence on its own is a prefix without branches. ``items``: the caller's number of each sequence;
+    ``verdicts``: where, in ``ids``, the logits of its verdict are. The response is
+    ``ids[response_start:response_end]``, within the prefix.
+    """
+
+    ids: list[int]
+    prefix: int
+    branches: list[int]  # lengths
+    items: list[int]
+    verdicts: list[int]
+    response_start: int
+    response_end: int
+
+
+def shared_length(inputs: Sequence[JudgeInput]) -> int:
+    """Tokens that all ``inputs`` begin with, short of every verdict position; 0 if the response is not among them."""
+    spans = {(item.response_start, item.response_end) for item in inputs}
+    # what the smallest and the largest list have in common, all of them have
+    first, last = min(item.input_ids for item in inputs), max(item.input_ids for item in inputs)
+    common = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
+    length = min(common, *(item.verdict_position for item in inputs))
+    return length if len(spans) == 1 and length >= inputs[0].response_end else 0
+
+
+def tree_tokens(inputs: Sequence[JudgeInput]) -> int:
+    """Tokens of the longest tree of one response's ``inputs``."""
+    lengths, shared = [len(item.input_ids) for item in inputs], shared_length(inputs)
+    return shared + sum(length - shared for length in lengths) if shared else max(lengths)
+
+
+def build_trees(inputs: Sequence[JudgeInput], first_item: int = 0) -> list[Tree]:
+    """The inputs of one response as one tree, or as one each where they share too little.
+
+    ``first_item``: the caller's number of ``inputs[0]``; the others follow.
+    """
+    shared = shared_length(inputs) if len(inputs) > 1 else 0
+    if not shared:
+        return [_alone(item, first_item + k) for k, item in enumerate(inputs)]
+    ids, branches, verdicts = list(inputs[0].input_ids[:shared]), [], []
+    for item in inputs:
+        verdicts.append(len(ids) + item.verdict_position - shared)
+        branches.append(len(item.input_ids) - shared)
+        ids += item.input_ids[shared:]
+    start, end = inputs[0].response_start, inputs[0].response_end
+    items = list(range(first_item, first_item + len(inputs)))
+    return [Tree(ids, shared, branches, items, verdicts, start, end)]
+
+
+def _alone(item: JudgeInput, number: int) -> Tree:
+    ids = list(item.input_ids)
+    return Tree(ids, len(ids), [], [number], [item.verdict_position], item.response_start, item.response_end)
+
+
+def row_structure(trees: Sequence[Tree], length: int) -> torch.Tensor:
+    """int32 [3, length] on the CPU: tree, branch and position of every token (model/tree_attention.py).
+
+    What is left over behind the trees is padding, a tree of its own.
+    """
+    numbers, branches, positions = [], [], []
+    for number, tree in enumerate(trees):
+        numbers += [number] * len(tree.ids)
+        branches += [0] * tree.prefix
+        positions += range(tree.prefix)
+        for branch, tokens in enumerate(tree.branches, 1):
+            branches += [branch] * tokens
+            positions += range(tree.prefix, tree.prefix + tokens)
+    rest = length - len(numbers)
+    rows = [numbers + [len(trees)] * rest, branches + [0] * rest, positions + list(range(rest))]
+    return torch.tensor(rows, dtype=torch.int32)
