@@ -52,13 +52,11 @@ def read_inputs(config: TrainConfig) -> Inputs:
     check_model("policy", policy, config.policy.layout, config.policy.precision, config.policy.spec)
     check_model("judge", judge, config.judge.layout, config.judge.precision, config.judge.spec)
     tokenizer = load_model_tokenizer(policy)
-    if judge is not policy and load_model_tokenizer(judge).get_vocab() != tokenizer.get_vocab():
-        raise UserError(
-            "judge.model",
-            f"{judge.path} has another tokenizer than the policy",
-            "use a judge with the policy's tokenizer",
-        )
-    prompt = JudgePrompt(tokenizer, config.judge)
+    judge_tokenizer = tokenizer if judge is policy else load_model_tokenizer(judge)
+    # a judge that has every token of the policy, under the same id, reads its ids; any other one reads its text
+    reads_ids = tokenizer.get_vocab().items() <= judge_tokenizer.get_vocab().items()
+    reads_ids = reads_ids and policy.geometry.vocab <= judge.geometry.vocab
+    prompt = JudgePrompt(judge_tokenizer, config.judge, None if reads_ids else tokenizer)
     stop_ids = stop_token_ids(tokenizer, config.rollout.stop)
     train = read_queries(config.data.train, config.data.format, config.data.polarity)
     held_out = read_queries(config.data.eval, config.data.format, config.data.polarity)

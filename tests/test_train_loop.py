@@ -1,7 +1,8 @@
 """The training loop gives the same numbers on any layout, reports every hazard, and says when the judge's gradient fails.
 
 Runs of two or three steps on the quickstart's task, and on tiny random models where the judge is a bad one. Leaves out
-checkpoints and resuming (test_train_resume.py) and the exactness of each part (test_parity_*.py).
+checkpoints and resuming (test_train_resume.py), judges with another tokenizer (test_other_tokenizer.py) and the
+exactness of each part (test_parity_*.py).
 """
 
 import contextlib
@@ -253,14 +254,6 @@ def test_a_judge_gradient_that_vanishes_or_overflows_is_said_and_counted(
         assert step["loss/policy"] is not None and step["optimizer/grad_norm"] > 0
     for name, tensor in load_file(run / "hf" / "model.safetensors").items():
         assert torch.isfinite(tensor).all(), name
-
-
-def test_an_external_judge_with_another_tokenizer_is_refused(tiny_task, tmp_path, capsys):
-    judge = str(TASK / "model")
-    assert main(["train", *tiny_task, "--judge.model", judge, "--output_dir", str(tmp_path / "run")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"g2r: error: judge.model: {judge} has another tokenizer") and error.count("\n") == 1
-    assert not (tmp_path / "run").exists()
 
 
 def test_one_id_for_two_prompts_is_refused(tiny_task, tmp_path, capsys):

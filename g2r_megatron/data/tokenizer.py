@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from jinja2.exceptions import TemplateError
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from g2r_megatron.data.sentencepiece_model import LEADING_SPACES, build_backend
@@ -187,12 +187,21 @@ def encode_text(tokenizer: PreTrainedTokenizerFast, text: str, continues: bool =
 
 
 def _ordinary_ids(tokenizer: PreTrainedTokenizerFast, text: str, continues: bool) -> list[int]:
-    if not text:
-        return []
+    return ordinary_encoding(tokenizer, text, continues).ids if text else []
+
+
+def ordinary_encoding(tokenizer: PreTrainedTokenizerFast, text: str, continues: bool) -> Encoding:
+    """Ids and character offsets of a text that is not empty; a special id can be among them (see ``encode_text``)."""
     without_blank, _ = _continuation(tokenizer)
     if continues and without_blank is not None:
-        return without_blank.encode(text, add_special_tokens=False).ids
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+        return without_blank.encode(text, add_special_tokens=False)
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).encodings[0]
+
+
+def data_continues(tokenizer: PreTrainedTokenizerFast, before: str) -> bool:
+    """Whether data right after the trusted text ``before`` continues a text (``encode_text``) or begins one."""
+    ids = encode_parts(tokenizer, [(before, True)])
+    return bool(ids) and (ids[-1] not in special_ids(tokenizer) or _continuation(tokenizer)[1])
 
 
 @lru_cache(maxsize=16)

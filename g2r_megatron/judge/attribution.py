@@ -8,6 +8,8 @@ the order in which ranks or micro-batches delivered b.
 import torch
 from torch import Tensor
 
+from g2r_megatron.judge.alignment import Alignment
+
 # b whose spread is below this share of its largest entry is constant up to fp32 rounding of the judge.
 CONSTANT_SPREAD = 1e-6
 
@@ -35,22 +37,32 @@ def is_informative(b: Tensor) -> bool:
 
 
 def alpha_from_attribution(
-    b: Tensor, tau: float, standardize: bool, pool: str, gamma: float, sentence_ids: Tensor | None
+    b: Tensor,
+    tau: float,
+    standardize: bool,
+    pool: str,
+    gamma: float,
+    sentence_ids: Tensor | None,
+    alignment: Alignment | None = None,
 ) -> Tensor:
     """alpha = pool(softmax(b' / tau)), with b' = (b - mean b) / std b when ``standardize``, else b.
 
     ``b``: [T] scores in any float type. ``pool``: "none", "smear" (uses ``gamma``) or "sentence" (uses
-    ``sentence_ids``: [T] int64). Returns [T] fp32 that sums to 1.
+    ``sentence_ids``: [T] int64). Returns [T] fp32 that sums to 1. With an ``alignment``, b is of the judge's tokens:
+    its softmax moves to the T tokens of the policy, and is pooled there.
 
     A b that cannot rank tokens (constant, zero, NaN or infinite) gives exactly the uniform 1/T, also after
     smearing, so that it changes no advantage; ``grpo.metrics.attribution_metrics`` counts such b.
     """
     if not is_informative(b):
-        return torch.full((b.numel(),), 1.0 / max(b.numel(), 1), dtype=torch.float32)
+        length = b.numel() if alignment is None else alignment.length
+        return torch.full((length,), 1.0 / max(length, 1), dtype=torch.float32)
     b = b.double()
     if standardize:
         b = (b - b.mean()) / b.std(unbiased=False)
     alpha = torch.softmax(b / tau, dim=0)
+    if alignment is not None:
+        alpha = alignment.move(alpha)
     if pool == "smear":
         alpha = smear(alpha, gamma)
     elif pool == "sentence":

@@ -8,9 +8,11 @@ from transformers import PreTrainedTokenizerFast
 
 from g2r_megatron.config import JudgeConfig
 from g2r_megatron.config_check import TEMPLATE_FIELDS, check_template
+from g2r_megatron.data.token_spans import decoded_bounds, encoded_bounds
 from g2r_megatron.data.tokenizer import (
     chat_parts,
     conversation_text,
+    data_continues,
     encode_parts,
     encode_text,
     leading_ids,
@@ -19,11 +21,13 @@ from g2r_megatron.data.tokenizer import (
 )
 from g2r_megatron.data.types import Query, RubricItem
 from g2r_megatron.errors import UserError
+from g2r_megatron.judge.alignment import Alignment, align
 from g2r_megatron.judge.packing import shared_length, tree_tokens
 from g2r_megatron.judge.types import JudgeInput
 
 PLACEHOLDER = re.compile(r"\{(" + "|".join(TEMPLATE_FIELDS) + r")\}")
 CACHED_SIDES = 8192
+CACHED_RESPONSES = 512
 
 
 class JudgePrompt:
@@ -32,12 +36,21 @@ class JudgePrompt:
     The template is the operator's text, so special tokens in it count; braces other than the three fields are literal.
     Conversation and criterion are data (data/tokenizer.py). The response is placed as the token ids the policy
     sampled, untouched but for special ids (a policy can sample ``<|im_start|>``): each of those is replaced by one
-    ordinary token (``stand_in_id``), so the span keeps its length T.
+    ordinary token (``stand_in_id``), so the span keeps its length T. Where the policy's ids are not the judge's, the
+    response is placed as the text they spell, which the judge's tokenizer encodes as data.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, config: JudgeConfig):
-        """Raises ``UserError`` for a bad template, a missing chat template, or verdict words that cannot work."""
-        self.tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        config: JudgeConfig,
+        policy_tokenizer: PreTrainedTokenizerFast | None = None,
+    ):
+        """``policy_tokenizer``: of the response ids, when they are not ``tokenizer``'s.
+
+        Raises ``UserError`` for a bad template, a missing chat template, or verdict words that cannot work.
+        """
+        self.tokenizer, self.policy_tokenizer = tokenizer, policy_tokenizer
         self.max_length = config.max_length
         self.true_ids = verdict_ids(tokenizer, config.true_words, "judge.true_words")
         self.false_ids = verdict_ids(tokenizer, config.false_words, "judge.false_words")
@@ -47,8 +60,16 @@ class JudgePrompt:
             raise UserError("judge.true_words", f"{shared} also spell judge.false_words", "give spellings that differ")
         self._before, self._after = _template_sides(tokenizer, config)
         self._leading = [] if config.chat_template else list(leading_ids(tokenizer))
+        kind, text = self._before[-1] if self._before else ("text", "")
+        self._response_continues = kind == "field" or data_continues(tokenizer, text)
         # the text around a response recurs for every response of the group, the criterion for every item
         self._encode_side = lru_cache(maxsize=CACHED_SIDES)(self._encode_side_uncached)
+        self._encode_response = lru_cache(maxsize=CACHED_RESPONSES)(self._encode_response_uncached)
+
+    @property
+    def body_tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer of response bodies."""
+        return self.tokenizer if self.policy_tokenizer is None else self.policy_tokenizer
 
     def build(self, query: Query, item: RubricItem, response_ids: Sequence[int]) -> JudgeInput:
         """The judge input for one item; ``response_ids`` are the T body tokens, without the stop token (T may be 0).
@@ -58,7 +79,8 @@ class JudgePrompt:
         conversation = conversation_text(query.messages)
         before = self._side("before", conversation, item.criterion)
         after = self._side("after", conversation, item.criterion)
-        input_ids = [*before, *neutral_ids(self.tokenizer, response_ids), *after]
+        response, _ = self.response(response_ids)
+        input_ids = [*before, *response, *after]
         if len(input_ids) > self.max_length:
             raise UserError(
                 "judge.max_length",
@@ -66,7 +88,18 @@ class JudgePrompt:
                 "raise judge.max_length or shorten the responses",
             )
         start = len(before)
-        return JudgeInput(input_ids, start, start + len(response_ids), len(input_ids) - 1)
+        return JudgeInput(input_ids, start, start + len(response), len(input_ids) - 1)
+
+    def response(self, body: Sequence[int]) -> tuple[Sequence[int], Alignment | None]:
+        """What the judge reads of a response body, and how its tokens lie on the body's (None: they are the same)."""
+        if self.policy_tokenizer is None:
+            return neutral_ids(self.tokenizer, body), None
+        return self._encode_response(tuple(body))
+
+    def _encode_response_uncached(self, body: tuple[int, ...]) -> tuple[list[int], Alignment]:
+        text, policy_bounds = decoded_bounds(self.policy_tokenizer, body)
+        ids, judge_bounds = encoded_bounds(self.tokenizer, text, self._response_continues)
+        return ids, align(judge_bounds, policy_bounds)
 
     def build_items(self, query: Query, response_ids: Sequence[int]) -> list[JudgeInput]:
         """The judge inputs of a response, one for each item of ``query``'s rubric, as ``build`` makes them.

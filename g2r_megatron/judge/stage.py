@@ -73,13 +73,13 @@ class JudgeStage:
                 item.cos = gradients.cos
 
     def alphas(self, body: list[int], judgements: list[ItemJudgement]) -> list[torch.Tensor | None]:
-        """alpha_t [T] of each item of one response; None where no backward ran."""
+        """alpha_t [T] of each item over the ``body`` of one response; None where no backward ran."""
         c, sentences = self.config, None
         if c.pool == "sentence":
-            sentences = sentence_ids(token_texts(self.prompt.tokenizer, body), c.sentence_delimiters)
+            sentences = sentence_ids(token_texts(self.prompt.body_tokenizer, body), c.sentence_delimiters)
+        _, alignment = self.prompt.response(body)
+        options = c.tau, c.standardize, c.pool, c.smear_gamma, sentences, alignment
         return [
-            None
-            if item.attribution is None
-            else alpha_from_attribution(item.attribution, c.tau, c.standardize, c.pool, c.smear_gamma, sentences)
+            None if item.attribution is None else alpha_from_attribution(item.attribution, *options)
             for item in judgements
         ]

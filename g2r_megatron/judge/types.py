@@ -29,7 +29,7 @@ class ItemJudgement:
     p_true: float
     p_false: float
     verdict: bool
-    attribution: torch.Tensor | None = None
+    attribution: torch.Tensor | None = None  # over the tokens of the judge's own tokenizer
     grad_norm: float | None = None
     cos: float | None = None
 
