@@ -21,6 +21,7 @@ from g2r_megatron.model.tree_attention import _flex, sees, tree_attention
 from g2r_megatron.parallel.microbatches import pack_rows
 
 HEADS, GROUPS, DIM = 4, 2, 16
+LONG = 1000
 
 
 def judge_input(ids: list[int], start: int, end: int) -> JudgeInput:
@@ -55,7 +56,7 @@ def random_row(seed: int):
     trees, items = [], 0
     for _ in range(numbers.randrange(1, 5)):
         inputs = criteria_last(numbers, numbers.choice([1, 1, 2, 5]))
-        trees += build_trees(inputs, items)
+        trees += build_trees(inputs, LONG, items)
         items += len(inputs)
     tokens = sum(len(tree.ids) for tree in trees)
     offsets = [sum(len(tree.ids) for tree in trees[:k]) for k in range(len(trees))]
@@ -67,7 +68,7 @@ def test_tree_holds_each_sequence(seed):
     """Prefix and branch read in order are the input; verdicts and the response stand where they stood."""
     numbers = random.Random(seed)
     inputs = criteria_last(numbers, numbers.randrange(1, 9))
-    (tree,) = build_trees(inputs, 7)
+    (tree,) = build_trees(inputs, LONG, 7)
     assert tree.items == list(range(7, 7 + len(inputs)))
     assert len(tree.ids) == tree_tokens(inputs) <= sum(len(item.input_ids) for item in inputs)
     for item, offsets, verdict in zip(inputs, sequences_of(tree), tree.verdicts, strict=True):
@@ -81,7 +82,7 @@ def test_tree_holds_each_sequence(seed):
 def test_nothing_is_shared_unless_the_response_is():
     """A criterion before the response, or responses at other places: one tree a sequence."""
     before = [judge_input([1, 2, criterion, 4, 5, 6], 3, 5) for criterion in (7, 8)]
-    assert shared_length(before) == 0 and [len(tree.ids) for tree in build_trees(before)] == [6, 6]
+    assert shared_length(before) == 0 and [len(tree.ids) for tree in build_trees(before, LONG)] == [6, 6]
     moved = [judge_input([1, 2, 3, 4, 7], 1, 3), judge_input([1, 2, 3, 4, 8], 2, 4)]
     assert shared_length(moved) == 0 and tree_tokens(moved) == 5
 
@@ -89,12 +90,24 @@ def test_nothing_is_shared_unless_the_response_is():
 def test_equal_inputs_and_one_that_begins_another_keep_their_verdicts():
     """Each sequence has a branch of at least the token whose logits give its verdict."""
     same = [judge_input([1, 2, 3, 4], 1, 2)] * 2 + [judge_input([1, 2, 3, 4, 5], 1, 2)]
-    (tree,) = build_trees(same)
+    (tree,) = build_trees(same, LONG)
     assert tree.prefix == 3 and tree.branches == [1, 1, 2] and tree.verdicts == [3, 4, 6]
 
 
+def test_a_tree_that_would_be_too_long_is_several():
+    """Each within the limit as long as its own longest sequence is; all items once, in order."""
+    numbers = random.Random(3)
+    for _ in range(50):
+        inputs, limit = criteria_last(numbers, numbers.randrange(2, 9)), numbers.randrange(5, 80)
+        trees = build_trees(inputs, limit, 4)
+        assert [i for tree in trees for i in tree.items] == list(range(4, 4 + len(inputs)))
+        assert all(len(tree.ids) <= limit or len(tree.items) == 1 for tree in trees)
+        found = [[tree.ids[i] for i in offsets] for tree in trees for offsets in sequences_of(tree)]
+        assert found == [item.input_ids for item in inputs]
+
+
 def test_a_single_sequence_is_a_tree_without_branches():
-    (tree,) = build_trees([judge_input([1, 2, 3], 0, 2)])
+    (tree,) = build_trees([judge_input([1, 2, 3], 0, 2)], LONG)
     assert (tree.ids, tree.prefix, tree.branches, tree.verdicts) == ([1, 2, 3], 3, [], [2])
 
 

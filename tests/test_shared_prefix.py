@@ -286,16 +286,37 @@ def test_activations_are_freed_with_their_micro_batch(worlds, directory, recompu
     assert on(worlds, "tp1pp1", kept_activations, directory("qwen3", 4), recompute) == [0, 0, 0, 0]
 
 
-def test_a_response_whose_items_together_are_too_long_is_refused_with_the_numbers(directory):
-    """Each item fits judge.max_length, all of them as one sequence do not; separate sequences do."""
-    tokenizer = load_tokenizer(directory("qwen3", 4))
+def together(path: str) -> int:
+    """Tokens of the longest response's tree."""
+    tokenizer = load_tokenizer(path)
+    inputs = JudgePrompt(tokenizer, Way().config()).build_items(QUERY, encode_text(tokenizer, RESPONSES[1]))
+    assert max(len(item.input_ids) for item in inputs) < tree_tokens(inputs) - 1
+    return tree_tokens(inputs)
+
+
+def judge_within(layout: Layout, path: str, limit: int) -> list[float]:
+    """p(True) and p(False) of the longest response's items when ``judge.max_length`` is ``limit``."""
+    config = replace(Way().config(), max_length=limit)
+    stage = stage_of(path, "tp1pp1", config)
+    inputs = stage.inputs([QUERY], [encode_text(stage.prompt.tokenizer, RESPONSES[1])])
+    return stage.judge.verdict_log_probs(inputs).exp().flatten().tolist()
+
+
+def test_items_that_are_too_long_together_are_split(worlds, directory):
+    """A judge.max_length that each item keeps but all of them do not changes nothing but the cost."""
+    path = directory("qwen3", 4)
+    whole = on(worlds, "tp1pp1", judge_within, path, together(path))
+    split = on(worlds, "tp1pp1", judge_within, path, together(path) - 1)
+    assert split == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_pooled_response_that_is_too_long_is_refused_with_the_numbers(directory):
+    """Pooled items must be one sequence: a response that is too long as one is refused before anything is run."""
+    path, way = directory("qwen3", 4), Way(pooling="response").config()
+    tokenizer, limit = load_tokenizer(path), together(path)
     body = encode_text(tokenizer, RESPONSES[1])
-    inputs = JudgePrompt(tokenizer, Way().config()).build_items(QUERY, body)
-    longest, together = max(len(item.input_ids) for item in inputs), tree_tokens(inputs)
-    for way, limit in ((Way(), together), (Way(template="criterion_first"), together - 1)):
-        JudgePrompt(tokenizer, replace(way.config(), max_length=limit)).build_items(QUERY, body)
+    inputs = JudgePrompt(tokenizer, replace(way, max_length=limit)).build_items(QUERY, body)
     with pytest.raises(UserError) as error:
-        JudgePrompt(tokenizer, replace(Way().config(), max_length=together - 1)).build_items(QUERY, body)
-    assert longest < together - 1
-    for number in (f"3 judge inputs of query 'a' share {shared_length(inputs)}", f"{together} in all"):
+        JudgePrompt(tokenizer, replace(way, max_length=limit - 1)).build_items(QUERY, body)
+    for number in (f"3 judge inputs of query 'a' share {shared_length(inputs)}", f"{limit} in all", f"{limit - 1}"):
         assert number in str(error.value)

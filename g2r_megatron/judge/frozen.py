@@ -128,7 +128,7 @@ class FrozenJudge:
         self.model.train(False)
         trees, total = [], 0
         for inputs in responses:
-            trees += build_trees(inputs, total)
+            trees += build_trees(inputs, self.config.max_length, total)
             total += len(inputs)
 
         def collect(batch: TreeBatch, logits: torch.Tensor):
@@ -157,9 +157,9 @@ class FrozenJudge:
         """
         trees, owners, verdicts, weights = [], [], [], []  # owners: the pass of each input
         for number, item in enumerate(passes):
-            found = build_trees(item.inputs, len(owners))
+            found = build_trees(item.inputs, self.config.max_length, len(owners))
             if len(found) != 1:
-                raise ValueError(f"the {len(item.inputs)} inputs of pass {number} do not share their response")
+                raise ValueError(f"the {len(item.inputs)} inputs of pass {number} are not one sequence")
             trees += found
             owners += [number] * len(item.inputs)
             verdicts += item.verdicts

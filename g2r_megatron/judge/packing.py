@@ -6,7 +6,8 @@ other into rows of ``judge.micro_batch_tokens`` real tokens; attention (model/tr
 keep trees and branches apart, so verdicts and gradients are those of K separate sequences.
 
 Memory of a micro-batch. A row has S <= max(``judge.micro_batch_tokens``, longest tree) tokens, a tree of P prefix and
-B branch tokens P + B of them, at most ``judge.max_length``: more is refused with the numbers. With hidden size h,
+B branch tokens P + B of them, at most ``judge.max_length``: a response with more is split into several trees, or refused
+with the numbers where it must be one (``judge.pooling=response``). With hidden size h,
 feed-forward size f (of the experts chosen for a token), a rank's share 1/t of a tensor parallel layer (of everything
 under sequence parallelism), L layers on the stage, V vocabulary rows, n verdicts and a bytes a number, above the weights:
 
@@ -58,27 +59,39 @@ def shared_length(inputs: Sequence[JudgeInput]) -> int:
 
 
 def tree_tokens(inputs: Sequence[JudgeInput]) -> int:
-    """Tokens of the longest tree of one response's ``inputs``."""
+    """Tokens of one response's ``inputs`` as one tree; of the longest input where they share too little."""
     lengths, shared = [len(item.input_ids) for item in inputs], shared_length(inputs)
     return shared + sum(length - shared for length in lengths) if shared else max(lengths)
 
 
-def build_trees(inputs: Sequence[JudgeInput], first_item: int = 0) -> list[Tree]:
-    """The inputs of one response as one tree, or as one each where they share too little.
+def build_trees(inputs: Sequence[JudgeInput], longest: int, first_item: int = 0) -> list[Tree]:
+    """The inputs of one response as one tree; as several where it had more than ``longest`` tokens.
 
-    ``first_item``: the caller's number of ``inputs[0]``; the others follow.
+    Where they share too little, and of an input alone: one tree each. ``first_item``: the caller's number of
+    ``inputs[0]``; the others follow.
     """
     shared = shared_length(inputs) if len(inputs) > 1 else 0
     if not shared:
         return [_alone(item, first_item + k) for k, item in enumerate(inputs)]
+    parts: list[list[int]] = []
+    tokens = 0
+    for k, item in enumerate(inputs):
+        branch = len(item.input_ids) - shared
+        if not parts or tokens + branch > longest:
+            parts.append([])
+            tokens = shared
+        parts[-1].append(k)
+        tokens += branch
+    return [_tree([inputs[k] for k in part], shared, [first_item + k for k in part]) for part in parts]
+
+
+def _tree(inputs: Sequence[JudgeInput], shared: int, numbers: list[int]) -> Tree:
     ids, branches, verdicts = list(inputs[0].input_ids[:shared]), [], []
     for item in inputs:
         verdicts.append(len(ids) + item.verdict_position - shared)
         branches.append(len(item.input_ids) - shared)
         ids += item.input_ids[shared:]
-    start, end = inputs[0].response_start, inputs[0].response_end
-    items = list(range(first_item, first_item + len(inputs)))
-    return [Tree(ids, shared, branches, items, verdicts, start, end)]
+    return Tree(ids, shared, branches, numbers, verdicts, inputs[0].response_start, inputs[0].response_end)
 
 
 def _alone(item: JudgeInput, number: int) -> Tree:

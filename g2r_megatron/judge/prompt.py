@@ -51,7 +51,7 @@ class JudgePrompt:
         Raises ``UserError`` for a bad template, a missing chat template, or verdict words that cannot work.
         """
         self.tokenizer, self.policy_tokenizer = tokenizer, policy_tokenizer
-        self.max_length = config.max_length
+        self.max_length, self.one_sequence = config.max_length, config.pooling == "response"
         self.true_ids = verdict_ids(tokenizer, config.true_words, "judge.true_words")
         self.false_ids = verdict_ids(tokenizer, config.false_words, "judge.false_words")
         both = set(self.true_ids) & set(self.false_ids)
@@ -104,16 +104,16 @@ class JudgePrompt:
     def build_items(self, query: Query, response_ids: Sequence[int]) -> list[JudgeInput]:
         """The judge inputs of a response, one for each item of ``query``'s rubric, as ``build`` makes them.
 
-        Raises ``UserError`` naming the query when together (their common beginning once) they are longer than
-        ``judge.max_length``: they are run as one sequence.
+        Raises ``UserError`` naming the query when ``judge.pooling=response`` must run them as one sequence (their common
+        beginning once) that is longer than ``judge.max_length``.
         """
         inputs = [self.build(query, item, response_ids) for item in query.rubric]
-        if (tokens := tree_tokens(inputs)) > self.max_length:
+        if self.one_sequence and (tokens := tree_tokens(inputs)) > self.max_length:
             raise UserError(
                 "judge.max_length",
                 f"the {len(inputs)} judge inputs of query {query.id!r} share {shared_length(inputs)} tokens and are "
                 f"{tokens} in all, more than {self.max_length}",
-                "raise judge.max_length, shorten the responses, or put the criterion before the response",
+                "raise judge.max_length, shorten the responses, or use judge.pooling=item",
             )
         return inputs
 
