@@ -165,7 +165,7 @@ def judge_hostile(path: str, policy: str, tp: int, pp: int) -> dict:
         bodies = [encode_text(prompt.body_tokenizer, HOSTILE[text], continues=True) for text in SHORT_ONES]
         inputs = stage.inputs([QUERY] * len(bodies), bodies)
         judgements = stage.verdicts(inputs, [""] * len(bodies))
-        stage.attribute(inputs, judgements, [[True]] * len(bodies))
+        stage.attribute(inputs, judgements, [[True]] * len(bodies), [[3.0]] * len(bodies))
         alphas = [stage.alphas(body, row)[0] for body, row in zip(bodies, judgements)]
         rewards = [token_rewards([True], [3.0], [a], 3.0, len(a)) for a in alphas]
         found[name] = {
