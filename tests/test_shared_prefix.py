@@ -18,9 +18,10 @@ from g2r_megatron.config import JudgeConfig, Layout, Precision
 from g2r_megatron.data.tokenizer import encode_text, load_tokenizer
 from g2r_megatron.data.types import Query, RubricItem
 from g2r_megatron.errors import UserError
-from g2r_megatron.judge.attribution import pooled_weights
+from g2r_megatron.judge.attribution import pooled_weights, token_rewards
 from g2r_megatron.judge.packing import shared_length, tree_tokens
 from g2r_megatron.judge.prompt import JudgePrompt
+from g2r_megatron.judge.types import backward_passes
 from tiny_models import build_tiny_hf
 
 TEMPLATES = {
@@ -320,3 +321,36 @@ def test_a_pooled_response_that_is_too_long_is_refused_with_the_numbers(director
         JudgePrompt(tokenizer, replace(way, max_length=limit - 1)).build_items(QUERY, body)
     for number in (f"3 judge inputs of query 'a' share {shared_length(inputs)}", f"{limit} in all", f"{limit - 1}"):
         assert number in str(error.value)
+
+
+def pooled_and_alone(layout: Layout, path: str) -> dict:
+    """One response judged by ``pooling=response``: all items marked, then one; and that one by ``pooling=item``."""
+    found = {}
+    for pooling in ("item", "response"):
+        stage = stage_of(path, "tp1pp1", Way(pooling=pooling).config())
+        inputs = stage.inputs([QUERY], [encode_text(stage.prompt.tokenizer, RESPONSES[1])])
+        for name, marks in (("all", [True] * 3), ("one", [False, True, False])):
+            judgements = stage.verdicts(inputs, ["0"])
+            for item in judgements[0]:
+                item.verdict = True
+            stage.attribute(inputs, judgements, [marks], [WEIGHTS])
+            alphas = stage.alphas([0] * len(judgements[0][1].attribution), judgements[0])
+            rewards = token_rewards([True] * 3, list(WEIGHTS), alphas, 7.0, len(alphas[1]))
+            found[pooling, name] = {
+                "alphas": [None if alpha is None else alpha.tolist() for alpha in alphas],
+                "b": judgements[0][1].attribution.tolist(),
+                "passes": len(backward_passes(judgements[0])),
+                "reward": rewards.sum().item(),
+            }
+    return found
+
+
+def test_a_pool_has_one_alpha_and_a_pool_of_one_is_the_item(worlds, directory):
+    """Marked items share b and alpha, counted as one pass; token rewards sum to the response's; one item is unchanged."""
+    found = on(worlds, "tp1pp1", pooled_and_alone, directory("qwen3", 4))
+    pooled, alone = found["response", "all"], found["item", "all"]
+    assert pooled["passes"] == 1 and alone["passes"] == 3
+    assert pooled["alphas"][0] == pooled["alphas"][1] == pooled["alphas"][2] != alone["alphas"][0]
+    assert found["response", "one"] == found["item", "one"]
+    assert found["response", "one"]["alphas"][0] is None
+    assert all(result["reward"] == pytest.approx(4 / 7, rel=1e-6) for result in found.values())
