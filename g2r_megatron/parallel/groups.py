@@ -1,8 +1,10 @@
 """torch.distributed start-up and the process groups of one layout."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -11,7 +13,7 @@ from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from g2r_megatron.config import Layout
-from g2r_megatron.parallel import cpu
+from g2r_megatron.parallel import cpu, sides
 from g2r_megatron.parallel.layout import check_layout, data_parallel_size
 
 TIMEOUT = timedelta(minutes=30)
@@ -58,9 +60,11 @@ class ModelGroups:
         return self.is_last_stage and self.pgs.tp.rank() == 0
 
 
-def initialize(seed: int) -> None:
+def initialize(seed: int, judge_ranks: int = 0) -> None:
     """Join the world (torchrun's environment, or a world of one) and seed Megatron-Core's RNG tracker.
 
+    With ``judge_ranks``, the job's last ranks make a world of their own and the others theirs (parallel/sides.py), so that
+    in both of them the world is the ranks of one model.
     Megatron-Core's global ``parallel_state`` is set up trivially (every size 1): models take their groups from
     ``ProcessGroupCollection``, but a few call sites look up a global group before they find they need none.
     """
@@ -72,7 +76,10 @@ def initialize(seed: int) -> None:
         if "RANK" in os.environ:
             if not cpu.on_cpu():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group(cpu.backend(), timeout=TIMEOUT)
+            if judge_ranks:
+                sides.join(judge_ranks, TIMEOUT)
+            else:
+                dist.init_process_group(cpu.backend(), timeout=TIMEOUT)
         else:
             if not cpu.on_cpu():
                 torch.cuda.set_device(0)
@@ -88,10 +95,19 @@ def seed_all(seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def _subgroup(rank_lists: list[list[int]]):
-    """The group of ``rank_lists`` that this rank is in, or None."""
-    group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=TIMEOUT)
+@cache
+def _subgroup_of(world: dist.ProcessGroup, rank_lists: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup | None:
+    """The group among ``rank_lists`` that this rank is in, or None (collective the first time).
+
+    One group for each split of the ranks, whatever it is called and whichever model asks: most dimensions of a layout
+    coincide (all of size 1 do), and each group costs buffers and a communicator, under gloo also a thread that polls.
+    """
+    group, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in rank_lists], timeout=TIMEOUT)
     return group
+
+
+def _subgroup(rank_lists: Iterable[list[int]]) -> dist.ProcessGroup | None:
+    return _subgroup_of(dist.group.WORLD, tuple(tuple(ranks) for ranks in rank_lists))
 
 
 def build_groups(name: str, layout: Layout) -> ModelGroups:
@@ -104,7 +120,7 @@ def build_groups(name: str, layout: Layout) -> ModelGroups:
     check_layout(name, layout, world)
     dp = data_parallel_size(layout, world)
     expert_dp = world // (layout.etp * layout.ep * layout.pp)
-    os.environ["WORLD_SIZE"] = str(world)  # HyperCommGrid reads it; absent in a world of one
+    os.environ.setdefault("WORLD_SIZE", str(world))  # HyperCommGrid reads it; absent in a world of one
     dense = HyperCommGrid([layout.tp, layout.cp, dp, layout.pp], ["tp", "cp", "dp", "pp"])
     expert = HyperCommGrid([layout.etp, layout.ep, expert_dp, layout.pp], ["tp", "ep", "dp", "pp"])
     pgs = ProcessGroupCollection()
@@ -124,9 +140,9 @@ def build_groups(name: str, layout: Layout) -> ModelGroups:
         ("tp_ep", expert, ["tp", "ep"]),
         ("tp_ep_pp", expert, ["tp", "ep", "pp"]),
     ):
-        setattr(pgs, attribute, grid.create_pg(dims, timeout=TIMEOUT))
+        setattr(pgs, attribute, _subgroup(grid.get_rank_enum(dims)))
     pgs.intra_dp_cp, pgs.intra_expt_dp, pgs.inter_dist_opt, pgs.hcp = pgs.dp_cp, pgs.expt_dp, None, None
     pipelines = dense.get_rank_enum(["pp"])
-    pgs.embd = _subgroup([sorted({ranks[0], ranks[-1]}) for ranks in pipelines])
-    pgs.pos_embd = _subgroup([[ranks[0]] for ranks in pipelines])
+    pgs.embd = _subgroup(sorted({ranks[0], ranks[-1]}) for ranks in pipelines)
+    pgs.pos_embd = _subgroup([ranks[0]] for ranks in pipelines)
     return ModelGroups(layout, pgs)
