@@ -7,6 +7,7 @@ memory (there is no GPU), several nodes, and which layouts agree with which to r
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -57,12 +58,12 @@ def train_in_order(arguments: list[str], events: Path) -> list[str]:
 
     generate, judge_part, done = MegatronRolloutEngine.generate, own_ranks.judge_part, []
 
-    def patient_generate(self, *args):
-        judged, deadline = events / f"judged {len(done)}", time.monotonic() + PATIENCE
+    def patient_generate(self, *args, **options):
+        judged, deadline = events / f"judged {len(done)}", time.monotonic() + PATIENCE / 2
         while done and not judged.exists():
             assert time.monotonic() < deadline, f"no {judged.name} while part {len(done) + 1} was to be sampled"
             time.sleep(0.01)
-        responses = generate(self, *args)
+        responses = generate(self, *args, **options)
         done.append(f"sampled {len(done) + 1}")
         return responses
 
@@ -95,9 +96,9 @@ def train_with_offload(arguments: list[str]) -> dict:
             state = "judging" if name == "verdicts" else "idle"
             original = getattr(owner, name)
 
-            def spy(*args, original=original, state=state):
+            def spy(*args, original=original, state=state, **options):
                 found[state].add(device_bytes(model))
-                return original(*args)
+                return original(*args, **options)
 
             setattr(owner, name, spy)
         found["mine"] = workers.host_weights.nbytes
@@ -118,25 +119,42 @@ def device_bytes(model) -> int:
 
 
 def resident_after(model: str) -> tuple[int, list[int]]:
-    """Bytes of a model's weights, and bytes of this process with them on the device and away, twice."""
-    import os
-
+    """Bytes of a model's weights, and memory in use with them on the device and away, twice."""
     from g2r_megatron.config import Layout, Precision
     from g2r_megatron.model.build import build_model
     from g2r_megatron.model.hf import open_hf_model
     from g2r_megatron.model.offload import HostWeights
-    from g2r_megatron.parallel.groups import build_groups
+    from g2r_megatron.parallel.groups import build_groups, initialize
 
+    initialize(seed=1)
     built = build_model("judge", open_hf_model(model, "judge.model"), build_groups("judge", Layout()), Precision())
     before = [p.detach().clone() for p in built.chunks[0].parameters()]
     weights, resident = HostWeights(built), []
     for _ in range(2):
         weights.load()
         assert all(torch.equal(p, b) for p, b in zip(built.chunks[0].parameters(), before, strict=True))
-        resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+        resident.append(memory_in_use())
         weights.release()
-        resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+        resident.append(memory_in_use())
     return weights.nbytes, resident
+
+
+def memory_in_use() -> int:
+    """Bytes of the GPU, or of this process without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def large_model(directory: Path) -> str:
+    return str(build_tiny_hf("qwen2", directory, vocab_size=20000, hidden_size=1024, num_hidden_layers=1))
+
+
+def assert_given_back(weights: int, resident: list[int]) -> None:
+    """At least the one large tensor, for malloc keeps small blocks."""
+    embeddings, (on, off, on_again, off_again) = 4 * 20000 * 1024, resident
+    for there, away in ((on, off), (on_again, off_again), (on_again, off)):
+        assert 0.99 * embeddings < there - away < 1.01 * weights
 
 
 # The runs.
@@ -306,12 +324,9 @@ def test_offloaded_weights(worlds, task, shared_tp2, tmp_path):
 
 
 def test_offloaded_memory_is_given_back(worlds, tmp_path):
-    """To the system, for nothing else holds on to it: at least the one large tensor, for malloc keeps small blocks."""
-    model = build_tiny_hf("qwen2", tmp_path / "model", vocab_size=20000, hidden_size=1024, num_hidden_layers=1)
-    [(weights, (on, off, on_again, off_again))] = worlds[1].run(resident_after, str(model))
-    embeddings = 4 * 20000 * 1024
-    for there, away in ((on, off), (on_again, off_again), (on_again, off)):
-        assert 0.99 * embeddings < there - away < 1.01 * weights
+    """To the system, for nothing else holds on to it."""
+    [measured] = worlds[1].run(resident_after, large_model(tmp_path / "model"))
+    assert_given_back(*measured)
 
 
 # Without a world.

@@ -20,6 +20,10 @@ class HostWeights:
             for parameter in chunk.parameters():
                 host = torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=not cpu.on_cpu())
                 self._pairs.append((parameter, host.copy_(parameter.detach())))
+            for module in chunk.modules():
+                if hasattr(module, "disable_parameter_transpose_cache"):
+                    # Transformer Engine would keep FP8 copies of the weights on the device from one pass to the next
+                    module.disable_parameter_transpose_cache = True
         self.release()
 
     @property
