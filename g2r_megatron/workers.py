@@ -98,7 +98,8 @@ def build_workers(config: TrainConfig, inputs: Inputs) -> Workers:
     judge = FrozenJudge(judge_model, c, inputs.prompt.true_ids, inputs.prompt.false_ids)
     reference = None
     if config.grpo.kl_coef > 0:
-        reference = judge_model if config.judge.model is None else _frozen_policy(config, inputs, policy_groups)
+        shared = config.judge.model is None and config.judge.layout.cp == 1  # log-probs have no context parallelism
+        reference = judge_model if shared else _frozen_policy(config, inputs, policy_groups)
     p = config.policy
     policy = build_model("policy", inputs.policy, policy_groups, p.precision, p.recompute, p.spec)
     trainer = PolicyTrainer(policy, config)

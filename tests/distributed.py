@@ -220,5 +220,5 @@ def groups_of(layout: Layout):
             groups = {id(g): g for g in vars(oldest.pgs).values() if isinstance(g, dist.ProcessGroup)}
             for group in groups.values():
                 dist.destroy_process_group(group)
-        _made[repr(layout)] = build_groups("policy", layout)
+        _made[repr(layout)] = build_groups("judge", layout)  # any layout
     return _made[repr(layout)]
