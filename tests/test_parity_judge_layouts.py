@@ -228,6 +228,24 @@ def shaken_between(layout: Layout, path: str, variant: str) -> dict:
     }
 
 
+def attribute_unseen(layout: Layout, path: str) -> str:
+    """What is said when an attribution asks for items that no verdict pass has seen, of two responses."""
+    stage = stage_of(layout, path, "paper")
+    seen, unseen = (stage.inputs([QUERIES[1]], [body]) for body in ([40, 41], [42, 43]))
+    judgements = [*stage.verdicts(seen, ["0"]), *stage.verdicts(seen, ["0"])]
+    try:
+        stage.attribute(seen + unseen, judgements, [[True, True]] * 2, [[1.0, 1.0]] * 2)
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_attribution_without_a_verdict_is_an_error(worlds, directory):
+    """Of a mixture of experts: there is no routing to replay."""
+    for said in worlds.on("cp2_ep2", attribute_unseen, directory("mixtral", 4)):
+        assert said.startswith("inputs [2, 3] were not in the verdict passes")
+
+
 def expected_when_shaken(path: str, way: Variant, verdicts: list[bool]) -> tuple[list, list]:
     """b of each response's first item with routers that change after its verdict: by the verdict's routing, by their own."""
     model, tokenizer = hf_model(path), load_tokenizer(path)

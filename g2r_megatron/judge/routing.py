@@ -59,6 +59,12 @@ def tree_places(tree: Tree, inputs: Sequence[JudgeInput], start: int) -> dict[by
     return places
 
 
+def tree_rows(tree: Tree, places: Sequence[Place]) -> torch.Tensor:
+    """Table rows of the tree's tokens, in the order of its ids; ``places`` of its items."""
+    branches = [place.rows(tree.prefix, tree.prefix + n) for place, n in zip(places, tree.branches)]
+    return torch.cat([places[0].rows(0, tree.prefix), *branches])
+
+
 class Routing:
     """Records and replays the routing of one judge; for a judge without experts, runs it as it is."""
 
@@ -131,14 +137,10 @@ class Routing:
         if unknown := [i for i, key in enumerate(keys) if key not in self._places]:
             raise ValueError(f"inputs {unknown} were not in the verdict passes before this attribution")
 
-        def rows_of(tree: Tree) -> torch.Tensor:
-            places = [self._places[keys[item]] for item in tree.items]
-            branches = [p.rows(tree.prefix, tree.prefix + n) for p, n in zip(places, tree.branches)]
-            return torch.cat([places[0].rows(0, tree.prefix), *branches])
-
         def forward(module: torch.nn.Module, batch: TokenBatch, decoder_input=None) -> torch.Tensor:
             chunk = self.model.modules.index(module)
-            rows = self._here([rows_of(tree) for tree in batch.trees], batch)
+            rows = [tree_rows(tree, [self._places[keys[item]] for item in tree.items]) for tree in batch.trees]
+            rows = self._here(rows, batch)
             for number, router in enumerate(self.routers[chunk], self._starts[chunk]):
                 router.router_replay.set_target_indices(self._experts(rows, number))
             output = forward_tokens(module, batch, decoder_input)
