@@ -73,11 +73,11 @@ class Judged:
         """The inverse of ``plain``."""
         attributions = numbers.split([length for length, _, _ in plain["passes"]])
         found = [
-            (attribution, grad_norm, cos)
+            {"attribution": attribution, "grad_norm": grad_norm, "cos": cos}
             for attribution, (_, grad_norm, cos) in zip(attributions, plain["passes"], strict=True)
         ]
         rows = [
-            [ItemJudgement(*verdict, *(() if number is None else found[number])) for *verdict, number in row]
+            [ItemJudgement(*verdict, **({} if number is None else found[number])) for *verdict, number in row]
             for row in plain["judgements"]
         ]
         return cls(rows, *plain["seconds"])
