@@ -49,6 +49,7 @@ CONFIGS = {
         attribution="contracted", target="logit_margin", standardize=True, pool="smear", recompute="full"
     ),
 }
+SEEDS = {"qwen3_moe": 6}  # as 8 for the others: no score of RESPONSES is a near cancellation
 LAYOUTS = ["tp1pp1", "tp2pp1", "tp2pp1sp", "tp1pp2", "tp2pp2sp", "tp1pp1dp2"]
 
 
@@ -61,8 +62,10 @@ def reward_model(tmp_path_factory):
         if name not in made:
             tokenizer = byte_bpe(460) if name == "other" else build_tokenizer()
             tokenizer.chat_template = ENDS_IN_PADDING if name == "llama3" else CHATML
-            family = "llama3" if name == "other" else name
-            made[name] = build_tiny_reward_model(family, tmp_path_factory.mktemp(name) / "hf", tokenizer=tokenizer)
+            family, seed = "llama3" if name == "other" else name, SEEDS.get(name, 8)
+            made[name] = build_tiny_reward_model(
+                family, tmp_path_factory.mktemp(name) / "hf", seed, tokenizer=tokenizer
+            )
         return made[name]
 
     return get

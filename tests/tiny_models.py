@@ -117,7 +117,7 @@ def build_tiny_hf(family: str, directory: Path, seed: int = 1, **sizes) -> Path:
     return directory
 
 
-def build_tiny_reward_model(family: str, directory: Path, seed: int = 2, labels: int = 1, tokenizer=None) -> Path:
+def build_tiny_reward_model(family: str, directory: Path, seed: int = 8, labels: int = 1, tokenizer=None) -> Path:
     """A ``...ForSequenceClassification`` directory; its padding token is ``<|endoftext|>``, id 0. ``tokenizer``: another one."""
     tokenizer = build_tokenizer() if tokenizer is None else tokenizer
     build_model(family, len(tokenizer), seed, labels).save_pretrained(directory)
