@@ -297,8 +297,7 @@ class OfflineJudgeConfig:
     output: str = ""
     """output jsonl; must not exist"""
     dump_inputs: bool = False
-    """also write per item input_ids, response_start, response_end, verdict_position, true_ids, false_ids (of a reward
-    model per row, with score_position in place of the last three)"""
+    """also write per item input_ids, response_start, response_end, verdict_position (or score_position), true_ids, false_ids"""
     batch_rows: int = 64
     """rows judged and written at a time"""
     seed: int = 1234

@@ -118,6 +118,14 @@ def score_by(config: JudgeConfig, path: str, layout: str, policy_path: str | Non
     }
 
 
+def difference(a: str, b: str) -> float:
+    """Of the scores of two checkpoints at every token of a text, as ``verify_checkpoint.py --logits`` measures it."""
+    from g2r_megatron.convert.logits import compare_logits
+    from g2r_megatron.model.hf import open_hf_model
+
+    return compare_logits(open_hf_model(a, "A"), open_hf_model(b, "B"), None).relative
+
+
 # The reference.
 
 
@@ -299,6 +307,7 @@ def test_conversion_keeps_every_bit_and_the_scores(worlds, reward_model, referen
     before, after = tensors_of(source), tensors_of(tmp_path / "hf")
     assert before.keys() == after.keys() and "score.weight" in after
     assert all(torch.equal(before[name], after[name]) for name in before)
+    assert worlds[1].run(difference, str(source), str(tmp_path / "megatron")) == [0.0]
     results = worlds.on(layout, score, str(tmp_path / "megatron"), layout, None)
     compare(results, {name: reference(family, name) for name in CONFIGS})
 

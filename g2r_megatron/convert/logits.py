@@ -65,7 +65,6 @@ def _logits(hf: HFModel, ids: list[int]) -> torch.Tensor:
     model = build_model("verify", hf, build_groups("verify", Layout()), Precision(dtype="fp32"))
     model.freeze()
     tokens = torch.tensor([ids], device=cpu.device())  # [1, s]
-    positions = torch.arange(len(ids), device=cpu.device())[None]
     with torch.no_grad():
-        output = model.modules[0](tokens, positions, None)  # [1, s, padded vocabulary or 1]
+        output = model.modules[0](tokens, None, None)  # [1, s, padded vocabulary or 1]
     return output[0, :, : hf.geometry.vocab].float().cpu()
