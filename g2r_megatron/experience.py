@@ -1,6 +1,6 @@
-"""One step's batch on its way from prompts to advantages: sample, judge, credit, measure."""
+"""One step's batch on its way from prompts to advantages: sample and send to the judge, credit, measure."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,7 +17,9 @@ from g2r_megatron.grpo.metrics import (
     reward_metrics,
 )
 from g2r_megatron.grpo.truth import key_token_mask, true_reward
-from g2r_megatron.judge.stage import JudgeStage
+from g2r_megatron.judge.own_ranks import OwnRanks
+from g2r_megatron.judge.parts import Part, SharedRanks
+from g2r_megatron.judge.stage import item_alphas
 from g2r_megatron.judge.types import Judgement, backward_passes
 from g2r_megatron.policy.log_probs import TokenSequence
 from g2r_megatron.rollout.engine import MegatronRolloutEngine, Request
@@ -33,9 +35,9 @@ class Experience:
     queries: list[Query]
     responses: list[Response]
     keys: list[str]
-    judgements: list[list[Judgement]]
-    alphas: list[list[torch.Tensor | None]]
-    advantages: list[torch.Tensor]
+    judgements: list[list[Judgement]] = field(default_factory=list)
+    alphas: list[list[torch.Tensor | None]] = field(default_factory=list)
+    advantages: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def sequences(self) -> list[TokenSequence]:
@@ -48,6 +50,35 @@ class Experience:
     def reward(self, i: int) -> float:
         """The judge's score of response ``i``."""
         return grading.reward(self.queries[i], self.judgements[i])
+
+
+def sample_and_submit(
+    engine: MegatronRolloutEngine,
+    judge: SharedRanks | OwnRanks,
+    inputs: Inputs,
+    queries: list[Query],
+    group_size: int,
+    key: str,
+    *,
+    parts: int,
+    mix: float | None,
+    temperature: float | None = None,
+) -> Experience:
+    """``sample`` in ``parts`` parts of whole groups; each goes to the judge before the next is begun (collective).
+
+    ``mix``: as in ``Part``. The judgements are ``judge.results()``.
+    """
+    batch = Experience(group_size, [], [], [])
+    for part in range(parts):
+        some = queries[part * len(queries) // parts : (part + 1) * len(queries) // parts]
+        if not some:
+            continue
+        sampled = sample(engine, inputs, some, group_size, key, temperature)
+        judge.submit(Part(some, group_size, [r.body_ids for r in sampled.responses], sampled.keys, mix))
+        batch.queries += sampled.queries
+        batch.responses += sampled.responses
+        batch.keys += sampled.keys
+    return batch
 
 
 def sample(
@@ -63,26 +94,15 @@ def sample(
         body = ids[:-1] if finished else ids
         text = inputs.tokenizer.decode(body, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         responses.append(Response(prompts[i], ids, finished, text))
-    return Experience(group_size, repeated, responses, keys, [], [], [])
+    return Experience(group_size, repeated, responses, keys)
 
 
-def judge(stage: JudgeStage, batch: Experience) -> list:
-    """Fill in the verdicts or scores (collective); returns the judge inputs for ``attribute``."""
-    inputs = stage.inputs(batch.queries, [r.body_ids for r in batch.responses])
-    batch.judgements = stage.verdicts(inputs, batch.keys)
-    return inputs
-
-
-def attribute(stage: JudgeStage, batch: Experience, inputs: list, config: TrainConfig, mix: float) -> None:
-    """Backward passes for the judgements that can change an advantage, then alphas and advantages (collective)."""
-    needed: list[list[bool]] = []
-    for group in batch.groups:
-        query, rows = batch.queries[group.start], batch.judgements[group]
-        needed += grading.needing_attribution(query, rows, config.grpo, mix)
-    weights = [grading.weights(query, row) for query, row in zip(batch.queries, batch.judgements, strict=True)]
-    stage.attribute(inputs, batch.judgements, needed, weights)
+def credit(batch: Experience, inputs: Inputs, config: TrainConfig, mix: float) -> None:
+    """Alphas and advantages from the judgements."""
     bodies = [r.body_ids for r in batch.responses]
-    batch.alphas = [stage.alphas(body, row) for body, row in zip(bodies, batch.judgements, strict=True)]
+    batch.alphas = [
+        item_alphas(inputs.prompt, config.judge, body, row) for body, row in zip(bodies, batch.judgements, strict=True)
+    ]
     batch.advantages = []
     for group in batch.groups:
         members = batch.responses[group]

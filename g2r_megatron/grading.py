@@ -28,7 +28,7 @@ Alphas = Sequence[torch.Tensor | None]
 
 def is_score(row: Row) -> bool:
     """Whether a reward model judged the response."""
-    return isinstance(row[0], ScoreJudgement)
+    return bool(row) and isinstance(row[0], ScoreJudgement)
 
 
 def reward(query: Query, row: Row) -> float:

@@ -85,7 +85,7 @@ class CaseFailed(AssertionError):
     """A case raised, died or hung; the message holds every rank's traceback."""
 
 
-def _serve(rank: int, size: int, port: int, connection) -> None:
+def _serve(rank: int, size: int, judge_ranks: int, port: int, connection) -> None:
     """Join the world, then run the cases that come through ``connection`` until it closes."""
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
@@ -94,7 +94,7 @@ def _serve(rank: int, size: int, port: int, connection) -> None:
     torch.set_num_threads(1)  # the ranks share the cores
     from g2r_megatron.parallel.groups import initialize
 
-    initialize(seed=1)
+    initialize(1, judge_ranks)
     while True:
         try:
             function, args = connection.recv()
@@ -114,10 +114,10 @@ def _free_port() -> int:
 
 
 class World:
-    """``size`` processes, started by the first case."""
+    """``size`` processes, started by the first case. The last ``judge_ranks`` of them are on the judge's side."""
 
-    def __init__(self, size: int):
-        self.size = size
+    def __init__(self, size: int, judge_ranks: int = 0):
+        self.size, self.judge_ranks = size, judge_ranks
         self._ranks: list[tuple] = []  # (process, connection)
 
     def _start(self) -> None:
@@ -125,7 +125,9 @@ class World:
         port = _free_port()
         for rank in range(self.size):
             here, there = _processes.Pipe()
-            process = _processes.Process(target=_serve, args=(rank, self.size, port, there), daemon=True)
+            process = _processes.Process(
+                target=_serve, args=(rank, self.size, self.judge_ranks, port, there), daemon=True
+            )
             process.start()
             there.close()
             self._ranks.append((process, here))
@@ -181,13 +183,13 @@ class World:
 
 
 class Worlds:
-    """The worlds of one test module, by size."""
+    """The worlds of one test module, by size; ``worlds[3, 1]`` has a judge rank of its own (parallel/sides.py)."""
 
     def __init__(self):
-        self._worlds: dict[int, World] = {}
+        self._worlds: dict[int | tuple[int, int], World] = {}
 
-    def __getitem__(self, size: int) -> World:
-        return self._worlds.setdefault(size, World(size))
+    def __getitem__(self, size: int | tuple[int, int]) -> World:
+        return self._worlds.setdefault(size, World(size) if isinstance(size, int) else World(*size))
 
     def on(self, layout: str, function: Callable, *args) -> list:
         """``function(layout, *args)`` on the ranks that the named layout of ``ALL_LAYOUTS`` needs."""

@@ -22,6 +22,7 @@ from g2r_megatron.data.types import Query
 from g2r_megatron.judge.offline import judge_file
 from g2r_megatron.judge.reward_prompt import RewardPrompt
 from test_bad_input import assert_refused, run
+from test_own_ranks import assert_same_run
 from test_reward_model import hf_reference, reference_alpha
 from test_train_loop import metrics_of, samples_of, train_here
 from tiny_models import build_tiny_reward_model
@@ -156,6 +157,14 @@ def test_a_run_and_its_report(worlds, task, tmp_path):
         assert sum(sample["token_rewards"]) == pytest.approx(2 * item["score"], rel=1e-5)
     assert main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "report.html")]) == 0
     assert "score of the reward model" in (tmp_path / "report.html").read_text()
+
+
+def test_on_ranks_of_its_own(worlds, task, tmp_path):
+    """The same run, bit for bit, with the reward model beside the policy and on a rank of its own."""
+    task = [*task, "--judge.parts", "2"]  # parts of a batch are packed on their own
+    worlds[1].run(train_here, [*task, "--output_dir", str(tmp_path / "shared")])
+    worlds[2, 1].run(train_here, [*task, "--judge.ranks", "1", "--output_dir", str(tmp_path / "own")])
+    assert_same_run(tmp_path / "own", tmp_path / "shared")
 
 
 @pytest.mark.parametrize("preset", ["paper", "robust"])

@@ -56,7 +56,7 @@ def models_of(arguments: list[str]) -> dict:
 
     config = resolve_preset(options.parse(TrainConfig, "g2r train", arguments))
     workers = build_workers(config, read_inputs(config))
-    judge, policy, reference = workers.judge.judge.model, workers.trainer.model, workers.reference
+    judge, policy, reference = workers.judge.stage.judge.model, workers.trainer.model, workers.reference
     found = {"reference": None if reference is None else "judge" if reference is judge else "own"}
     if reference is not None:
         mine = {p.data_ptr() for p in policy.chunks[0].parameters()}

@@ -18,35 +18,35 @@ class JudgeInput:
     verdict_position: int
 
 
-@dataclass(kw_only=True)
-class Judgement:
-    """What the gradient of one judgement says of the response tokens.
+@dataclass
+class ItemJudgement:
+    """Verdict of one rubric item on one response, and what its gradient says of the response tokens.
 
     ``attribution`` is b_t [T], fp32 on the CPU, over the response body; ``None`` where no backward ran. Items that were
     pooled into one backward (``judge.pooling=response``) have the same tensor.
     ``cos`` is the median over tokens of |cos(g_t, e_t)|, ``grad_norm`` the L2 norm of g over the response.
     """
 
+    p_true: float
+    p_false: float
+    verdict: bool
     attribution: torch.Tensor | None = None  # over the tokens of the judge's own tokenizer
     grad_norm: float | None = None
     cos: float | None = None
 
 
 @dataclass
-class ItemJudgement(Judgement):
-    """Verdict of one rubric item on one response."""
-
-    p_true: float
-    p_false: float
-    verdict: bool
-
-
-@dataclass
-class ScoreJudgement(Judgement):
-    """V(x, o) of a reward model: the one judgement of a response."""
+class ScoreJudgement:
+    """V(x, o) of a reward model, the one judgement of a response, and what its gradient says; see ``ItemJudgement``."""
 
     score: float
+    attribution: torch.Tensor | None = None
+    grad_norm: float | None = None
+    cos: float | None = None
     verdict: ClassVar[None] = None
+
+
+Judgement = ItemJudgement | ScoreJudgement
 
 
 def backward_passes(judgements: Sequence[Judgement]) -> list[int]:

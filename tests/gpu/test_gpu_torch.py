@@ -9,6 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import test_checkpoint as checkpoints
+import test_own_ranks as offloading
 import test_packing as packing
 import test_parity_judge as judging
 import test_parity_rollout as rollouts
@@ -113,3 +114,8 @@ def test_shared_prefixes_equal_separate_sequences(directory, sharing_gradients, 
     """Items alone and pooled, with and without recompute, a sliding window."""
     found = sharing.judge_all(Layout(), directory(family, 4), "tp1pp1", sharing.WAYS[way])
     sharing.check(found, sharing_gradients, sharing.WAYS[way], family, 4)
+
+
+def test_offloaded_memory_is_given_back(tmp_path):
+    """The judge's weights are page-locked on the host, leave the GPU and come back bit for bit."""
+    offloading.assert_given_back(*offloading.resident_after(offloading.large_model(tmp_path / "model")))
