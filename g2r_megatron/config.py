@@ -41,7 +41,7 @@ class Layout:
     stage_layers: list[int] | None = None
     """layers of each (virtual) pipeline stage, in the order of the layers; default: the same for all"""
     cp: int = 1
-    """context parallel size"""
+    """context parallel size: ranks that share each row of judge tokens (judge.layout only; the policy's must be 1)"""
     ep: int = 1
     """expert parallel size"""
     etp: int = 1
@@ -88,7 +88,7 @@ class JudgeConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     """activation recompute in the attribution backward"""
     micro_batch_tokens: int = 8192
-    """token budget of a micro-batch; what the items of a response share counts once"""
+    """token budget of a micro-batch, before layout.cp splits it; what the items of a response share counts once"""
     spec: Literal["auto", "torch", "te"] = "auto"
     """layers: plain torch or Transformer Engine (TF32 in fp32); auto: Transformer Engine on GPU, except in fp32"""
     ranks: int = 0

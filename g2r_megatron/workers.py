@@ -115,7 +115,8 @@ def build_workers(config: TrainConfig, inputs: Inputs, own_ranks: OwnRanks | Non
         host_weights = HostWeights(judge_model) if config.judge.offload else None
     reference = None
     if config.grpo.kl_coef > 0:
-        shared = judge_model if config.judge.model is None else None
+        # log-probs have no context parallelism
+        shared = judge_model if config.judge.model is None and config.judge.layout.cp == 1 else None
         reference = shared or _frozen_policy(config, inputs, policy_groups)
     p = config.policy
     policy = build_model("policy", inputs.policy, policy_groups, p.precision, p.recompute, p.spec)

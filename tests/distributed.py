@@ -52,7 +52,19 @@ STAGE_LAYOUTS = {
     "pp4_vpp2": (4, Layout(pp=4, vpp=2)),  # of 8 layers
     "pp3_vpp2_uneven": (3, Layout(pp=3, vpp=2, stage_layers=[2, 1, 1, 1, 1, 2])),
 }
-ALL_LAYOUTS = LAYOUTS | EXPERT_LAYOUTS | STAGE_LAYOUTS
+CONTEXT_LAYOUTS = {
+    "cp2": (2, Layout(cp=2)),
+    "cp4": (4, Layout(cp=4)),
+    "cp2_dp2": (4, Layout(cp=2)),
+    "cp2_tp2": (4, Layout(tp=2, cp=2)),
+    "cp2_tp2sp": (4, Layout(tp=2, cp=2, sp=True)),
+    "cp2_pp2": (4, Layout(cp=2, pp=2)),
+    "cp2_ep2": (2, Layout(cp=2, ep=2)),
+    "cp2_ep4_dp2": (4, Layout(cp=2, ep=4)),
+    "cp2_pp2_uneven_ep2": (4, Layout(cp=2, pp=2, stage_layers=[3, 1], ep=2)),
+    "cp2_tp2sp_ep2_etp2": (4, Layout(tp=2, cp=2, sp=True, ep=2, etp=2)),
+}
+ALL_LAYOUTS = LAYOUTS | EXPERT_LAYOUTS | STAGE_LAYOUTS | CONTEXT_LAYOUTS
 
 
 def fits(layout: str, *, layers: int, moe: bool) -> bool:
@@ -211,5 +223,5 @@ def groups_of(layout: Layout):
     from g2r_megatron.parallel.groups import build_groups
 
     if repr(layout) not in _made:
-        _made[repr(layout)] = build_groups("policy", layout)
+        _made[repr(layout)] = build_groups("judge", layout)  # which of the two is named in errors only
     return _made[repr(layout)]

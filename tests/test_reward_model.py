@@ -217,12 +217,18 @@ def relative(found, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
+def configs_of(family: str) -> list[str]:
+    """The reference routes what it reads: at a contracted embedding otherwise than the judge, which replays its verdict's."""
+    return ["paper"] if family == "qwen3_moe" else list(CONFIGS)
+
+
 def compare(results: list[dict], expected: dict[str, list[Reference]]) -> None:
     """Every rank says the same, and it is the reference's. Prints the worst error (pytest -s)."""
     assert all(json.dumps(result) == json.dumps(results[0]) for result in results)
     worst = dict.fromkeys(("score", "l1", "l2", "b", "rewards"), 0.0)
-    for name, found in results[0].items():
-        for i, wanted in enumerate(expected[name]):
+    for name, references in expected.items():
+        found = results[0][name]
+        for i, wanted in enumerate(references):
             rewards = wanted.score * reference_alpha(wanted.b, CONFIGS[name])
             rewards[-1] += wanted.score
             errors = {
@@ -239,7 +245,8 @@ def compare(results: list[dict], expected: dict[str, list[Reference]]) -> None:
 
 
 CASES = [(family, layout) for family in ("qwen2", "llama3") for layout in LAYOUTS]
-CASES += [("qwen3_moe", layout) for layout in ("ep2", "tp2sp_ep2_dp2", "pp2_ep2")]
+CASES += [("qwen2", "cp2"), ("qwen2", "cp2_tp2sp")]
+CASES += [("qwen3_moe", layout) for layout in ("ep2", "tp2sp_ep2_dp2", "cp2_pp2_uneven_ep2")]
 
 
 @pytest.mark.parametrize(("family", "layout"), CASES)
@@ -253,7 +260,7 @@ def test_scores_and_gradients_equal_hugging_face(worlds, reward_model, reference
     for result in results[0].values():
         for (q, text), (ids, start, end) in zip(RESPONSES, result["inputs"], strict=True):
             assert (ids, slice(start, end)) == expected_ids(tokenizer, q, text)
-    compare(results, {name: reference(family, name) for name in CONFIGS})
+    compare(results, {name: reference(family, name) for name in configs_of(family)})
 
 
 def test_cases_have_teeth(reference):
@@ -309,7 +316,7 @@ def test_conversion_keeps_every_bit_and_the_scores(worlds, reward_model, referen
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert worlds[1].run(difference, str(source), str(tmp_path / "megatron")) == [0.0]
     results = worlds.on(layout, score, str(tmp_path / "megatron"), layout, None)
-    compare(results, {name: reference(family, name) for name in CONFIGS})
+    compare(results, {name: reference(family, name) for name in configs_of(family)})
 
 
 # The prompt alone.

@@ -56,7 +56,7 @@ class ModelGroups:
 
     @property
     def is_replica_writer(self) -> bool:
-        """One rank a data-parallel replica: TP rank 0 of the last stage, where logits and verdicts are."""
+        """TP rank 0 of the last stage, where logits are: one rank a data-parallel replica (one a context parallel rank)."""
         return self.is_last_stage and self.pgs.tp.rank() == 0
 
 

@@ -31,8 +31,12 @@ def check_layout(name: str, layout: Layout, world_size: int, judge_ranks: int = 
         size = getattr(layout, option)
         if size < 1:
             raise UserError(f"{where}.{option}", str(size), "must be at least 1")
-    if layout.cp != 1:
-        raise UserError(f"{where}.cp", str(layout.cp), "only 1 is supported in this version")
+    if layout.cp != 1 and name != "judge":
+        raise UserError(
+            f"{where}.cp",
+            str(layout.cp),
+            "must be 1: sampling and log-probs have no context parallelism; only judge.layout.cp may be more",
+        )
     if layout.vpp is not None and layout.vpp < 2:
         raise UserError(f"{where}.vpp", str(layout.vpp), "must be at least 2, or left out")
     if layout.vpp is not None and layout.pp < SMALLEST_INTERLEAVED_PP:
@@ -63,8 +67,8 @@ def _check_world(where: str, layout: Layout, world_size: int, found: str, remedy
     if world_size % ranks:
         fits = [n for n in range(1, world_size + 1) if world_size % n == 0]
         raise UserError(
-            f"{where}.tp x {where}.pp",
-            f"{layout.tp} x {layout.pp} = {ranks} ranks do not divide {found}",
+            f"{where}.tp x {where}.cp x {where}.pp",
+            f"{layout.tp} x {layout.cp} x {layout.pp} = {ranks} ranks do not divide {found}",
             f"choose sizes whose product is one of {fits}, or {remedy.format(ranks)}",
         )
     stage = world_size // layout.pp
