@@ -12,7 +12,7 @@ from g2r_megatron.config import GrpoConfig
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.parts import Judged, Part, judge_part
 from g2r_megatron.judge.stage import JudgeStage
-from g2r_megatron.judge.types import ItemJudgement
+from g2r_megatron.judge.types import Judgement
 from g2r_megatron.parallel.sides import FIRST_JUDGE, POLICY, from_first_rank, open_channel, packed, unpacked
 
 
@@ -34,7 +34,7 @@ class OwnRanks:
             self._channel.send(self._channel.judges, packed(part.plain()))
         self._parts += 1
 
-    def results(self) -> tuple[list[list[ItemJudgement]], dict[str, float]]:
+    def results(self) -> tuple[list[list[Judgement]], dict[str, float]]:
         """The judgements of all parts submitted, in order; seconds of waiting here and of work there."""
         start = time.perf_counter()
         judged = [Judged.from_plain(*self._receive()) for _ in range(self._parts)]
