@@ -1,8 +1,10 @@
 """torch.distributed start-up and the process groups of one layout."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -95,10 +97,19 @@ def seed_all(seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def _subgroup(rank_lists: list[list[int]]):
-    """The group of ``rank_lists`` that this rank is in, or None."""
-    group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=_timeout)
+@cache
+def _subgroup_of(world: dist.ProcessGroup, rank_lists: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup | None:
+    """The group among ``rank_lists`` that this rank is in, or None (collective the first time).
+
+    One group for each split of the ranks, whatever it is called and whichever model asks: most dimensions of a layout
+    coincide (all of size 1 do), and each group costs buffers and a communicator, under gloo also a thread that polls.
+    """
+    group, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in rank_lists], timeout=_timeout)
     return group
+
+
+def _subgroup(rank_lists: Iterable[list[int]]) -> dist.ProcessGroup | None:
+    return _subgroup_of(dist.group.WORLD, tuple(tuple(ranks) for ranks in rank_lists))
 
 
 def build_groups(name: str, layout: Layout) -> ModelGroups:
@@ -131,9 +142,9 @@ def build_groups(name: str, layout: Layout) -> ModelGroups:
         ("tp_ep", expert, ["tp", "ep"]),
         ("tp_ep_pp", expert, ["tp", "ep", "pp"]),
     ):
-        setattr(pgs, attribute, grid.create_pg(dims, timeout=_timeout))
+        setattr(pgs, attribute, _subgroup(grid.get_rank_enum(dims)))
     pgs.intra_dp_cp, pgs.intra_expt_dp, pgs.inter_dist_opt, pgs.hcp = pgs.dp_cp, pgs.expt_dp, None, None
     pipelines = dense.get_rank_enum(["pp"])
-    pgs.embd = _subgroup([sorted({ranks[0], ranks[-1]}) for ranks in pipelines])
-    pgs.pos_embd = _subgroup([[ranks[0]] for ranks in pipelines])
+    pgs.embd = _subgroup(sorted({ranks[0], ranks[-1]}) for ranks in pipelines)
+    pgs.pos_embd = _subgroup([ranks[0]] for ranks in pipelines)
     return ModelGroups(layout, pgs)
