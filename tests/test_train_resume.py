@@ -57,9 +57,9 @@ def is_saving(run: Path) -> bool:
     return any((run / "checkpoints" / names[-1]).glob("*.distcp"))
 
 
-def kill_in_training(run: Path, options: list[str], ranks: int, after_step: int) -> None:
+def kill_in_training(run: Path, options: list[str], ranks: int, after_step: int, saved: int = 0) -> None:
     process = start(run, options, ranks)
-    wait_for(lambda: last_recorded(run) >= after_step, process, run)
+    wait_for(lambda: last_recorded(run) >= after_step and heartbeat(run)["saved_step"] >= saved, process, run)
     send(run, signal.SIGKILL)
     process.wait()
     assert not (run / "hf").exists() and nothing_is_left_of(run)
@@ -77,6 +77,22 @@ def kill_one_rank(run: Path, options: list[str], ranks: int, after_step: int) ->
     assert errors[0].startswith("g2r: error: rank 0, phase "), errors[0]
     said = heartbeat(run)
     assert said["state"] == "failed" and said["error"].endswith("no word from rank 1: killed, or stuck"), said
+
+
+def stop_one_rank(run: Path, options: list[str], ranks: int, after_step: int) -> None:
+    """The last rank hangs, as on a dead disk: the others give up after the timeout, the launcher ends it."""
+    minutes = 0.2
+    process = start(run, [*options, "--timeout_minutes", str(minutes)], ranks, ["--shutdown-timeout", "1"])
+    wait_for(lambda: last_recorded(run) >= after_step, process, run)
+    for pid in processes_of(run, rank=ranks - 1):
+        os.kill(pid, signal.SIGSTOP)
+    since = time.monotonic()
+    assert process.wait(PATIENCE) != 0
+    assert 60 * minutes - 5 < time.monotonic() - since < 60 * minutes + 60  # a few seconds on a quiet machine
+    assert nothing_is_left_of(run)
+    said = heartbeat(run)
+    assert said["state"] == "failed" and said["error"].startswith("rank 0, phase "), said
+    assert said["error"].endswith("no word from rank 1: killed, or stuck"), said
 
 
 def kill_in_save(run: Path, options: list[str], ranks: int) -> None:
@@ -129,7 +145,7 @@ def uninterrupted(worlds, options, tmp_path_factory) -> Path:
 def killed(options, tmp_path_factory) -> Path:
     """A run of one process, killed in a step after its first checkpoint."""
     run = tmp_path_factory.mktemp("killed") / "run"
-    kill_in_training(run, options, 1, after_step=3)
+    kill_in_training(run, options, 1, after_step=3, saved=2)
     assert checkpoints(run)[0] == "step_00000002"
     return run
 
@@ -144,11 +160,12 @@ def test_killed_in_training_then_in_a_save(options, uninterrupted, killed, tmp_p
 
 
 @pytest.mark.timeout(600)
-def test_two_ranks_one_killed_in_training_then_all_in_a_save(worlds, options, tmp_path):
+def test_two_ranks_one_killed_then_one_stuck_then_all_killed_in_a_save(worlds, options, tmp_path):
     options = [*options, "--grpo.preset", "robust"]
     reference, run = tmp_path / "reference", tmp_path / "run"
     assert worlds[2].run(train_here, [*options, "--output_dir", str(reference)]) == ["", ""]
-    kill_one_rank(run, options, 2, after_step=3)
+    kill_one_rank(run, options, 2, after_step=1)
+    stop_one_rank(run, options, 2, after_step=3)
     kill_in_save(run, options, 2)
     assert worlds[2].run(train_here, [*options, "--output_dir", str(run)]) == ["", ""]
     assert_same_run(run, reference)
@@ -230,6 +247,21 @@ def test_a_damaged_checkpoint_ends_the_run_with_one_line(worlds, options, killed
     (error,) = worlds[1].run(train_here, [*options, "--output_dir", str(run)])
     assert f"{run}/checkpoints/step_00000002: cannot be loaded (common.pt has 0 bytes" in error
     assert content(run) == before
+    assert heartbeat(run)["state"] == "failed" and heartbeat(run)["error"] == error
+
+
+def test_a_damaged_checkpoint_does_not_change_the_run(worlds, options, uninterrupted, tmp_path):
+    """The one before it is used; the steps between are made again, bit for bit, and what was damaged is kept."""
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    file = run / "checkpoints" / "step_00000006" / "__0_0.distcp"
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 3] ^= 16
+    file.write_bytes(damaged)
+    assert worlds[1].run(train_here, [*options, "--output_dir", str(run)]) == [""]
+    assert (run / "checkpoints" / "step_00000006.damaged" / file.name).read_bytes() == damaged
+    shutil.rmtree(run / "checkpoints" / "step_00000006.damaged")
+    assert_same_run(run, uninterrupted)
 
 
 CHANGED = {
