@@ -1,6 +1,6 @@
 """What a checkpoint costs the training: saved while it waits, saved in the background, and read back with its check sums.
 
-    python benchmarks/async_save.py [--hidden 768 --layers 8 --saves 3 --directory DIR --output FILE]
+    python benchmarks/async_save.py [--hidden 512 --layers 8 --saves 3 --directory DIR --output FILE]
     torchrun --nproc-per-node 2 benchmarks/async_save.py ...
 
 A random Qwen3 policy with Adam in fp32 makes training steps on made-up responses of 64 tokens; in one process, by turns,
@@ -147,7 +147,7 @@ def table(found: dict[str, list[float]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=768, help="hidden size, a multiple of 64 (%(default)s)")
+    parser.add_argument("--hidden", type=int, default=512, help="hidden size, a multiple of 64 (%(default)s)")
     parser.add_argument("--layers", type=int, default=8, help="%(default)s")
     parser.add_argument("--saves", type=int, default=3, help="of each kind (%(default)s)")
     parser.add_argument("--directory", type=Path, help="where to write (default: the system's temporary directory)")

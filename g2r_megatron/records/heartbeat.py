@@ -8,6 +8,7 @@ from pathlib import Path
 
 from g2r_megatron.errors import UserError
 from g2r_megatron.records.files import make_directory, replace_text
+from g2r_megatron.records.progress import format_seconds
 
 HEARTBEAT_FILE = "heartbeat.json"
 STATES = ("starting", "running", "preempted", "finished", "failed")
@@ -83,3 +84,13 @@ def read_heartbeat(run_dir: Path) -> dict | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(str(path), f"broken JSON ({error})", "delete it") from error
+
+
+def described(said: dict, now: float) -> str:
+    """``running, phase judge, step 12 of 100, checkpoint of step 10, heard of 0:03 ago``; ``now``: unix seconds."""
+    phase = f", phase {said['phase']}" if said["state"] in ("starting", "running") else ""
+    saved = f"checkpoint of step {said['saved_step']}" if said["saved_step"] else "no checkpoint yet"
+    again = f", start {said['attempt']}" if said["attempt"] > 1 else ""
+    error = f": {said['error']}" if said["error"] else ""
+    age = format_seconds(max(0.0, now - said["time"]))
+    return f"{said['state']}{phase}, step {said['step']} of {said['steps']}, {saved}{again}, heard of {age} ago{error}"
