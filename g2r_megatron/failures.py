@@ -25,6 +25,7 @@ def reported(heartbeat: Heartbeat) -> Iterator[None]:
     """Around a run: an error is announced as soon as it happens and is the heartbeat's ``error``; then it goes on up."""
     try:
         yield
+        _end_quietly()
     except Preempted:
         raise
     except KeyboardInterrupt:
@@ -63,7 +64,7 @@ def _announce(error: Exception, place: str | None) -> tuple[str, bool]:
             _print(line, None if is_line else error)
         return line, True
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this rank is ending by itself
-    failed = f"g2r/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    failed = _failed_key()
     is_first = store.add(failed, 1) == 1
     store.set(f"{failed}/{os.environ['RANK']}", "")
     if is_first:
@@ -73,9 +74,8 @@ def _announce(error: Exception, place: str | None) -> tuple[str, bool]:
         print(f"g2r: then {line}", file=sys.stderr, flush=True)
     world = int(os.environ["WORLD_SIZE"])
     deadline = time.monotonic() + GRACE_SECONDS
-    while store.add(failed, 0) < world and time.monotonic() < deadline:
+    while (silent := [r for r in range(world) if not store.check([f"{failed}/{r}"])]) and time.monotonic() < deadline:
         time.sleep(0.05)
-    silent = [rank for rank in range(world) if not store.check([f"{failed}/{rank}"])]
     line = store.get(f"{failed}/line").decode()
     if silent and not is_line:
         note = f"no word from rank {', '.join(map(str, silent))}: killed, or stuck"
@@ -83,6 +83,17 @@ def _announce(error: Exception, place: str | None) -> tuple[str, bool]:
         if is_first:
             print(f"g2r: {note}", file=sys.stderr, flush=True)
     return line, is_first
+
+
+def _end_quietly() -> None:
+    """This rank has come to its end: one that fails later (a policy rank, after its judge's) is not to wait for word."""
+    store = _launcher_store()
+    if store is not None:
+        store.set(f"{_failed_key()}/{os.environ['RANK']}", "")
+
+
+def _failed_key() -> str:
+    return f"g2r/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def _launcher_store():

@@ -6,6 +6,7 @@ between the batches of a sampling phase, always before the optimizer has touched
 last finished step, and the run that goes on from there is the run that was never interrupted.
 """
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 _asked = False
+_KEY = f"g2r/preempted/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # in the job's store
 
 
 class Preempted(Exception):
@@ -39,13 +41,28 @@ def _note(number: int, frame) -> None:
 
 
 def leave_if_asked() -> None:
-    """Raise ``Preempted`` on every rank if any has been signalled. Collective over the world."""
+    """Raise ``Preempted`` on every rank if any has been signalled. Collective over the world (of the policy's ranks)."""
     import torch  # the command line reads this file before it knows whether it needs torch
     import torch.distributed as dist
 
     from g2r_megatron.parallel import cpu
 
-    asked = torch.tensor(int(_asked), device=cpu.device())
+    asked = torch.tensor(int(_asked or _told()), device=cpu.device())
     dist.all_reduce(asked, op=dist.ReduceOp.MAX)
     if asked.item():
         raise Preempted
+
+
+def tell_other_side() -> None:
+    """Called by a rank that is the judge's alone (parallel/sides.py), after each part: it has no say where to leave."""
+    from g2r_megatron.parallel.sides import job_store
+
+    if _asked:
+        job_store().set(_KEY, "")
+
+
+def _told() -> bool:
+    """Whether a judge rank has told of its signal."""
+    from g2r_megatron.parallel.sides import has_sides, job_store
+
+    return has_sides() and job_store().check([_KEY])
