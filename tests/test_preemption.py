@@ -76,7 +76,7 @@ def uninterrupted(worlds, options, tmp_path_factory) -> Path:
 def test_one_rank_of_two_is_signalled_in_every_phase(worlds, options, uninterrupted, tmp_path):
     """The other rank, which knows nothing of it, leaves at the same place."""
     run, left_after = tmp_path / "run", []
-    for rank, phase, step in ((1, "eval", 0), (0, "sample", 0), (1, "judge", 1), (1, "update", 1), (1, "save", 4)):
+    for rank, phase, step in ((1, "eval", 0), (0, "sample", 0), (1, "judge", 1), (1, "update", 2), (1, "save", 4)):
         ends = worlds[2].run(train_signalled, options, str(run), rank, phase, step)
         assert ends == ["preempted"] * 2, phase
         said = heartbeat(run)
@@ -84,8 +84,8 @@ def test_one_rank_of_two_is_signalled_in_every_phase(worlds, options, uninterrup
         left_after.append(said["step"])
         expected = [f"step_{said['step']:08d}"] if said["step"] else []
         assert checkpoints(run)[-1:] == expected
-    # before the first step, in it, in the judge's phase, in an update (which is finished), in a save
-    assert left_after in ([0, 0, 1, 2, 4], [0, 0, 2, 2, 4]), left_after  # the judge may be faster than the signal
+    # before the first step, in it, before or (if the judge was faster than the signal) after an update, after a save
+    assert left_after[:2] == [0, 0] and left_after[2] in (1, 2) and left_after[3] in (2, 3) and left_after[4] == 4
     assert worlds[2].run(train_signalled, options, str(run), -1, "", 0) == ["finished"] * 2
     assert_same_run(run, uninterrupted)
     said = heartbeat(run)
