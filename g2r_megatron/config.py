@@ -222,6 +222,8 @@ class OptimizerConfig:
     """global gradient norm bound; 0 is off"""
     distributed: bool = True
     """shard optimizer state over data-parallel ranks"""
+    max_bad_steps: int = 3
+    """so many optimizer steps in a row may be skipped because loss or gradients are not finite; then the run stops"""
 
 
 @dataclass
@@ -248,6 +250,8 @@ class CheckpointConfig:
     """steps; 0 saves only at the end"""
     keep_last: int = 2
     """older checkpoints are deleted after a successful save"""
+    asynchronous: bool = True
+    """training goes on while a checkpoint is written; takes a copy of the saved state in host memory"""
     export_hf: bool = True
     """write a Hugging Face directory at the end of training"""
 
@@ -284,6 +288,8 @@ class TrainConfig:
     """responses a held-out prompt"""
     eval_greedy: bool = False
     """evaluate greedily instead of with the rollout's sampling"""
+    timeout_minutes: float = 30.0
+    """a rank that waits for longer than this for another one ends the run: it is dead or stuck"""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

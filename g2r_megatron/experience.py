@@ -1,5 +1,6 @@
 """One step's batch on its way from prompts to advantages: sample and send to the judge, credit, measure."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -63,6 +64,7 @@ def sample_and_submit(
     parts: int,
     mix: float | None,
     temperature: float | None = None,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> Experience:
     """``sample`` in ``parts`` parts of whole groups; each goes to the judge before the next is begun (collective).
 
@@ -73,7 +75,7 @@ def sample_and_submit(
         some = queries[part * len(queries) // parts : (part + 1) * len(queries) // parts]
         if not some:
             continue
-        sampled = sample(engine, inputs, some, group_size, key, temperature)
+        sampled = sample(engine, inputs, some, group_size, key, temperature, between_batches)
         judge.submit(Part(some, group_size, [r.body_ids for r in sampled.responses], sampled.keys, mix))
         batch.queries += sampled.queries
         batch.responses += sampled.responses
@@ -82,7 +84,13 @@ def sample_and_submit(
 
 
 def sample(
-    engine: MegatronRolloutEngine, inputs: Inputs, queries: list[Query], group_size: int, key: str, temperature=None
+    engine: MegatronRolloutEngine,
+    inputs: Inputs,
+    queries: list[Query],
+    group_size: int,
+    key: str,
+    temperature: float | None = None,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> Experience:
     """``group_size`` responses a query. ``key`` and the query's id seed the sampling, nothing else does (collective)."""
     repeated = [query for query in queries for _ in range(group_size)]
@@ -90,7 +98,7 @@ def sample(
     prompts = [inputs.prompt_ids[query.id] for query in repeated]
     requests = [Request(ids, k) for ids, k in zip(prompts, keys, strict=True)]
     responses = []
-    for i, (ids, finished) in enumerate(engine.generate(requests, temperature)):
+    for i, (ids, finished) in enumerate(engine.generate(requests, temperature, between_batches=between_batches)):
         body = ids[:-1] if finished else ids
         text = inputs.tokenizer.decode(body, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         responses.append(Response(prompts[i], ids, finished, text))
