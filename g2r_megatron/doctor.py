@@ -11,6 +11,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,8 +50,12 @@ PACKAGES = (
     Package("transformers", "transformers", "always", "configs and tokenizers"),
     Package("safetensors.torch", "safetensors", "always", "weights of Hugging Face models"),
     Package("sentencepiece", "sentencepiece", "always", "tokenizer.model files"),
-    Package("transformer_engine.pytorch", "transformer-engine", "gpu", "fused layers, FP8 and the fused optimizer on GPUs"),
-    Package("flash_attn", "flash-attn", "no", "a further attention kernel of Transformer Engine (cuDNN's is used without)"),
+    Package(
+        "transformer_engine.pytorch", "transformer-engine", "gpu", "fused layers, FP8 and the fused optimizer on GPUs"
+    ),
+    Package(
+        "flash_attn", "flash-attn", "no", "a further attention kernel of Transformer Engine (cuDNN's is used without)"
+    ),
     Package("vllm", "vllm", "no", "sampling with vLLM"),
     Package("wandb", "wandb", "no", "log.wandb"),
 )
@@ -122,10 +127,8 @@ def installed_version(distribution: str) -> str | None:
 
 
 def check_python() -> Finding:
-    version = f"{platform.python_version()} at {sys.executable}"
-    if sys.version_info < (3, 11):
-        return Finding("Python", "broken", f"{version}; 3.11 or newer is needed")
-    return Finding("Python", "ok", version)
+    """Its version and place; pip installs this project on no older one than it supports."""
+    return Finding("Python", "ok", f"{platform.python_version()} at {sys.executable}")
 
 
 def check_torch(has_gpu: bool) -> list[Finding]:
@@ -133,16 +136,24 @@ def check_torch(has_gpu: bool) -> list[Finding]:
     found = run_probe(TORCH_PROBE)
     if "version" not in found:
         return [Finding("torch", "broken", f"cannot be imported ({one_line(found['error'])}); reinstall it")]
-    lines = [Finding("torch", "ok", f"{found['version']}, " + (f"CUDA {found['cuda']}" if found["cuda"] else "CPU build"))]
+    lines = [
+        Finding("torch", "ok", f"{found['version']}, " + (f"CUDA {found['cuda']}" if found["cuda"] else "CPU build"))
+    ]
     if found["error"]:
         lines.append(Finding("CUDA", "broken", f"{one_line(found['error'])}; driver and torch's CUDA must fit"))
     elif found["gpus"]:
         for i, gpu in enumerate(found["gpus"]):
             lines.append(Finding(f"GPU {i}", "ok", gpu))
-        lines.append(Finding("NCCL", "ok" if found["nccl"] else "broken", found["nccl"] or "torch was built without it"))
+        lines.append(
+            Finding("NCCL", "ok" if found["nccl"] else "broken", found["nccl"] or "torch was built without it")
+        )
     elif has_gpu:
         reason = "torch's CPU build is installed" if not found["cuda"] else "torch sees none (CUDA_VISIBLE_DEVICES?)"
-        lines.append(Finding("GPU", "broken", f"the driver shows GPUs, but {reason}; tools/install_gpu.sh installs the GPU build"))
+        lines.append(
+            Finding(
+                "GPU", "broken", f"the driver shows GPUs, but {reason}; tools/install_gpu.sh installs the GPU build"
+            )
+        )
     else:
         lines.append(Finding("GPU", "note", "none: models run on the CPU, over gloo"))
     return lines
@@ -177,7 +188,9 @@ def check_apex() -> Finding:
     version = installed_version("apex")
     top = run_probe(PROBE, "apex")
     if "error" in top and top.get("absent") == "apex" and version is None:
-        return Finding("NVIDIA Apex", "missing", "not installed; optional: fused kernels that Transformer Engine does not have")
+        return Finding(
+            "NVIDIA Apex", "missing", "not installed; optional: fused kernels that Transformer Engine does not have"
+        )
     optimizers, kernels = run_probe(PROBE, "apex.optimizers"), run_probe(PROBE, "amp_C")
     if optimizers.get("absent") in ("apex", "apex.optimizers"):
         return Finding(
@@ -202,17 +215,29 @@ def check_machine() -> list[Finding]:
     lines = [Finding("Slurm", "ok" if slurm else "missing", slurm or "no sinfo here; for sbatch slurm/*.sh")]
     memory = psutil.virtual_memory()
     lines.append(
-        Finding("memory", "ok", f"{memory.available / GIB:.0f} of {memory.total / GIB:.0f} GiB available, {os.cpu_count()} CPUs")
+        Finding(
+            "memory",
+            "ok",
+            f"{memory.available / GIB:.0f} of {memory.total / GIB:.0f} GiB available, {os.cpu_count()} CPUs",
+        )
     )
     if os.path.isdir("/dev/shm"):
         size = shutil.disk_usage("/dev/shm").total / GIB
-        small = f"; NCCL and data workers may want {SHM_GIB}: docker run --shm-size={SHM_GIB}g" if size < SHM_GIB else ""
+        small = (
+            f"; NCCL and data workers may want {SHM_GIB}: docker run --shm-size={SHM_GIB}g" if size < SHM_GIB else ""
+        )
         lines.append(Finding("/dev/shm", "note" if small else "ok", f"{size:.1f} GiB{small}"))
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     low = files != resource.RLIM_INFINITY and files < OPEN_FILES
-    lines.append(Finding("open files", "note" if low else "ok", f"{files}" + (f"; ulimit -n {OPEN_FILES}" if low else "")))
+    lines.append(
+        Finding("open files", "note" if low else "ok", f"{files}" + (f"; ulimit -n {OPEN_FILES}" if low else ""))
+    )
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    text = "unlimited" if locked == resource.RLIM_INFINITY else f"{locked / GIB:.3f} GiB; InfiniBand wants ulimit -l unlimited"
+    text = (
+        "unlimited"
+        if locked == resource.RLIM_INFINITY
+        else f"{locked / GIB:.3f} GiB; InfiniBand wants ulimit -l unlimited"
+    )
     lines.append(Finding("locked memory", "ok" if text == "unlimited" else "note", text))
     free = shutil.disk_usage(".").free / GIB
     few = f"; checkpoints of large models want more than {FREE_DISK_GIB}" if free < FREE_DISK_GIB else ""
@@ -223,9 +248,10 @@ def check_machine() -> list[Finding]:
 def findings() -> list[Finding]:
     """The whole report, in order."""
     has_gpu, driver = check_driver()
-    lines = [check_python(), driver, *check_torch(has_gpu)]
-    lines += [check_package(package, has_gpu) for package in PACKAGES]
-    return [*lines, check_apex(), *check_machine()]
+    with ThreadPoolExecutor() as threads:  # each import waits in a process of its own
+        torch, apex = threads.submit(check_torch, has_gpu), threads.submit(check_apex)
+        packages = list(threads.map(check_package, PACKAGES, [has_gpu] * len(PACKAGES)))
+        return [check_python(), driver, *torch.result(), *packages, apex.result(), *check_machine()]
 
 
 def examine() -> int:

@@ -13,8 +13,8 @@ from g2r_megatron.plan.parameters import Stage
 
 BYTES = {"fp32": 4, "bf16": 2}
 FP32 = 4
-LOGITS_FORWARD = 12  # bytes a logit in fp32: the copy, the shifted copy and its exponential
-LOGITS_BACKWARD = 16  # and in the backward: the exponential, its gradient, the gradient of the chosen one, their sum
+LOGITS_FORWARD = 12  # bytes a logit at the most: the fp32 copy, the shifted one and its exponential
+LOGITS_BACKWARD = 16  # in the backward: the exponential, its gradient, the gradient of the chosen one, their sum
 SAMPLING = 28  # bytes a logit while a token is drawn: fp32 copies, fp64 probabilities and their sums
 
 
@@ -94,7 +94,7 @@ def layer_work(g: Geometry, topk: int, layout: Layout, kind: Kind, moe: bool, ba
     q, k = g.heads * g.head_dim / layout.tp, g.kv_heads * g.head_dim / layout.tp
     f = topk * share * (g.hidden + g.expert_ffn) if moe else g.ffn / layout.tp
     stream = 4 * g.hidden * share + (g.hidden if layout.sp else 0)  # residual, norm (and gathered)
-    return a * (stream + max(3 * f, 3 * q + 3 * k)) + (a * 2 * f if backward else 0)
+    return a * (stream + max(4 * f, 3 * q + 3 * k)) + (a * f if backward else 0)
 
 
 def stage_keeps(g: Geometry, topk: int, qk_norm: bool, stage: Stage, layout: Layout, kind: Kind) -> float:

@@ -60,14 +60,14 @@ def update_bytes(model: PlannedModel, stage: int, passes: Passes) -> dict[str, f
     if model.kind.recompute == "full":
         kept += model.layer_keeps(stage)
     work = model.works(stage, backward=True)
-    logits = passes.logit_rows * model.logits_here(stage) * (model.kind.a + LOGITS_BACKWARD)
+    logits = passes.logit_rows * model.logits_here(stage) * LOGITS_BACKWARD
     # logits are gone when the layers' backward begins
     return {"activations": tokens * kept + max(logits, tokens * work)}
 
 
 def forward_bytes(model: PlannedModel, stage: int, passes: Passes) -> dict[str, float]:
     """A pass without gradients: one layer at work, or the logits."""
-    logits = passes.logit_rows * model.logits_here(stage) * (model.kind.a + LOGITS_FORWARD)
+    logits = passes.logit_rows * model.logits_here(stage) * LOGITS_FORWARD
     work = passes.tokens / model.layout.cp * model.works(stage, backward=False)
     return {"activations": max(logits, work)}
 
