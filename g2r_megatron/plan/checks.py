@@ -9,7 +9,6 @@ from g2r_megatron.config import Precision
 from g2r_megatron.config_check import check_train_config
 from g2r_megatron.errors import UserError
 from g2r_megatron.model.hf import CHECKPOINT_FACTS, HFModel, open_hf_model
-from g2r_megatron.plan.models import judge_ranks
 from g2r_megatron.plan.options import PlanConfig
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -60,9 +59,6 @@ def _check_place(config: PlanConfig) -> None:
         value = getattr(config.hardware, field.name)
         if not 0 < value < float("inf") and field.name not in ("reserve_gib", "layer_us"):
             raise UserError(f"hardware.{field.name}", str(value), "must be more than 0")
-    world, own = config.nodes * config.gpus_per_node, judge_ranks(config)
-    if own and own >= world:
-        raise UserError("judge.ranks", f"{own} of {world} ranks", "leave ranks to the policy, or add nodes")
 
 
 def _check_model(name: str, hf: HFModel, section) -> None:

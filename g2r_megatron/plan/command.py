@@ -35,9 +35,7 @@ def run_plan(config: PlanConfig) -> int:
 
 def _suggestions(config: PlanConfig, problems: Problems) -> list[Suggestion]:
     """Whatever layouts the config has: they are what is looked for."""
-    judge = replace(config.judge, layout=Layout())
-    if hasattr(judge, "ranks"):
-        judge = replace(judge, ranks=0, parts=1, offload=False)
+    judge = replace(config.judge, layout=Layout(), ranks=0, parts=1, offload=False)
     config = replace(config, policy=replace(config.policy, layout=Layout()), judge=judge)
     policy_model, judge_model = check_config(config, problems)
     return [] if problems else suggest(config, policy_model, judge_model, problems)

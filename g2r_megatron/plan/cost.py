@@ -7,7 +7,7 @@ algorithms: a rank sends (n - 1) / n of a tensor to gather or reduce-scatter it 
 from dataclasses import asdict, dataclass
 
 from g2r_megatron.plan.activations import FP32, kv_cache_bytes
-from g2r_megatron.plan.models import Job, PlannedModel, judge_offloads
+from g2r_megatron.plan.models import Job, PlannedModel
 from g2r_megatron.plan.options import Hardware
 from g2r_megatron.plan.workload import (
     Passes,
@@ -242,7 +242,7 @@ def step_phases(job: Job) -> list[Phase]:
     if work.attributed:
         attribution = attribution_passes(work, config, judge.ranks)
         phases.append(run_phase(job, "attribution", judge, attribution, backward=True))
-    if judge_offloads(config):
+    if config.judge.offload:
         phases.append(_load_phase(job))
     phases.append(run_phase(job, "update", policy, passes, True, end * steps))
     return phases

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from g2r_megatron.plan import activations
 from g2r_megatron.plan.activations import FP32, LOGITS_BACKWARD, LOGITS_FORWARD, SAMPLING
-from g2r_megatron.plan.models import Job, PlannedModel, judge_offloads
+from g2r_megatron.plan.models import Job, PlannedModel
 from g2r_megatron.plan.workload import (
     Passes,
     Rollout,
@@ -72,6 +72,13 @@ def forward_bytes(model: PlannedModel, stage: int, passes: Passes) -> dict[str, 
     return {"activations": max(logits, work)}
 
 
+def row_bytes(model: PlannedModel, layers: int, passes: Passes) -> dict[str, float]:
+    """A packed row's mask while it is made, and the keys and values that context parallel ranks gather in ``layers``."""
+    layout, g = model.layout, model.geometry
+    gathered = 2 * model.kind.a * passes.tokens * g.kv_heads * g.head_dim / layout.tp * layers if layout.cp > 1 else 0
+    return {"row": FP32 * passes.tokens**2 / layout.cp + gathered}
+
+
 def rollout_bytes(model: PlannedModel, stage: int, sampling: Rollout) -> dict[str, float]:
     """The KV cache, and the prompts' pass (without sequence parallelism) or the drawing of tokens."""
     g, layout = model.geometry, replace(model.layout, sp=False)
@@ -95,7 +102,7 @@ def rank_memory(job: Job) -> list[RankMemory]:
         if group.policy_stage is not None:
             _add_policy(group, job, work)
         if group.judge_stage is not None:
-            _add_judge(group, job, work, judge_offloads(config))
+            _add_judge(group, job, work, config.judge.offload)
     return groups
 
 
@@ -115,9 +122,12 @@ def _add_policy(group: RankMemory, job: Job, work) -> None:
 
 def _add_judge(group: RankMemory, job: Job, work, offload: bool) -> None:
     model, stage, config = job.judge, group.judge_stage, job.config
-    phases = {"verdicts": forward_bytes(model, stage, verdict_passes(work, config, model.ranks))}
+    passes = verdict_passes(work, config, model.ranks)
+    phases = {"verdicts": forward_bytes(model, stage, passes) | row_bytes(model, 1, passes)}
     if work.attributed:
-        phases["attribution"] = update_bytes(model, stage, attribution_passes(work, config, model.ranks))
+        passes = attribution_passes(work, config, model.ranks)
+        layers = 1 if model.kind.recompute == "full" else model.stages[stage].layer_count
+        phases["attribution"] = update_bytes(model, stage, passes) | row_bytes(model, layers, passes)
     if job.judge_is_reference:
         phases["reference"] = forward_bytes(model, stage, reference_passes(work, config, model.ranks))
     if offload:

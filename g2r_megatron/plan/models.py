@@ -103,24 +103,10 @@ class Job:
         return self.shared and self.config.judge.model is None and self.config.grpo.kl_coef > 0
 
 
-def judge_ranks(config: PlanConfig) -> int:
-    """Ranks of the judge's own; 0 when it shares the policy's."""
-    return getattr(config.judge, "ranks", 0)
-
-
-def judge_parts(config: PlanConfig) -> int:
-    """Parts in which a step's responses go to the judge."""
-    return getattr(config.judge, "parts", 1)
-
-
-def judge_offloads(config: PlanConfig) -> bool:
-    return getattr(config.judge, "offload", False)
-
-
 def plan_job(config: PlanConfig, policy: HFModel, judge: HFModel, count: CountStages) -> Job:
     """The job of a checked config; ``count`` gives the stages (parameters.py). Raises ``UserError`` as ``count`` does."""
     world = config.nodes * config.gpus_per_node
-    own = judge_ranks(config)
+    own = config.judge.ranks
     policy_world = world - own
     judge_world, judge_first = (own, policy_world) if own else (world, 0)
 

@@ -10,13 +10,22 @@ from rich.table import Table
 
 from g2r_megatron.config import Layout
 from g2r_megatron.plan.memory import GIB, RankMemory
-from g2r_megatron.plan.models import PlannedModel, judge_offloads
+from g2r_megatron.plan.models import PlannedModel
 from g2r_megatron.plan.planner import Plan, available_bytes, fits
 from g2r_megatron.plan.suggest import Suggestion
 from g2r_megatron.plan.workload import workload
 
 PLAIN_WIDTH = 160
-COLUMNS = ("policy weights", "gradients", "optimizer", "reference weights", "judge weights", "KV cache", "activations")
+COLUMNS = (
+    "policy weights",
+    "gradients",
+    "optimizer",
+    "reference weights",
+    "judge weights",
+    "KV cache",
+    "activations",
+    "row",
+)
 GB = 1e9
 
 
@@ -144,7 +153,7 @@ def assumptions(plan: Plan) -> list[str]:
     models = (plan.job.policy, plan.job.judge)
     if any(model.kind.te for model in models):
         lines.append("activations of Transformer Engine's layers follow from what they save, not measured on a GPU")
-    if judge_offloads(plan.config):
+    if plan.config.judge.offload:
         lines.append(f"host memory {h.host_gb_s:g} GB/s a GPU")
     return lines
 
@@ -155,7 +164,7 @@ def print_suggestions(suggestions: list[Suggestion], out: Console) -> None:
     for number, s in enumerate(suggestions, 1):
         p, c = s.job.policy, s.job.judge
         place = (
-            ("all ranks, offloaded" if judge_offloads(s.job.config) else "all ranks")
+            ("all ranks, offloaded" if s.job.config.judge.offload else "all ranks")
             if s.job.shared
             else f"{c.ranks} of its own"
         )

@@ -10,7 +10,7 @@ from g2r_megatron.parallel.layout import check_layout
 from g2r_megatron.plan.checks import Problems, check_config, check_inputs, missing_files
 from g2r_megatron.plan.cost import Phase, step_phases, step_seconds
 from g2r_megatron.plan.memory import GIB, RankMemory, rank_memory
-from g2r_megatron.plan.models import CountStages, Job, judge_offloads, judge_ranks, plan_job
+from g2r_megatron.plan.models import CountStages, Job, plan_job
 from g2r_megatron.plan.options import PlanConfig
 from g2r_megatron.plan.parameters import built_stages, expected_stages
 from g2r_megatron.plan.workload import Workload, workload
@@ -123,7 +123,7 @@ def possible_changes(config: PlanConfig) -> Iterator[Change]:
     for divisor in (2, 4, 8):
         if r.batch_size >= divisor:
             yield {"rollout.batch_size": r.batch_size // divisor}
-    if hasattr(c, "offload") and not c.offload and not judge_ranks(config):
+    if not c.offload and not c.ranks:
         yield {"judge.offload": True}
     for name, layout in (("policy", p.layout), ("judge", c.layout)):
         for factor in (2, 4, 8):
@@ -158,11 +158,10 @@ def try_job(config: PlanConfig, policy: HFModel, judge: HFModel, count: CountSta
     from g2r_megatron.config import Precision
     from g2r_megatron.model.build import check_model
 
-    world, own = config.nodes * config.gpus_per_node, judge_ranks(config)
+    world = config.nodes * config.gpus_per_node
     try:
         for name, hf, section in (("policy", policy, config.policy), ("judge", judge, config.judge)):
-            ranks = (own if name == "judge" else world - own) if own else world
-            check_layout(name, section.layout, ranks)
+            check_layout(name, section.layout, world, config.judge.ranks)
             check_model(name, hf, section.layout, Precision(dtype=section.precision.dtype), "torch")
         return plan_job(config, policy, judge, count)
     except UserError:  # the answer to the question asked here
@@ -202,7 +201,7 @@ def job_notes(job: Job, work: Workload) -> list[str]:
             notes.append(f"{model.name}.layout.tp {model.layout.tp} spans nodes of {config.gpus_per_node}: very slow")
     if work.responses % job.policy.dp:
         notes.append(f"{work.responses} responses a step are uneven over {job.policy.dp} policy replicas: some idle")
-    if judge_offloads(config):
+    if config.judge.offload:
         weights = max(job.judge.weight_bytes(stage) for stage in range(job.judge.layout.pp)) / GIB
         notes.append(f"judge.offload pins {weights * config.gpus_per_node:.0f} GiB of host memory on each node")
     return notes

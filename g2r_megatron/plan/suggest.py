@@ -2,9 +2,9 @@
 
 import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
-from g2r_megatron.config import Layout
+from g2r_megatron.config import OWN_RANKS_PARTS, Layout
 from g2r_megatron.errors import UserError
 from g2r_megatron.model.hf import HFModel
 from g2r_megatron.plan.checks import Problems
@@ -14,8 +14,8 @@ from g2r_megatron.plan.models import Job
 from g2r_megatron.plan.options import PlanConfig
 from g2r_megatron.plan.planner import count_stages_as_built, count_stages_by_formula, fits, try_job
 
-SHOWN = 5  # of each place of the judge
-TRIED = 1500  # pairs of layouts whose memory is looked at, for each place of the judge
+SHOWN = 3  # of each place of the judge
+TRIED = 300  # pairs of layouts whose memory is looked at, for each place of the judge
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -38,9 +38,7 @@ class Suggestion:
                 value = getattr(layout, option)
                 parts.append(f"--{name}.layout.{option} {str(value).lower()}")
             parts.append(f"--{name}.recompute {section.recompute}")
-        for option in ("ranks", "offload"):
-            if hasattr(config.judge, option):
-                parts.append(f"--judge.{option} {str(getattr(config.judge, option)).lower()}")
+        parts.append(f"--judge.ranks {config.judge.ranks} --judge.offload {str(config.judge.offload).lower()}")
         return " ".join(parts)
 
 
@@ -49,7 +47,16 @@ def suggest(config: PlanConfig, policy: HFModel, judge: HFModel, problems: Probl
     found: list[Suggestion] = []
     for place in judge_places(config):
         found += _best_of_place(place, policy, judge)
-    built = [s for s in found if try_job(s.job.config, policy, judge, count_stages_as_built) is not None]
+    counted: dict = {}
+
+    def count(name: str, hf: HFModel, layout: Layout, dtype: str, ranks: int) -> list:
+        """As built, each model and layout once."""
+        key = name, str(layout), ranks
+        if key not in counted:
+            counted[key] = count_stages_as_built(name, hf, layout, dtype, ranks)
+        return counted[key]
+
+    built = [s for s in found if try_job(s.job.config, policy, judge, count) is not None]
     if not built:
         world = config.nodes * config.gpus_per_node
         problems.append(UserError("--suggest", f"no layout fits {world} GPUs", "add nodes, or shorten the limits"))
@@ -58,17 +65,13 @@ def suggest(config: PlanConfig, policy: HFModel, judge: HFModel, problems: Probl
 
 def judge_places(config: PlanConfig) -> Iterator[PlanConfig]:
     """The config with the judge on all ranks, on them but offloaded, and on ranks of its own (whole nodes, or halves)."""
-    options = {f.name for f in fields(config.judge)}
-    if "ranks" not in options:
-        yield config
-        return
     for offload in (False, True):
         yield replace(config, judge=replace(config.judge, ranks=0, parts=1, offload=offload))
     per_node, world = config.gpus_per_node, config.nodes * config.gpus_per_node
     whole = [n * per_node for n in range(1, config.nodes)]
     for ranks in sorted({*whole, per_node // 4, per_node // 2}):
         if 0 < ranks < world and (ranks in whole or config.nodes <= 2):
-            parts = min(4, config.rollout.prompts_per_step)
+            parts = min(OWN_RANKS_PARTS, config.rollout.prompts_per_step)
             yield replace(config, judge=replace(config.judge, ranks=ranks, parts=parts, offload=False))
 
 
@@ -89,7 +92,7 @@ def _with(config: PlanConfig, name: str, candidate: tuple[Layout, str]) -> PlanC
 
 def _best_of_place(config: PlanConfig, policy: HFModel, judge: HFModel) -> list[Suggestion]:
     """The fastest pairs of layouts that fit. Times of policy and judge are independent, memory is not."""
-    world, own = config.nodes * config.gpus_per_node, getattr(config.judge, "ranks", 0)
+    world, own = config.nodes * config.gpus_per_node, config.judge.ranks
     options = {
         "policy": list(candidates(policy, world - own, config.gpus_per_node)),
         "judge": list(candidates(judge, own or world, config.gpus_per_node)),

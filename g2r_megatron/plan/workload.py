@@ -81,7 +81,7 @@ def workload(config: PlanConfig) -> Workload:
         template=math.ceil(text / CHARACTERS_PER_TOKEN) + (CHAT_TOKENS if config.judge.chat_template else 0),
         shares_prefix=template.index("{criterion}") > template.index("{response}"),
         pooled=config.judge.pooling == "response",
-        parts=getattr(config.judge, "parts", 1),
+        parts=config.judge.parts,
     )
 
 
@@ -90,7 +90,7 @@ def _passes(
 ) -> Passes:
     """``count`` sequences of ``length`` tokens, ``rows`` logits each, dealt over the replicas and cut by the budget."""
     dp = data_parallel_size(layout, ranks)
-    multiple = FP8_TOKENS[fp8] * (layout.tp if layout.sp else 1) * layout.cp
+    multiple = FP8_TOKENS[fp8] * (layout.tp if layout.sp else 1) * layout.cp  # as model/build.py
     together = max(1, budget // padded(length, multiple))
     micro_batches = math.ceil(math.ceil(count / dp) / together)
     if layout.vpp:
@@ -110,8 +110,7 @@ def policy_passes(work: Workload, config: PlanConfig, ranks: int) -> Passes:
 
 def reference_passes(work: Workload, config: PlanConfig, ranks: int) -> Passes:
     """Log-probs under the frozen initial policy; self-judging, that is the judge on its own layout."""
-    own = getattr(config.judge, "ranks", 0)
-    c = config.judge if config.judge.model is None and not own else config.policy
+    c = config.judge if config.judge.model is None and not config.judge.ranks else config.policy
     budget = config.policy.micro_batch_tokens
     return _passes(
         c.layout, ranks, work.responses, work.sequence, budget, c.precision.fp8, work.sequence / 2, work.response
@@ -147,7 +146,7 @@ def _tree_context(work: Workload, items: int) -> float:
 
 
 def _judge_passes(config: PlanConfig, ranks: int, count: int, length: int, context: float, rows: int) -> Passes:
-    c, parts = config.judge, getattr(config.judge, "parts", 1)
+    c, parts = config.judge, config.judge.parts
     one = _passes(
         c.layout, ranks, math.ceil(count / parts), length, c.micro_batch_tokens, c.precision.fp8, context, rows
     )
