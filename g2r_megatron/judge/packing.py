@@ -7,19 +7,21 @@ keep trees and branches apart, so verdicts and gradients are those of K separate
 
 Memory of a micro-batch. A row has S <= max(``judge.micro_batch_tokens``, longest tree) tokens, a tree of P prefix and
 B branch tokens P + B of them, at most ``judge.max_length``: a response with more is split into several trees, or refused
-with the numbers where it must be one (``judge.pooling=response``). With hidden size h,
-feed-forward size f (of the experts chosen for a token), a rank's share 1/t of a tensor parallel layer (of everything
-under sequence parallelism), L layers on the stage, V vocabulary rows, n verdicts and a bytes a number, above the weights:
+with the numbers where it must be one (``judge.pooling=response``). judge/memory.py has the formula, and refuses a row
+that does not fit into what is free before it runs. With hidden size h, q query and k key-value numbers a token (q = h and
+k = h / 2 or less in most models), feed-forward size f, L layers on the stage, V vocabulary rows, n verdicts and a bytes a
+number, on one rank, above the weights:
 
-    verdict pass          ~ a S (8 h + 4 f) / t             one layer at work, nothing kept
-    attribution           ~ a S L (8 h + 2 f) / t           kept until the row's backward; pp rows at once with stages
-      recompute full      ~ a S (L h + 8 h + 4 f / t)
-    both                  + 12 n V / t                      logits and their softmax, fp32
-                          + a B (P + B) a tree on CPU, 4 S^2 while a row's mask is made on GPU
+    verdict pass       ~ a S (4 h + 2 (q + k) + 2 f)            one layer at work, nothing kept
+    attribution        ~ that + a S (4 h + L (2 h + 3 (q + k) + 2 f))    kept until the row's backward
+      recompute full   ~ that + a S (6 h + L h + 3 (q + k) + 2 f)
+    both               + 12 n V                                 logits and their softmax, fp32
+                       + a B S on CPU, 4 S^2 on GPU             masks
 
-8 h holds for half as many key-value heads as h / 128 and 7.5 h to 8.5 h in plain torch layers. The largest real HealthBench
-rubric, 33 items of 110 tokens, on a response of 4096 tokens after a conversation of 400 is a row of S = 8126 tokens; in a
-Qwen2.5-7B judge (h 3584, f 18944, L 28, bf16) that is 30 GB without recompute and 3.3 GB with it on one GPU.
+TP divides all but the h, sequence and context parallelism these as well; pipeline stages keep as many rows as there are
+stages. The largest real HealthBench rubric, 33 items of 110 tokens, on a response of 4096 tokens after a conversation
+of 400 is a row of S = 8126 tokens; in a Qwen2.5-7B judge (h 3584, f 18944, L 28, bf16) that is 26 GiB without recompute and
+3.8 GiB with it on one GPU.
 """
 
 from collections.abc import Sequence

@@ -45,7 +45,8 @@ class RMSNorm(torch.nn.Module):
         self.weight = _norm_weight(hidden_size, config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        # of keys, x is a view of the whole QKV projection, which the backward would keep for it
+        return rms_norm(x.contiguous(), self.weight, self.eps)
 
 
 class LayerNormColumnParallelLinear(ColumnParallelLinear):
@@ -118,6 +119,7 @@ class SDPACoreAttention(torch.nn.Module):
         """
         if attention_bias is not None or packed_seq_params is not None:
             raise ValueError("SDPACoreAttention takes no attention_bias or packed_seq_params")
+        value = value.contiguous()  # a view of the whole QKV projection, which the backward would keep for it
         if attention_mask is not None:
             q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
             context = tree_attention(q, k, v, attention_mask, self.window, self.softmax_scale)
