@@ -84,8 +84,12 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        gate, up = ctx.saved_tensors[0].chunk(2, dim=-1)
-        return torch.cat([torch.ops.aten.silu_backward(gradient * up, gate), gradient * F.silu(gate)], dim=-1)
+        x = ctx.saved_tensors[0]
+        out = torch.empty_like(x)
+        (gate, up), (d_gate, d_up) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+        torch.mul(gradient, F.silu(gate), out=d_up)
+        torch.ops.aten.silu_backward(gradient * up, gate, grad_input=d_gate)
+        return out
 
 
 class SwiGLU:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from g2r_megatron.model.branch_attention import Branches, TreeAttention
+
 KEPT_ROWS = 4  # micro-batches whose masks are kept: those that a pipeline stage has in flight
 
 
@@ -60,13 +62,14 @@ class TreeMask:
     """Of one tree: tokens of its prefix and of all its branches, and what each of them may see.
 
     The masks are added to the scores: ``prefix_mask`` [prefix, prefix], None for a causal one; ``branch_mask``
-    [branches, prefix + branches].
+    [branches, prefix + branches]. Where no window is narrower than the tree there are no masks, but ``apart``.
     """
 
     prefix: int
     branches: int
     prefix_mask: torch.Tensor | None
     branch_mask: torch.Tensor | None
+    apart: Branches | None = None
 
 
 @lru_cache(maxsize=KEPT_ROWS)
@@ -78,6 +81,11 @@ def _tree_masks(structure: bytes, window: int | None, dtype: torch.dtype) -> tup
         tree = rows[:, start : start + length]
         prefix = int((tree[1] == 0).sum())
         at = torch.arange(length)
+        start += length
+        if prefix < length and (window is None or int(tree[2].max()) <= window):
+            lengths = torch.unique_consecutive(tree[1, prefix:], return_counts=True)[1].tolist()
+            masks.append(TreeMask(prefix, length - prefix, None, None, Branches.of(prefix, lengths)))
+            continue
 
         def added(queries: torch.Tensor, keys: torch.Tensor, tree: torch.Tensor = tree) -> torch.Tensor:
             seen = sees(tree, queries[:, None], keys[None, :], window)
@@ -92,18 +100,18 @@ def _tree_masks(structure: bytes, window: int | None, dtype: torch.dtype) -> tup
                 added(at[prefix:], at) if length > prefix else None,
             )
         )
-        start += length
     return tuple(masks)
 
 
 def _tree_by_tree(query, key, value, trees: tuple[TreeMask, ...], scale: float | None) -> torch.Tensor:
     gqa = query.size(1) != key.size(1)
-    parts = [size for tree in trees for size in (tree.prefix, tree.branches)]
-    queries = iter(query.split(parts, dim=2))
     lengths = [tree.prefix + tree.branches for tree in trees]
     out = []
-    for tree, k, v in zip(trees, key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True):
-        q_prefix, q_branches = next(queries), next(queries)
+    for tree, q, k, v in zip(trees, *(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
+        if tree.apart is not None:
+            out.append(TreeAttention.apply(q, k, v, tree.apart, scale))
+            continue
+        q_prefix, q_branches = q.split([tree.prefix, tree.branches], dim=2)
         k_prefix, v_prefix = (k, v) if not tree.branches else (k[:, :, : tree.prefix], v[:, :, : tree.prefix])
         mask = tree.prefix_mask
         out.append(
