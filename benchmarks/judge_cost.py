@@ -25,7 +25,6 @@ import argparse
 import multiprocessing
 import os
 import random
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -256,6 +255,8 @@ def rounds(args: argparse.Namespace, directory: str):
             found[way].append(connection.recv())
             print(number, way, found[way][-1], flush=True)
         yield {way: {key: median(r[key] for r in runs) for key in runs[0]} for way, runs in found.items()}
+    for connection in connections.values():
+        connection.send(False)
 
 
 def table(results: dict[str, dict]) -> str:
