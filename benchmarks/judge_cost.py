@@ -242,7 +242,10 @@ def rounds(args: argparse.Namespace, directory: str):
     """Yields way -> median figures after every round."""
     # malloc gives every tensor back when it is freed: the peak is of what lives, not of fragments
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)
-    processes = multiprocessing.get_context("forkserver")  # its server imports once, for all
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(
+        ["g2r_megatron.judge.stage", "transformers.models.qwen3"]
+    )  # imported once, for all
     connections, found = {}, {way: [] for way in WAYS}
     for way in WAYS:
         connections[way], there = processes.Pipe()

@@ -237,6 +237,9 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)  # freed tensors are given back: the peak is of what lives
     processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(
+        ["g2r_megatron.judge.stage", "transformers.models.qwen3"]
+    )  # imported once, for all
     with tempfile.TemporaryDirectory() as directory:
         write_model(args, "True False rest water", directory)
         ranks = compare_ranks(args, directory, processes)
