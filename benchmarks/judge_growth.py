@@ -81,12 +81,10 @@ class Judged:
             found.append((time.process_time() - start_cpu, seconds, memory() - before))
         best, branches = min(found), len(rows[0]) if way != "item" else 1
         shared = rows[0][0].verdict_position - CRITERION + 1
-        own = branches * CRITERION if branches > 1 else 0
         formula = judge_activation_bytes(
             self.geometry,
             layers=self.geometry.layers,
             row_tokens=shared + branches * CRITERION,
-            branch_tokens=own,
             verdicts=branches,
             recompute=self.judge.config.recompute,
             backward=way != "sparse",

@@ -41,7 +41,7 @@ class Layout:
     stage_layers: list[int] | None = None
     """layers of each (virtual) pipeline stage, in the order of the layers; default: the same for all"""
     cp: int = 1
-    """context parallel size"""
+    """context parallel size: ranks that share each row of judge tokens (judge.layout only; the policy's must be 1)"""
     ep: int = 1
     """expert parallel size"""
     etp: int = 1
@@ -87,9 +87,15 @@ class JudgeConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     """activation recompute in the attribution backward"""
     micro_batch_tokens: int = 8192
-    """token budget of a micro-batch; what the items of a response share counts once"""
+    """token budget of a micro-batch, before layout.cp splits it; what the items of a response share counts once"""
     spec: Literal["auto", "torch", "te"] = "auto"
     """layers: plain torch or Transformer Engine (TF32 in fp32); auto: Transformer Engine on GPU, except in fp32"""
+    ranks: int = 0
+    """the last so many ranks of the job are the judge's and the others the policy's; 0: all ranks run both"""
+    parts: int | None = None
+    """a step's prompts go to the judge in so many parts, each as soon as it is sampled; none: 4 with judge.ranks, else 1"""
+    offload: bool = False
+    """keep the judge's weights in host memory while the policy samples and updates (without judge.ranks)"""
     template: str = DEFAULT_JUDGE_TEMPLATE
     """judge prompt; must contain {conversation}, {response}, {criterion} once each, in any order (the criterion last is
     cheapest: the items of a response then share what stands before it)"""
@@ -309,6 +315,8 @@ class OfflineJudgeConfig:
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
 
+OWN_RANKS_PARTS = 4  # default of judge.parts with judge.ranks
+
 # Each preset is a set of ordinary options: values for the fields above whose default is None.
 PRESETS = {
     "grpo": {
@@ -333,10 +341,11 @@ def fill_from_preset(section, values: dict):
 
 
 def resolve_preset(config: TrainConfig) -> TrainConfig:
-    """The config with every preset-following option made concrete."""
+    """The config with every option made concrete that follows the preset or others."""
     preset = PRESETS[config.grpo.preset]
+    parts = min(OWN_RANKS_PARTS, config.rollout.prompts_per_step) if config.judge.ranks else 1
     return replace(
         config,
-        judge=fill_from_preset(config.judge, preset["judge"]),
+        judge=fill_from_preset(config.judge, preset["judge"] | {"parts": parts}),
         grpo=fill_from_preset(config.grpo, preset["grpo"]),
     )

@@ -49,6 +49,8 @@ BELOW_ONE = Range(0, 1, open_high=True)
 SEED = Range(0, 2**32 - 1)
 
 JUDGE_RANGES = {
+    "judge.ranks": COUNT_OR_OFF,
+    "judge.parts": COUNT,
     "judge.micro_batch_tokens": COUNT,
     "judge.max_length": COUNT,
     "judge.contraction": POSITIVE_FRACTION,
@@ -101,7 +103,8 @@ def check_train_config(config: TrainConfig, world_size: int) -> None:
     _require_given("data.train", config.data.train, "give at least one .jsonl or .parquet file of queries")
     _require_given("output_dir", config.output_dir, "give the run directory")
     _check_ranges(config, TRAIN_RANGES)
-    check_layout("policy", config.policy.layout, world_size)
+    _check_judge_place(config.judge, config.rollout, world_size)
+    check_layout("policy", config.policy.layout, world_size, config.judge.ranks)
     _check_judge(config.judge, world_size)
     _check_grpo(config.grpo, config.rollout)
     _check_schedule(config)
@@ -115,6 +118,13 @@ def check_judge_config(config: OfflineJudgeConfig, world_size: int) -> None:
     _require_given("input", config.input, "give the .jsonl or .parquet file of rows to judge")
     _require_given("output", config.output, "give the .jsonl file to write")
     _check_ranges(config, OFFLINE_JUDGE_RANGES)
+    for option, default in (("ranks", 0), ("parts", None), ("offload", False)):
+        if (value := getattr(config.judge, option)) != default:
+            raise UserError(
+                f"judge.{option}",
+                f"{value} in g2r judge",
+                "leave it out: all ranks are the judge's, and no policy waits",
+            )
     _check_judge(config.judge, world_size)
     _check_new_file("output", config.output)
 
@@ -133,8 +143,28 @@ def _check_ranges(config, ranges: dict[str, Range]) -> None:
             raise UserError(option, str(value), f"must be {allowed}")
 
 
+def _check_judge_place(judge: JudgeConfig, rollout: RolloutConfig, world_size: int) -> None:
+    if judge.ranks >= world_size:
+        fits = f"at most {world_size - 1}, or start more processes" if world_size > 1 else "0 in a job of one process"
+        raise UserError(
+            "judge.ranks", f"{judge.ranks} of {world_size} ranks leave none to the policy", f"must be {fits}"
+        )
+    if judge.ranks and judge.offload:
+        raise UserError(
+            "judge.offload",
+            f"true with judge.ranks {judge.ranks}",
+            "the judge's own ranks hold nothing else to make room for: set one of them",
+        )
+    if judge.parts > rollout.prompts_per_step:
+        raise UserError(
+            "judge.parts",
+            f"{judge.parts} with rollout.prompts_per_step {rollout.prompts_per_step}",
+            "a part has at least one prompt: lower it",
+        )
+
+
 def _check_judge(judge: JudgeConfig, world_size: int) -> None:
-    check_layout("judge", judge.layout, world_size)
+    check_layout("judge", judge.layout, world_size, judge.ranks)
     check_template(judge.template)
     _require_given("judge.true_words", judge.true_words, "give at least one spelling of a positive verdict")
     _require_given("judge.false_words", judge.false_words, "give at least one spelling of a negative verdict")

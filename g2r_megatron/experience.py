@@ -1,13 +1,13 @@
-"""One step's batch on its way from prompts to advantages: sample, judge, credit, measure."""
+"""One step's batch on its way from prompts to advantages: sample and send to the judge, credit, measure."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from g2r_megatron.config import TrainConfig
 from g2r_megatron.data.tokenizer import token_texts
 from g2r_megatron.data.types import Query
-from g2r_megatron.grpo.advantages import GroupScores, group_advantages, items_needing_attribution
+from g2r_megatron.grpo.advantages import GroupScores, group_advantages
 from g2r_megatron.grpo.metrics import (
     advantage_metrics,
     attribution_metrics,
@@ -18,7 +18,9 @@ from g2r_megatron.grpo.metrics import (
 )
 from g2r_megatron.grpo.truth import key_token_mask, true_reward, true_verdicts
 from g2r_megatron.judge.attribution import response_reward, token_rewards
-from g2r_megatron.judge.stage import JudgeStage
+from g2r_megatron.judge.own_ranks import OwnRanks
+from g2r_megatron.judge.parts import Part, SharedRanks, verdict_table
+from g2r_megatron.judge.stage import item_alphas
 from g2r_megatron.judge.types import ItemJudgement, backward_passes
 from g2r_megatron.policy.log_probs import TokenSequence
 from g2r_megatron.rollout.engine import MegatronRolloutEngine, Request
@@ -34,9 +36,9 @@ class Experience:
     queries: list[Query]
     responses: list[Response]
     keys: list[str]
-    judgements: list[list[ItemJudgement]]
-    alphas: list[list[torch.Tensor | None]]
-    advantages: list[torch.Tensor]
+    judgements: list[list[ItemJudgement]] = field(default_factory=list)
+    alphas: list[list[torch.Tensor | None]] = field(default_factory=list)
+    advantages: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def sequences(self) -> list[TokenSequence]:
@@ -52,6 +54,35 @@ class Experience:
         return response_reward([j.verdict for j in self.judgements[i]], weights)
 
 
+def sample_and_submit(
+    engine: MegatronRolloutEngine,
+    judge: SharedRanks | OwnRanks,
+    inputs: Inputs,
+    queries: list[Query],
+    group_size: int,
+    key: str,
+    *,
+    parts: int,
+    mix: float | None,
+    temperature: float | None = None,
+) -> Experience:
+    """``sample`` in ``parts`` parts of whole groups; each goes to the judge before the next is begun (collective).
+
+    ``mix``: as in ``Part``. The judgements are ``judge.results()``.
+    """
+    batch = Experience(group_size, [], [], [])
+    for part in range(parts):
+        some = queries[part * len(queries) // parts : (part + 1) * len(queries) // parts]
+        if not some:
+            continue
+        sampled = sample(engine, inputs, some, group_size, key, temperature)
+        judge.submit(Part(some, group_size, [r.body_ids for r in sampled.responses], sampled.keys, mix))
+        batch.queries += sampled.queries
+        batch.responses += sampled.responses
+        batch.keys += sampled.keys
+    return batch
+
+
 def sample(
     engine: MegatronRolloutEngine, inputs: Inputs, queries: list[Query], group_size: int, key: str, temperature=None
 ) -> Experience:
@@ -65,38 +96,22 @@ def sample(
         body = ids[:-1] if finished else ids
         text = inputs.tokenizer.decode(body, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         responses.append(Response(prompts[i], ids, finished, text))
-    return Experience(group_size, repeated, responses, keys, [], [], [])
+    return Experience(group_size, repeated, responses, keys)
 
 
-def judge(stage: JudgeStage, batch: Experience) -> list:
-    """Fill in the verdicts (collective); returns the judge inputs for ``attribute``."""
-    inputs = stage.inputs(batch.queries, [r.body_ids for r in batch.responses])
-    batch.judgements = stage.verdicts(inputs, batch.keys)
-    return inputs
-
-
-def attribute(stage: JudgeStage, batch: Experience, inputs: list, config: TrainConfig, mix: float) -> None:
-    """Backward passes for the items that can change an advantage, then alphas and advantages (collective)."""
-    needed: list[list[bool]] = []
-    for group in batch.groups:
-        needed += items_needing_attribution(*_verdict_table(batch, group), config.grpo, mix).tolist()
-    weights = [[item.weight for item in query.rubric] for query in batch.queries]
-    stage.attribute(inputs, batch.judgements, needed, weights)
+def credit(batch: Experience, inputs: Inputs, config: TrainConfig, mix: float) -> None:
+    """Alphas and advantages from the judgements."""
     bodies = [r.body_ids for r in batch.responses]
-    batch.alphas = [stage.alphas(body, row) for body, row in zip(bodies, batch.judgements, strict=True)]
+    batch.alphas = [
+        item_alphas(inputs.prompt, config.judge, body, row) for body, row in zip(bodies, batch.judgements, strict=True)
+    ]
     batch.advantages = []
     for group in batch.groups:
-        verdicts, weights = _verdict_table(batch, group)
+        verdicts, weights = verdict_table(batch.judgements[group], batch.queries[group.start])
         members = batch.responses[group]
         lengths, finished = [len(r.body_ids) for r in members], [r.finished for r in members]
         scores = GroupScores(verdicts, weights, batch.alphas[group], lengths, finished)
         batch.advantages += group_advantages(scores, config.grpo, mix)
-
-
-def _verdict_table(batch: Experience, group: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Verdicts [G, K] bool and weights [K] of one group."""
-    verdicts = torch.tensor([[j.verdict for j in row] for row in batch.judgements[group]])
-    return verdicts, torch.tensor([item.weight for item in batch.queries[group.start].rubric], dtype=torch.float64)
 
 
 def score_metrics(batch: Experience) -> dict[str, float]:

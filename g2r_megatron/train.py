@@ -1,7 +1,8 @@
 """The training loop: sample -> judge -> attribute -> update -> log -> save.
 
-Algorithm 1 of Grad2Reward (arXiv 2602.01791) with the options of config.py. Every rank runs this same code; what is
-sharded, and over which ranks, is the business of the objects in ``Workers``.
+Algorithm 1 of Grad2Reward (arXiv 2602.01791) with the options of config.py. Every rank runs this same code (but for ranks
+that are the judge's alone, see judge/own_ranks.py); what is sharded, and over which ranks, is the business of the objects
+in ``Workers``.
 """
 
 import time
@@ -19,12 +20,15 @@ from g2r_megatron.data.order import epoch_batch
 from g2r_megatron.errors import UserError
 from g2r_megatron.experience import Experience
 from g2r_megatron.grpo.advantages import mix_at
+from g2r_megatron.judge.own_ranks import own_ranks, serve
+from g2r_megatron.parallel.groups import initialize
+from g2r_megatron.parallel.sides import on_judge_side
 from g2r_megatron.policy.checkpoint import Checkpointer
 from g2r_megatron.policy.export import export_policy
 from g2r_megatron.policy.log_probs import plan_micro_batches, response_log_probs
 from g2r_megatron.records.metrics import MetricsLog
 from g2r_megatron.records.progress import Progress
-from g2r_megatron.workers import Inputs, Workers, build_workers, read_inputs
+from g2r_megatron.workers import Inputs, Workers, build_judge, build_workers, read_inputs
 
 CONFIG_FILE = "config.yaml"
 # A run directory belongs to one trajectory: these may not change when it is resumed (layouts may).
@@ -46,7 +50,16 @@ def train(config: TrainConfig) -> None:
     output = Path(config.output_dir)
     check_same_run(config, output)
     inputs = read_inputs(config)
-    workers = build_workers(config, inputs)
+    initialize(config.seed, config.judge.ranks)
+    if on_judge_side(config.judge.ranks):
+        serve(config.judge.ranks, lambda: build_judge(config, inputs), config.grpo)
+        return
+    with own_ranks(config.judge.ranks) as judge:
+        run_training(config, inputs, build_workers(config, inputs, judge), output)
+
+
+def run_training(config: TrainConfig, inputs: Inputs, workers: Workers, output: Path) -> None:
+    """``train`` on the policy's ranks."""
     checkpointer = Checkpointer(workers.trainer, output / "checkpoints", config.checkpoint.keep_last)
     done = checkpointer.load_latest()
     with Run(config, output, done) as run:
@@ -71,18 +84,26 @@ def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: "Run"
     with timed(metrics, "time/step"):
         with timed(metrics, "time/sample", progress):
             queries = [inputs.train[i] for i in chosen]
-            batch = experience.sample(
-                workers.engine, inputs, queries, rollout.responses_per_prompt, f"{config.seed}/{step}"
+            batch = experience.sample_and_submit(
+                *(workers.engine, workers.judge, inputs, queries, rollout.responses_per_prompt),
+                f"{config.seed}/{step}",
+                parts=config.judge.parts,
+                mix=mix,
             )
-        with timed(metrics, "time/judge", progress):
-            judge_inputs = experience.judge(workers.judge, batch)
-            with timed(metrics, "time/attribution"):
-                experience.attribute(workers.judge, batch, judge_inputs, config, mix)
+        with judge_weights(workers, metrics):
+            with timed(metrics, "time/update", progress):  # a judge on ranks of its own is not waited for yet
+                mini_batches, old, reference = log_probs(config, workers, batch)
+            with timed(metrics, "time/judge", progress):
+                batch.judgements, judge_metrics = workers.judge.results()
+                experience.credit(batch, inputs, config, mix)
         with timed(metrics, "time/update", progress):
-            metrics |= update(config, workers, batch)
+            metrics |= workers.trainer.update(batch.sequences, mini_batches, batch.advantages, old, reference)
+        metrics |= judge_metrics
         metrics |= experience.score_metrics(batch)
         metrics |= experience.credit_metrics(batch, inputs, config.judge.flat_threshold)
         metrics["attribution/mix"] = mix
+    if config.judge.ranks:
+        metrics["time/judge_busy_share"] = metrics.pop("time/judge_busy") / metrics["time/step"]
     warn_about_gradients(progress, step, metrics)
     run.sample(step, batch, inputs)
     if step == config.steps or (config.eval_every and step % config.eval_every == 0):
@@ -90,8 +111,8 @@ def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: "Run"
     return metrics
 
 
-def update(config: TrainConfig, workers: Workers, batch: Experience) -> dict[str, float]:
-    """Old (and reference) log-probs from the models themselves, then one optimizer step a mini-batch."""
+def log_probs(config: TrainConfig, workers: Workers, batch: Experience) -> tuple[list, list, list | None]:
+    """What the update needs besides advantages: mini-batches, old and reference log-probs from the models themselves."""
     sequences = batch.sequences
     chunks = torch.arange(len(sequences)).chunk(config.grpo.mini_batches)
     mini_batches = [chunk.tolist() for chunk in chunks]
@@ -102,7 +123,7 @@ def update(config: TrainConfig, workers: Workers, batch: Experience) -> dict[str
         plans = [plan_micro_batches(workers.reference, sequences, m, budget) for m in mini_batches]
         plan = [items for rows in plans for items in rows]
         reference = response_log_probs(workers.reference, sequences, plan, config.rollout.temperature)
-    return workers.trainer.update(sequences, mini_batches, batch.advantages, old, reference)
+    return mini_batches, old, reference
 
 
 def evaluate(config: TrainConfig, inputs: Inputs, workers: Workers, progress: Progress) -> dict[str, float]:
@@ -112,10 +133,14 @@ def evaluate(config: TrainConfig, inputs: Inputs, workers: Workers, progress: Pr
     metrics: dict[str, float] = {}
     with timed(metrics, "time/eval", progress):
         temperature = 0.0 if config.eval_greedy else None
-        batch = experience.sample(
-            workers.engine, inputs, inputs.eval, config.eval_responses, f"{config.seed}/eval", temperature
+        batch = experience.sample_and_submit(
+            *(workers.engine, workers.judge, inputs, inputs.eval, config.eval_responses, f"{config.seed}/eval"),
+            parts=config.judge.parts,
+            mix=None,
+            temperature=temperature,
         )
-        experience.judge(workers.judge, batch)
+        with judge_weights(workers, {}):
+            batch.judgements, _ = workers.judge.results()
         scores = experience.score_metrics(batch)
     names = {
         "eval/judge_score": "reward/mean",
@@ -139,13 +164,25 @@ def warn_about_gradients(progress: Progress, step: int, metrics: dict[str, float
 
 @contextmanager
 def timed(metrics: dict[str, float], name: str, progress: Progress | None = None):
-    """Wall seconds of the block into ``metrics[name]``; shows the phase."""
+    """Add the wall seconds of the block to ``metrics[name]``; shows the phase."""
     if progress is not None:
         progress.phase(name.removeprefix("time/"))
     start = time.perf_counter()
     yield
     torch.cuda.synchronize()
-    metrics[name] = time.perf_counter() - start
+    metrics[name] = metrics.get(name, 0.0) + time.perf_counter() - start
+
+
+@contextmanager
+def judge_weights(workers: Workers, metrics: dict[str, float]):
+    """With ``judge.offload``, the judge's weights are on the device inside the block; ``time/judge_load``: what it took."""
+    if workers.host_weights is None:
+        yield
+        return
+    with timed(metrics, "time/judge_load"):
+        workers.host_weights.load()
+    yield
+    workers.host_weights.release()
 
 
 def check_same_run(config: TrainConfig, output: Path) -> None:

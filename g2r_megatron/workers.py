@@ -12,11 +12,14 @@ from g2r_megatron.data.tokenizer import render_prompt, stop_token_ids
 from g2r_megatron.data.types import Query
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.frozen import FrozenJudge
+from g2r_megatron.judge.own_ranks import OwnRanks
+from g2r_megatron.judge.parts import SharedRanks
 from g2r_megatron.judge.prompt import JudgePrompt
 from g2r_megatron.judge.stage import JudgeStage
 from g2r_megatron.model.build import MegatronModel, build_model, check_model
 from g2r_megatron.model.hf import HFModel, load_model_tokenizer, open_hf_model
-from g2r_megatron.parallel.groups import build_groups, initialize
+from g2r_megatron.model.offload import HostWeights
+from g2r_megatron.parallel.groups import ModelGroups, build_groups
 from g2r_megatron.policy.trainer import PolicyTrainer
 from g2r_megatron.rollout.engine import MegatronRolloutEngine
 
@@ -37,12 +40,17 @@ class Inputs:
 
 @dataclass
 class Workers:
-    """The models of a run at work. ``reference`` is the frozen initial policy, or None when no KL is asked for."""
+    """The models of a run at work, on the policy's ranks.
+
+    ``reference`` is the frozen initial policy, or None when no KL is asked for. ``host_weights``: the judge's, with
+    ``judge.offload``; they must be loaded while the judge works, or the reference where both are one.
+    """
 
     trainer: PolicyTrainer
     engine: MegatronRolloutEngine
-    judge: JudgeStage
+    judge: SharedRanks | OwnRanks
     reference: MegatronModel | None
+    host_weights: HostWeights | None
 
 
 def read_inputs(config: TrainConfig) -> Inputs:
@@ -87,24 +95,39 @@ def _prompt_ids(config: TrainConfig, tokenizer, query: Query) -> list[int]:
     return ids
 
 
-def build_workers(config: TrainConfig, inputs: Inputs) -> Workers:
-    """Join the world and load the models (collective). Self-judging: one frozen copy serves judge and KL reference."""
-    initialize(config.seed)
+def build_workers(config: TrainConfig, inputs: Inputs, own_ranks: OwnRanks | None = None) -> Workers:
+    """Load the models of the policy's ranks (collective over them). ``own_ranks``: the judge, if it has ranks of its own.
+
+    Self-judging on the policy's ranks: one frozen copy serves judge and KL reference.
+    """
     policy_groups = build_groups("policy", config.policy.layout)
-    same_layout = config.judge.layout == config.policy.layout
-    judge_groups = policy_groups if same_layout else build_groups("judge", config.judge.layout)
-    c = config.judge
-    judge_model = build_model("judge", inputs.judge, judge_groups, c.precision, c.recompute, c.spec)
-    judge = FrozenJudge(judge_model, c, inputs.prompt.true_ids, inputs.prompt.false_ids)
+    judge, judge_model, host_weights = own_ranks, None, None
+    if own_ranks is None:
+        same_layout = config.judge.layout == config.policy.layout
+        stage = build_judge(config, inputs, policy_groups if same_layout else None)
+        judge, judge_model = SharedRanks(stage, config.grpo), stage.judge.model
+        host_weights = HostWeights(judge_model) if config.judge.offload else None
     reference = None
     if config.grpo.kl_coef > 0:
-        reference = judge_model if config.judge.model is None else _frozen_policy(config, inputs, policy_groups)
+        # log-probs have no context parallelism
+        shared = judge_model if config.judge.model is None and config.judge.layout.cp == 1 else None
+        reference = shared or _frozen_policy(config, inputs, policy_groups)
     p = config.policy
     policy = build_model("policy", inputs.policy, policy_groups, p.precision, p.recompute, p.spec)
     trainer = PolicyTrainer(policy, config)
     engine = MegatronRolloutEngine(policy, config.rollout, inputs.stop_ids)
     dist.barrier()
-    return Workers(trainer, engine, JudgeStage(judge, inputs.prompt, c), reference)
+    if own_ranks is not None:
+        own_ranks.wait_until_ready()
+    return Workers(trainer, engine, judge, reference, host_weights)
+
+
+def build_judge(config: TrainConfig, inputs: Inputs, groups: ModelGroups | None = None) -> JudgeStage:
+    """Load the judge on this world's ranks (collective). ``groups``: of its layout, if there are any yet."""
+    c = config.judge
+    groups = groups or build_groups("judge", c.layout)
+    model = build_model("judge", inputs.judge, groups, c.precision, c.recompute, c.spec)
+    return JudgeStage(FrozenJudge(model, c, inputs.prompt.true_ids, inputs.prompt.false_ids), inputs.prompt, c)
 
 
 def _frozen_policy(config: TrainConfig, inputs: Inputs, groups) -> MegatronModel:

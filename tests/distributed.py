@@ -52,7 +52,19 @@ STAGE_LAYOUTS = {
     "pp4_vpp2": (4, Layout(pp=4, vpp=2)),  # of 8 layers
     "pp3_vpp2_uneven": (3, Layout(pp=3, vpp=2, stage_layers=[2, 1, 1, 1, 1, 2])),
 }
-ALL_LAYOUTS = LAYOUTS | EXPERT_LAYOUTS | STAGE_LAYOUTS
+CONTEXT_LAYOUTS = {
+    "cp2": (2, Layout(cp=2)),
+    "cp4": (4, Layout(cp=4)),
+    "cp2_dp2": (4, Layout(cp=2)),
+    "cp2_tp2": (4, Layout(tp=2, cp=2)),
+    "cp2_tp2sp": (4, Layout(tp=2, cp=2, sp=True)),
+    "cp2_pp2": (4, Layout(cp=2, pp=2)),
+    "cp2_ep2": (2, Layout(cp=2, ep=2)),
+    "cp2_ep4_dp2": (4, Layout(cp=2, ep=4)),
+    "cp2_pp2_uneven_ep2": (4, Layout(cp=2, pp=2, stage_layers=[3, 1], ep=2)),
+    "cp2_tp2sp_ep2_etp2": (4, Layout(tp=2, cp=2, sp=True, ep=2, etp=2)),
+}
+ALL_LAYOUTS = LAYOUTS | EXPERT_LAYOUTS | STAGE_LAYOUTS | CONTEXT_LAYOUTS
 
 
 def fits(layout: str, *, layers: int, moe: bool) -> bool:
@@ -85,7 +97,7 @@ class CaseFailed(AssertionError):
     """A case raised, died or hung; the message holds every rank's traceback."""
 
 
-def _serve(rank: int, size: int, port: int, connection) -> None:
+def _serve(rank: int, size: int, judge_ranks: int, port: int, connection) -> None:
     """Join the world, then run the cases that come through ``connection`` until it closes."""
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
@@ -94,7 +106,7 @@ def _serve(rank: int, size: int, port: int, connection) -> None:
     torch.set_num_threads(1)  # the ranks share the cores
     from g2r_megatron.parallel.groups import initialize
 
-    initialize(seed=1)
+    initialize(1, judge_ranks)
     while True:
         try:
             function, args = connection.recv()
@@ -114,10 +126,10 @@ def _free_port() -> int:
 
 
 class World:
-    """``size`` processes, started by the first case."""
+    """``size`` processes, started by the first case. The last ``judge_ranks`` of them are on the judge's side."""
 
-    def __init__(self, size: int):
-        self.size = size
+    def __init__(self, size: int, judge_ranks: int = 0):
+        self.size, self.judge_ranks = size, judge_ranks
         self._ranks: list[tuple] = []  # (process, connection)
 
     def _start(self) -> None:
@@ -125,7 +137,9 @@ class World:
         port = _free_port()
         for rank in range(self.size):
             here, there = _processes.Pipe()
-            process = _processes.Process(target=_serve, args=(rank, self.size, port, there), daemon=True)
+            process = _processes.Process(
+                target=_serve, args=(rank, self.size, self.judge_ranks, port, there), daemon=True
+            )
             process.start()
             there.close()
             self._ranks.append((process, here))
@@ -181,13 +195,13 @@ class World:
 
 
 class Worlds:
-    """The worlds of one test module, by size."""
+    """The worlds of one test module, by size; ``worlds[3, 1]`` has a judge rank of its own (parallel/sides.py)."""
 
     def __init__(self):
-        self._worlds: dict[int, World] = {}
+        self._worlds: dict[int | tuple[int, int], World] = {}
 
-    def __getitem__(self, size: int) -> World:
-        return self._worlds.setdefault(size, World(size))
+    def __getitem__(self, size: int | tuple[int, int]) -> World:
+        return self._worlds.setdefault(size, World(size) if isinstance(size, int) else World(*size))
 
     def on(self, layout: str, function: Callable, *args) -> list:
         """``function(layout, *args)`` on the ranks that the named layout of ``ALL_LAYOUTS`` needs."""
@@ -209,5 +223,5 @@ def groups_of(layout: Layout):
     from g2r_megatron.parallel.groups import build_groups
 
     if repr(layout) not in _made:
-        _made[repr(layout)] = build_groups("policy", layout)
+        _made[repr(layout)] = build_groups("judge", layout)  # which of the two is named in errors only
     return _made[repr(layout)]

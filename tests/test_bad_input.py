@@ -92,12 +92,12 @@ OPTIONS = [
     (["--eval_every", "5"], ["eval_every", "5", "data.eval"]),
     (["--checkpoint.keep_last", "0"], ["checkpoint.keep_last", "0", "at least 1"]),
     (["--policy.micro_batch_tokens", "0"], ["policy.micro_batch_tokens", "0", "at least 1"]),
-    (["--policy.layout.tp", "2"], ["policy.layout.tp", "2 x 1 = 2 ranks", "start 2 processes"]),
-    (["--judge.layout.pp", "3"], ["judge.layout.tp x judge.layout.pp", "3 ranks", "world of 1"]),
+    (["--policy.layout.tp", "2"], ["policy.layout.tp", "2 x 1 x 1 = 2 ranks", "start 2 processes"]),
+    (["--judge.layout.pp", "3"], ["judge.layout.tp x judge.layout.cp x judge.layout.pp", "3 ranks", "world of 1"]),
     (["--policy.layout.tp", "0"], ["policy.layout.tp", "0", "at least 1"]),
     (["--policy.layout.sp", "true"], ["policy.layout.sp", "tp 1", "tp 2"]),
     (["--judge.layout.ep", "2"], ["judge.layout.ep", "2 ranks", "one of [1]"]),
-    (["--policy.layout.cp", "2"], ["policy.layout.cp", "2", "only 1"]),
+    (["--policy.layout.cp", "2"], ["policy.layout.cp: 2", "only judge.layout.cp"]),
     (["--policy.layout.vpp", "2"], ["policy.layout.vpp", "2 with pp 1", "pp of 3"]),
 ]
 

@@ -91,7 +91,7 @@ def test_every_number_has_a_range():
         numbers = {
             name
             for name in options.option_names(config_class)
-            if options.type_of(config_class, name) in (int, float, float | None) and ".layout." not in name
+            if options.type_of(config_class, name) in (int, float, int | None, float | None) and ".layout." not in name
         }
         assert numbers == set(ranges)
 

@@ -153,10 +153,10 @@ def test_equals_hugging_face_autograd(family, preset, tiny_hf, worlds, tmp_path)
 
 
 def test_the_layout_does_not_show_in_the_file(tiny_hf, worlds, tmp_path):
-    """Same rows, keys, verdicts and tokens from TP2 PP2 SP with small micro-batches and recompute; numbers to 1e-5."""
+    """Same rows, keys, verdicts and tokens from PP2 CP2 with small micro-batches and recompute; numbers to 1e-5."""
     rows = write_rows(tmp_path / "rows.jsonl", ROWS)
     one = config_for(tiny_hf("qwen2"), rows, tmp_path / "one.jsonl")
-    judge = replace(one.judge, layout=Layout(tp=2, pp=2, sp=True), micro_batch_tokens=300, recompute="full")
+    judge = replace(one.judge, layout=Layout(pp=2, cp=2), micro_batch_tokens=300, recompute="full")
     four = replace(one, output=str(tmp_path / "four.jsonl"), batch_rows=3, judge=judge)
     worlds[1].run(judge_file, one)
     worlds[4].run(judge_file, four)

@@ -16,9 +16,10 @@ from g2r_megatron.config_check import check_judge_config
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.attribution import pooled_weights
 from g2r_megatron.judge.packing import build_trees, row_structure, shared_length, tree_tokens
+from g2r_megatron.judge.routing import tree_places, tree_rows
 from g2r_megatron.judge.types import ItemJudgement, JudgeInput, backward_passes
 from g2r_megatron.model.tree_attention import _flex, sees, tree_attention
-from g2r_megatron.parallel.microbatches import pack_rows
+from g2r_megatron.parallel.microbatches import pack_rows, padded
 
 HEADS, GROUPS, DIM = 4, 2, 16
 LONG = 1000
@@ -170,6 +171,48 @@ def test_attention_and_its_gradient_are_those_of_separate_sequences(seed, window
     wanted = torch.autograd.grad((dense * pull).sum(), heads)
     for gradient, want in zip(torch.autograd.grad((found * pull).sum(), heads), wanted, strict=True):
         assert relative(gradient, want) <= 1e-5
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("seed", range(3))
+def test_shares_of_a_row_together_are_the_row(seed, ranks, window):
+    """Context parallel ranks' outputs (FlexAttention's too) are those of their positions, and the gradients of key and
+
+    value sum to the row's, without a factor. The collective that gathers and sums them: test_parity_judge_layouts.py.
+    """
+    trees, structure, _ = random_row(seed)
+    structure = row_structure(trees, padded(structure.size(1), ranks))
+    query, key, value = heads = random_heads(seed, structure.size(1))
+    pull = torch.randn(query.shape, generator=torch.Generator().manual_seed(seed))
+    whole = tree_attention(*heads, structure, window, None)
+    wanted = torch.autograd.grad((whole * pull).sum(), heads)
+    total = 0
+    for rank in range(ranks):
+        mine, share = (slice(None), slice(None), slice(rank, None, ranks)), (rank, ranks)
+        found = tree_attention(query[mine], key, value, structure, window, None, share)
+        assert relative(found, whole[mine]) <= 1e-6
+        flex = _flex(query[mine].detach(), key.detach(), value.detach(), structure, window, None, share)
+        assert relative(flex, whole[mine]) <= 1e-5
+        total = total + (found * pull[mine]).sum()
+    for gradient, want in zip(torch.autograd.grad(total, heads), wanted, strict=True):
+        assert relative(gradient, want) <= 1e-6
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_routing_of_a_verdicts_tree_is_found_in_other_trees(seed):
+    """Rows of the table (here: the tokens themselves) for trees of some of the inputs, alone and together."""
+    numbers = random.Random(seed)
+    inputs = criteria_last(numbers, numbers.randrange(1, 7))
+    places, table = {}, list(range(1000, 1003))  # of a response judged before
+    for tree in build_trees(inputs, numbers.choice([30, LONG])):
+        places |= tree_places(tree, inputs, len(table))
+        table += tree.ids
+    places = list(places.values())
+    some = sorted(numbers.sample(range(len(inputs)), numbers.randrange(1, len(inputs) + 1)))
+    for tree in build_trees([inputs[k] for k in some], LONG):
+        rows = tree_rows(tree, [places[some[item]] for item in tree.items])
+        assert [table[row] for row in rows] == tree.ids
 
 
 def test_rows_hold_everything_once_within_the_budget():

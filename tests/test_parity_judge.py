@@ -2,7 +2,8 @@
 
 The reference is plain transformers in this process: embeddings as a leaf, one sequence at a time, its own softmax.
 Tolerances (fp32): token rewards 1e-5 of their norm, attributions 1e-4 of their norm and 1e-6 of |g_t||e_t| (g.e is a
-cancellation). Leaves out bf16, context and expert parallelism, and the prompt: ``JudgePrompt`` builds both sides'.
+cancellation). Other layouts and mixtures of experts: test_parity_judge_layouts.py. Leaves out bf16, and the prompt:
+``JudgePrompt`` builds both sides'.
 """
 
 import json
@@ -216,8 +217,10 @@ def reference_alpha(b: torch.Tensor, variant: Variant, texts: list[str]) -> torc
         alpha = alpha / alpha.sum()
     elif variant.pool == "sentence":
         start = 0
-        for t, text in enumerate(texts):
-            if t + 1 == len(texts) or any(mark in text for mark in ".!?\n"):
+        for t in range(len(texts)):
+            ended = any(mark in text for text in texts[start : t + 1] for mark in ".!?\n")
+            # tokens of delimiters and white space alone stay with the sentence before them
+            if t + 1 == len(texts) or (ended and texts[t + 1].strip(".!?\n").strip()):
                 alpha[start : t + 1] = alpha[start : t + 1].mean()
                 start = t + 1
     return alpha

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distributed import ALL_LAYOUTS, fits, groups_of
+from distributed import ALL_LAYOUTS, EXPERT_LAYOUTS, LAYOUTS, STAGE_LAYOUTS, fits, groups_of
 from g2r_megatron.config import Layout, Precision
 from tiny_models import FAMILIES
 
@@ -53,7 +53,7 @@ def layers_of(name: str) -> int:
 
 CASES = [
     (layout, name)
-    for layout in ALL_LAYOUTS
+    for layout in LAYOUTS | EXPERT_LAYOUTS | STAGE_LAYOUTS
     for name in CHECKPOINTS
     if fits(layout, layers=layers_of(name), moe=CHECKPOINTS[name][0] in MOE)
 ]

@@ -39,7 +39,7 @@ QUERY = Query(
 )
 RESPONSES = ["rest", "A note on fever: rest and see a doctor if it lasts longer than three days.", ""]
 FAMILIES = ("qwen3", "mistral", "qwen3_moe")  # mistral's window of 24 is shorter than the prefix
-CASES = ("tp1pp1", "tp2pp1sp", "tp1pp2", "tp1pp1dp2", "ep2", "pp4_vpp2")
+CASES = ("tp1pp1", "tp2pp1sp", "tp1pp2", "tp1pp1dp2", "ep2", "pp4_vpp2", "cp2")
 
 
 @dataclass(frozen=True)

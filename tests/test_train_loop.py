@@ -56,7 +56,7 @@ def models_of(arguments: list[str]) -> dict:
 
     config = resolve_preset(options.parse(TrainConfig, "g2r train", arguments))
     workers = build_workers(config, read_inputs(config))
-    judge, policy, reference = workers.judge.judge.model, workers.trainer.model, workers.reference
+    judge, policy, reference = workers.judge.stage.judge.model, workers.trainer.model, workers.reference
     found = {"reference": None if reference is None else "judge" if reference is judge else "own"}
     if reference is not None:
         mine = {p.data_ptr() for p in policy.chunks[0].parameters()}
@@ -92,7 +92,7 @@ def layout_options(policy: Layout, judge: Layout) -> list[str]:
     return [
         f"--{name}.layout.{option}={str(getattr(layout, option)).lower()}"
         for name, layout in (("policy", policy), ("judge", judge))
-        for option in ("tp", "pp", "sp")
+        for option in ("tp", "pp", "cp", "sp")
     ]
 
 
@@ -169,8 +169,13 @@ def test_four_ranks_train_as_one_does(worlds, task, one_process, tmp_path, prese
 
 @pytest.mark.parametrize(
     ("ranks", "policy", "judge", "limit"),
-    [(1, Layout(), Layout(), 0.0), (2, Layout(tp=2), Layout(tp=2), 0.0), (2, Layout(), Layout(tp=2, sp=True), 1e-9)],
-    ids=["one rank", "tp2 both", "policy dp2, judge tp2"],
+    [
+        (1, Layout(), Layout(), 0.0),
+        (2, Layout(tp=2), Layout(tp=2), 0.0),
+        (2, Layout(), Layout(tp=2, sp=True), 1e-9),
+        (2, Layout(), Layout(cp=2), 0.0),  # the reference is then a copy of its own, laid out as the policy
+    ],
+    ids=["one rank", "tp2 both", "policy dp2, judge tp2", "policy dp2, judge cp2"],
 )
 def test_the_first_kl_is_zero(worlds, task, tmp_path, ranks, policy, judge, limit):
     """Before the first update the policy is the reference: exactly where both are laid out alike, else to rounding."""

@@ -4,6 +4,7 @@ Every rank passes the same global list of inputs; data-parallel replicas each do
 sequence, a few scalars a response token) are summed into place over the world. Hidden-sized tensors never travel.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,9 +15,10 @@ from g2r_megatron.config import JudgeConfig
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.memory import check_memory
 from g2r_megatron.judge.packing import Tree, build_trees, row_structure
+from g2r_megatron.judge.routing import Routing
 from g2r_megatron.judge.types import JudgeInput
 from g2r_megatron.model.build import MegatronModel
-from g2r_megatron.model.schedule import TokenBatch, forward_tokens, replica_plan, run_schedule
+from g2r_megatron.model.schedule import TokenBatch, replica_plan, run_schedule
 from g2r_megatron.parallel import cpu
 from g2r_megatron.parallel.microbatches import pack_rows, padded
 from g2r_megatron.parallel.vocab import log_probs_at
@@ -60,7 +62,9 @@ class TokenGradients:
 class TreeBatch(TokenBatch):
     """One packed row of trees; ``items`` and ``logit_rows`` run over the sequences of all trees.
 
-    ``starts``: the row position of each tree's first token. A filler has no trees.
+    ``starts``: the row position of each tree's first token. A filler has no trees. Under context parallelism
+    ``input_ids`` and ``position_ids`` are this rank's positions of the row, and ``items`` and ``logit_rows`` the
+    sequences whose verdict is at one of them; ``trees``, ``starts`` and ``structure`` are the whole row's.
     """
 
     trees: list[Tree]
@@ -69,18 +73,20 @@ class TreeBatch(TokenBatch):
 
 def tree_batch(model: MegatronModel, trees: Sequence[Tree]) -> TreeBatch:
     """``trees`` in one row on the model's device, padded to its length multiple at the end."""
-    ids, rows, starts = [], [], []
+    ids, verdicts, starts = [], [], []
     for tree in trees:
         starts.append(len(ids))
-        rows += [len(ids) + verdict for verdict in tree.verdicts]
+        verdicts += [(len(ids) + at, item) for at, item in zip(tree.verdicts, tree.items, strict=True)]
         ids += tree.ids
     length, device = padded(max(1, len(ids)), model.length_multiple), cpu.device()
     structure = row_structure(trees, length)
+    rank, ranks = model.groups.pgs.cp.rank(), model.groups.pgs.cp.size()
+    mine = [(at, item) for at, item in verdicts if at % ranks == rank]
     return TreeBatch(
-        input_ids=torch.tensor([ids + [0] * (length - len(ids))], device=device),
-        logit_rows=torch.tensor(rows, dtype=torch.int64, device=device),
-        items=[item for tree in trees for item in tree.items],
-        position_ids=structure[2].long().to(device),
+        input_ids=torch.tensor([(ids + [0] * (length - len(ids)))[rank::ranks]], device=device),
+        logit_rows=torch.tensor([at // ranks for at, _ in mine], dtype=torch.int64, device=device),
+        items=[item for _, item in mine],
+        position_ids=structure[2, rank::ranks].long().to(device),
         structure=structure,
         trees=list(trees),
         starts=starts,
@@ -94,6 +100,7 @@ class FrozenJudge:
         self.model, self.config = model, config
         self.true_ids, self.false_ids = true_ids, false_ids
         model.freeze()  # frozen linears take Megatron-Core's dgrad-only path
+        self.routing = Routing(model)
         self._mean_embedding = self._compute_mean_embedding() if config.attribution == "contracted" else None
 
     def _compute_mean_embedding(self) -> torch.Tensor | None:
@@ -132,18 +139,18 @@ class FrozenJudge:
         are broken.
         """
         self.model.train(False)
-        trees, total = [], 0
+        trees, everything = [], []
         for inputs in responses:
-            trees += build_trees(inputs, self.config.max_length, total)
-            total += len(inputs)
+            trees += build_trees(inputs, self.config.max_length, len(everything))
+            everything += inputs
 
         def collect(batch: TreeBatch, logits: torch.Tensor):
             return None, (batch.items, self._verdict_log_probs(logits))
 
-        results = run_schedule(
-            self.model, self._micro_batches(trees, backward=False), forward_tokens, collect, backward=False
-        )
-        table = torch.zeros(total, 2, device=cpu.device())
+        with self.routing.recording(trees, everything) as forward:
+            batches = self._micro_batches(trees, backward=False)
+            results = run_schedule(self.model, batches, forward, collect, backward=False)
+        table = torch.zeros(len(everything), 2, device=cpu.device())
         if self.model.groups.is_replica_writer:
             for items, values in results:
                 table[items] = values
@@ -163,12 +170,13 @@ class FrozenJudge:
         The target of an input: log p(verdict), or logit(True) - logit(False) = log p(True) - log p(False), which does not
         saturate (for several spellings, of their summed probabilities). METHOD.md steps 2 and 3.
         """
-        trees, owners, verdicts, weights = [], [], [], []  # owners: the pass of each input
+        trees, inputs, owners, verdicts, weights = [], [], [], [], []  # owners: the pass of each input
         for number, item in enumerate(passes):
             found = build_trees(item.inputs, self.config.max_length, len(owners))
             if len(found) != 1:
                 raise ValueError(f"the {len(item.inputs)} inputs of pass {number} are not one sequence")
             trees += found
+            inputs += item.inputs
             owners += [number] * len(item.inputs)
             verdicts += item.verdicts
             weights += item.weights
@@ -178,7 +186,7 @@ class FrozenJudge:
         batches = self._micro_batches(trees, backward=True)
         reduced: list[TreeBatch] = []
 
-        def forward(module: torch.nn.Module, batch: TreeBatch):
+        def from_leaf(module: torch.nn.Module, batch: TreeBatch):
             leaf = None
             if self.model.groups.is_first_stage and module is self.model.modules[0]:
                 leaf, direction = self._embedding_leaf(batch)
@@ -192,7 +200,7 @@ class FrozenJudge:
                     reduced.append(batch)
 
                 leaf.register_post_accumulate_grad_hook(reduce)
-            return forward_tokens(module, batch, leaf)
+            return forward(module, batch, leaf)
 
         def target(batch: TreeBatch, logits: torch.Tensor):
             log_probs = self._verdict_log_probs(logits)  # [n, 2]
@@ -206,7 +214,8 @@ class FrozenJudge:
         # Megatron-Core recomputes activations in train mode only, and Transformer Engine picks attention kernels that have a
         # backward only there; the model has no dropout.
         self.model.train()
-        run_schedule(self.model, batches, forward, target, backward=True)
+        with self.routing.replaying(inputs) as forward:
+            run_schedule(self.model, batches, from_leaf, target, backward=True)
         self.model.train(False)
         if self.model.groups.is_first_stage and len(reduced) != len(batches):
             raise RuntimeError(f"{len(batches)} judge backward passes left {len(reduced)} gradients at the embeddings")
@@ -217,7 +226,7 @@ class FrozenJudge:
         ]
 
     def _embedding_leaf(self, batch: TreeBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(leaf, d): the decoder input [s, 1, h] (this TP rank's slice under SP) as a leaf, and the directions d."""
+        """(leaf, d): the decoder input [s, 1, h] of this rank's positions as a leaf, and the directions d."""
         with torch.no_grad():
             embedding = self.model.chunks[0].embedding(batch.input_ids, position_ids=None)
             if self._mean_embedding is None:
@@ -226,30 +235,31 @@ class FrozenJudge:
                 mean = self._mean_embedding.to(embedding.dtype)
                 direction = embedding - mean
                 leaf = embedding.clone()
-                for _, _, here in self._local_spans(batch, leaf.size(0)):
+                for _, _, here in self._local_spans(batch):
                     leaf[here] = mean + self.config.contraction * direction[here]
         return leaf.detach().clone().requires_grad_(), direction
 
-    def _local_spans(self, batch: TreeBatch, local_length: int) -> list[tuple[int, slice, slice]]:
-        """Where responses are in this TP rank's slice of the row: (tree, tokens of the response, local positions)."""
-        # under sequence parallelism a TP rank has the positions from first on, else all of them
-        first = self.model.groups.pgs.tp.rank() * local_length if self.model.config.sequence_parallel else 0
+    def _local_spans(self, batch: TreeBatch) -> list[tuple[int, slice, slice]]:
+        """Which response tokens are at this rank's positions of the row: (tree, tokens of the response, local positions)."""
+        here = self.model.row_positions(batch.structure.size(1))
         spans = []
         for number, (tree, start) in enumerate(zip(batch.trees, batch.starts, strict=True)):
             begin = start + tree.response_start
-            low, high = max(begin, first), min(start + tree.response_end, first + local_length)
+            low, high = bisect_left(here, begin), bisect_left(here, start + tree.response_end)
             if low < high:
-                spans.append((number, slice(low - begin, high - begin), slice(low - first, high - first)))
+                tokens = slice(here[low] - begin, here[high - 1] - begin + 1, here.step)
+                spans.append((number, tokens, slice(low, high)))
         return spans
 
     def _reduce_into(self, spans: list[torch.Tensor], batch: TreeBatch, grad, direction) -> None:
         """Write this rank's (g.d, |g|_1, |g|^2, |d|^2) of its response tokens into each tree's span [T, 4].
 
-        Each token is written by exactly one rank: TP rank 0, or under SP the rank that holds its slice.
+        Each token is written by exactly one rank: the context parallel rank that has its position, and of its TP ranks
+        the first, or under SP the one that has its slice.
         """
         if self.model.groups.pgs.tp.rank() > 0 and not self.model.config.sequence_parallel:
             return
-        for number, tokens, here in self._local_spans(batch, grad.size(0)):
+        for number, tokens, here in self._local_spans(batch):
             g, d = grad[here, 0].float(), direction[here, 0].float()
             stats = [(g * d).sum(-1), g.abs().sum(-1), g.square().sum(-1), d.square().sum(-1)]
             spans[number][tokens] = torch.stack(stats, dim=-1)

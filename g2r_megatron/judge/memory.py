@@ -17,7 +17,6 @@ def judge_activation_bytes(
     *,
     layers: int,
     row_tokens: int,
-    branch_tokens: int = 0,
     verdicts: int = 1,
     tp: int = 1,
     sp: bool = False,
@@ -26,14 +25,15 @@ def judge_activation_bytes(
     bytes_per_number: int = 4,
     recompute: str = "none",
     backward: bool = True,
+    window: bool = False,
     rows: int = 1,
 ) -> int:
     """Peak bytes of one rank while the judge runs a row of ``row_tokens``, above weights: an upper estimate.
 
-    ``layers`` on this rank (of all its virtual stages), ``branch_tokens`` of the row that belong to criteria (0: nothing
-    is shared), ``verdicts`` in it, ``bytes_per_number`` of activations (4 fp32, 2 bf16), ``recompute`` as in the config
-    ("selective" is counted as "none"), ``backward``: the attribution pass, else the verdict pass, ``rows``: micro-batches
-    in flight (``rows_in_flight``). The formula is derived in judge/packing.py and held to measurements by
+    ``layers`` on this rank (of all its virtual stages), ``verdicts`` in the row, ``bytes_per_number`` of activations (4
+    fp32, 2 bf16), ``recompute`` as in the config ("selective" is counted as "none"), ``backward``: the attribution pass,
+    else the verdict pass, ``window``: some layers have a sliding window, ``rows``: micro-batches in flight
+    (``rows_in_flight``). The formula is explained in judge/packing.py and held to measurements by
     tests/test_judge_memory.py and benchmarks/judge_growth.py.
     """
     g, tokens = geometry, -(-row_tokens // cp)
@@ -42,13 +42,18 @@ def judge_activation_bytes(
     if g.experts:
         mlp = max(whole + 3 * g.experts_per_token * g.expert_ffn / etp, mlp if g.dense_layers else 0)
     kept = 2 * whole + 3 * attention + 4 * g.head_dim + mlp  # of a layer, a token
+    if cp > 1:
+        kept += 2 * max(g.kv_heads, tp) * g.head_dim / tp * cp  # keys and values of the whole row
     at_work = 4 * whole + 2 * attention + mlp
     numbers = at_work
     if backward:
         numbers += 4 * whole  # embeddings, directions, the leaf and its gradient
         numbers += rows * layers * whole + kept if recompute == "full" else rows * layers * kept
     logits = 12 * verdicts * g.padded_vocab(tp, 1) / tp
-    mask = bytes_per_number * branch_tokens * tokens if cpu.on_cpu() else 4 * tokens * tokens
+    if cpu.on_cpu():
+        mask = bytes_per_number * row_tokens * tokens if window or cp > 1 else 0
+    else:
+        mask = 4 * row_tokens * tokens
     return round(bytes_per_number * tokens * numbers + logits + mask)
 
 
@@ -72,7 +77,6 @@ def check_memory(model: MegatronModel, rows: Sequence[Sequence[Tree]], config, b
             model.geometry,
             layers=layers,
             row_tokens=length,
-            branch_tokens=sum(sum(tree.branches) for tree in row),
             verdicts=items,
             tp=layout.tp,
             sp=layout.sp,
@@ -81,6 +85,7 @@ def check_memory(model: MegatronModel, rows: Sequence[Sequence[Tree]], config, b
             bytes_per_number=bytes_per_number,
             recompute=config.recompute,
             backward=backward,
+            window=model.hf.sliding_window is not None,
             rows=min(rows_in_flight(layout.pp, layout.vpp), len(rows)),
         )
         if found > need:

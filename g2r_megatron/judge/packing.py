@@ -16,12 +16,13 @@ number, on one rank, above the weights:
     attribution        ~ that + a S (4 h + L (2 h + 3 (q + k) + 2 f))    kept until the row's backward
       recompute full   ~ that + a S (6 h + L h + 3 (q + k) + 2 f)
     both               + 12 n V                                 logits and their softmax, fp32
-                       + a B S on CPU, 4 S^2 on GPU             masks
+                       + 4 S^2 on GPU, a S^2 on CPU where a window is narrower than the row, or under CP: masks
 
-TP divides all but the h, sequence and context parallelism these as well; pipeline stages keep as many rows as there are
-stages. The largest real HealthBench rubric, 33 items of 110 tokens, on a response of 4096 tokens after a conversation
-of 400 is a row of S = 8126 tokens; in a Qwen2.5-7B judge (h 3584, f 18944, L 28, bf16) that is 26 GiB without recompute and
-3.8 GiB with it on one GPU.
+TP divides all but the h, sequence parallelism these as well; with c context parallel ranks a rank has S / c positions, and
+the keys and values of all S in each layer; pipeline stages keep as many rows as there are stages. The recorded routing of
+a mixture of experts comes on top, in host memory (judge/routing.py). The largest real HealthBench rubric, 33 items of 110
+tokens, on a response of 4096 tokens after a conversation of 400 is a row of S = 8126 tokens; in a Qwen2.5-7B judge (h 3584,
+f 18944, L 28, bf16) that is 26 GiB without recompute and 3.8 GiB with it on one GPU.
 """
 
 from collections.abc import Sequence

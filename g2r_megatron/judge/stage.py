@@ -73,13 +73,19 @@ class JudgeStage:
                 item.cos = gradients.cos
 
     def alphas(self, body: list[int], judgements: list[ItemJudgement]) -> list[torch.Tensor | None]:
-        """alpha_t [T] of each item over the ``body`` of one response; None where no backward ran."""
-        c, sentences = self.config, None
-        if c.pool == "sentence":
-            sentences = sentence_ids(token_texts(self.prompt.body_tokenizer, body), c.sentence_delimiters)
-        _, alignment = self.prompt.response(body)
-        options = c.tau, c.standardize, c.pool, c.smear_gamma, sentences, alignment
-        return [
-            None if item.attribution is None else alpha_from_attribution(item.attribution, *options)
-            for item in judgements
-        ]
+        """``item_alphas`` of one response."""
+        return item_alphas(self.prompt, self.config, body, judgements)
+
+
+def item_alphas(
+    prompt: JudgePrompt, config: JudgeConfig, body: list[int], judgements: list[ItemJudgement]
+) -> list[torch.Tensor | None]:
+    """alpha_t [T] of each item over the ``body`` of one response; None where no backward ran. Needs no judge."""
+    sentences = None
+    if config.pool == "sentence":
+        sentences = sentence_ids(token_texts(prompt.body_tokenizer, body), config.sentence_delimiters)
+    _, alignment = prompt.response(body)
+    options = config.tau, config.standardize, config.pool, config.smear_gamma, sentences, alignment
+    return [
+        None if item.attribution is None else alpha_from_attribution(item.attribution, *options) for item in judgements
+    ]

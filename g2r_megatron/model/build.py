@@ -53,8 +53,21 @@ class MegatronModel:
 
     @property
     def length_multiple(self) -> int:
-        """Sequence lengths are padded to this: sequence parallelism splits them over TP."""
-        return self.token_multiple * (self.groups.layout.tp if self.groups.layout.sp else 1)
+        """Sequence lengths are padded to this: context parallelism splits them, sequence parallelism again over TP."""
+        layout = self.groups.layout
+        return self.token_multiple * layout.cp * (layout.tp if layout.sp else 1)
+
+    def row_positions(self, length: int) -> range:
+        """Positions of a packed row of ``length`` tokens whose hidden states this rank has (model/tree_attention.py).
+
+        Under sequence parallelism a slice of its context parallel rank's positions, else all of them.
+        """
+        cp, tp = self.groups.pgs.cp, self.groups.pgs.tp
+        mine = range(length)[cp.rank() :: cp.size()]
+        if not self.config.sequence_parallel:
+            return mine
+        part = len(mine) // tp.size()
+        return mine[tp.rank() * part : (tp.rank() + 1) * part]
 
     @property
     def training(self) -> bool:
@@ -189,6 +202,7 @@ def _moe_options(hf: HFModel, layout: Layout, backend: BackendSpecProvider) -> d
         moe_router_pre_softmax=not getattr(hf.config, "norm_topk_prob", True),  # Mixtral always normalises
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
+        moe_enable_routing_replay=True,  # does nothing until it is told to (judge/routing.py)
         moe_router_dtype="fp32",
         moe_grouped_gemm=not isinstance(backend, TorchSpecProvider),
         expert_model_parallel_size=layout.ep,
@@ -323,6 +337,7 @@ def build_empty_model(
         gpt = gpt.to(device)
         # transformers' own frequencies: every rope type that open_hf_model accepts, with all its parameters.
         gpt.rotary_pos_emb.inv_freq = hf.inverse_frequencies().to(device)
+        gpt.rotary_pos_emb.cp_group = None  # all angles of the row: position_ids say which are this rank's
         modules.append(Float16Module(config, gpt) if config.bf16 else gpt)
         chunks.append(gpt)
         offsets.append(offset)

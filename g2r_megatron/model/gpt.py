@@ -100,7 +100,8 @@ def block_spec(config, backend: BackendSpecProvider, is_moe: list[bool]) -> Tran
 class SelectiveGPTModel(GPTModel):
     """GPTModel whose ``forward`` takes ``logit_rows`` and heeds ``position_ids``.
 
-    ``position_ids``: None (0..s-1), or int64 [s] below s, for a batch of one row (no context parallelism).
+    ``position_ids``: None (0..s-1), or int64 [s] for a batch of one row. Under context parallelism this rank's input and
+    its ``position_ids`` are s of the row's positions, and there is no None.
 
     ``logit_rows``: int64 [n], indices into the flattened ``[b, s]`` positions (b * s_total + s). The last pipeline
     stage then returns logits ``[n, vocab / tp]``; other stages ignore it. Without it, GPTModel as it is.
@@ -114,7 +115,7 @@ class SelectiveGPTModel(GPTModel):
 
     def _preprocess(self, input_ids, position_ids, *args, **kwargs):
         decoder_input, rotary, *rest = super()._preprocess(input_ids, None, *args, **kwargs)
-        # rotary: [s, 1, 1, d], the angles of positions 0..s-1
+        # rotary: [s of the whole row, 1, 1, d], the angles of positions 0..s-1
         return decoder_input, rotary if position_ids is None else rotary[position_ids], *rest
 
     def _postprocess(self, hidden_states, *args, **kwargs):

@@ -4,23 +4,24 @@ from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
 from g2r_megatron.model.torch_layers import layer_window
-from g2r_megatron.model.tree_attention import tree_attention
+from g2r_megatron.model.tree_attention import row_attention
 
 
 class TreeTEAttention(TEDotProductAttention):
     """Transformer Engine's attention, and FlexAttention for a row with a structure (model/tree_attention.py)."""
 
-    def __init__(self, config, layer_number, *args, softmax_scale=None, **kwargs):
-        super().__init__(config, layer_number, *args, softmax_scale=softmax_scale, **kwargs)
+    def __init__(self, config, layer_number, *args, softmax_scale=None, pg_collection, **kwargs):
+        super().__init__(
+            config, layer_number, *args, softmax_scale=softmax_scale, pg_collection=pg_collection, **kwargs
+        )
         self.tree_scale, self.tree_window = softmax_scale, layer_window(config, layer_number)
+        self.tree_cp_group = pg_collection.cp
 
     def forward(self, query, key, value, attention_mask, *args, **kwargs):
         """``query`` [sq, b, np, hn], ``key``/``value`` [sk, b, ng, hn] -> [sq, b, np * hn]."""
         if attention_mask is None:
             return super().forward(query, key, value, attention_mask, *args, **kwargs)
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        context = tree_attention(q, k, v, attention_mask, self.tree_window, self.tree_scale)
-        return context.permute(2, 0, 1, 3).flatten(2)
+        return row_attention(query, key, value, attention_mask, self.tree_window, self.tree_scale, self.tree_cp_group)
 
 
 class TreeTESpecProvider(TESpecProvider):

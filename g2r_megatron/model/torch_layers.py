@@ -13,7 +13,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 
-from g2r_megatron.model.tree_attention import tree_attention
+from g2r_megatron.model.tree_attention import row_attention
 from g2r_megatron.parallel import cpu
 
 
@@ -105,11 +105,15 @@ class SwiGLU:
 class SDPACoreAttention(torch.nn.Module):
     """Counterpart of ``TEDotProductAttention``: causal, over a KV cache, or over a packed row (tree_attention.py).
 
-    In layers with a sliding window a position sees itself and the ``window_size[0]`` positions before it.
+    In layers with a sliding window a position sees itself and the ``window_size[0]`` positions before it. Under context
+    parallelism it takes packed rows only.
     """
 
-    def __init__(self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, **kwargs):
+    def __init__(
+        self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, *, pg_collection, **kwargs
+    ):
         super().__init__()
+        self.cp_group = pg_collection.cp
         self.softmax_scale = softmax_scale
         self.window = layer_window(config, layer_number)
 
@@ -125,9 +129,9 @@ class SDPACoreAttention(torch.nn.Module):
             raise ValueError("SDPACoreAttention takes no attention_bias or packed_seq_params")
         value = value.contiguous()  # a view of the whole QKV projection, which the backward would keep for it
         if attention_mask is not None:
-            q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-            context = tree_attention(q, k, v, attention_mask, self.window, self.softmax_scale)
-            return context.permute(2, 0, 1, 3).flatten(2)
+            return row_attention(query, key, value, attention_mask, self.window, self.softmax_scale, self.cp_group)
+        if self.cp_group.size() > 1:
+            raise ValueError("under context parallelism only packed rows can be run")
         causal = attn_mask_type == AttnMaskType.causal
         if causal and query.size(0) != key.size(0):
             raise ValueError(f"causal attention needs equal lengths, got {query.size(0)} queries, {key.size(0)} keys")

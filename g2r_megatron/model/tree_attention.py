@@ -4,6 +4,9 @@ A row is described by its *structure*, int32 [3, S] on the CPU: for every positi
 (0: the tree's prefix, 1..: the branches that follow it) and its position within the sequence prefix + branch, as rotary
 embedding counts it. It travels as the ``attention_mask`` of a model because a tensor passes through activation
 recompute; it stays on the CPU so that every layer can look up what was made of it once, without waiting for a GPU.
+
+Context parallelism: of C ranks, rank r has the row's positions r, r + C, r + 2 C, ... Whatever trees a row holds, each
+rank then has nearly the same number of scores to compute. Queries stay where they are, keys and values are gathered.
 """
 
 from dataclasses import dataclass
@@ -11,6 +14,7 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from g2r_megatron.model.branch_attention import Branches, TreeAttention
@@ -34,6 +38,36 @@ def sees(structure: torch.Tensor, query: torch.Tensor, key: torch.Tensor, window
     return seen
 
 
+def row_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    structure: torch.Tensor,
+    window: int | None,
+    scale: float | None,
+    cp_group: torch.distributed.ProcessGroup,
+) -> torch.Tensor:
+    """Core attention over this context parallel rank's positions of a row (collective over ``cp_group``).
+
+    ``query`` [S/C, 1, np, d], ``key``/``value`` [S/C, 1, ng, d] -> [S/C, 1, np * d]; ``structure`` [3, S] is the row's.
+    """
+    if cp_group.size() > 1:
+        both = gather_positions(torch.cat([key, value], dim=-1), cp_group)
+        key, value = both.split([key.size(-1), value.size(-1)], dim=-1)
+    q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+    context = tree_attention(q, k, v, structure, window, scale, (cp_group.rank(), cp_group.size()))
+    return context.permute(2, 0, 1, 3).flatten(2)
+
+
+def gather_positions(x: torch.Tensor, cp_group: torch.distributed.ProcessGroup) -> torch.Tensor:
+    """[S/C, ...] of every context parallel rank -> [S, ...] in the order of the row.
+
+    Backward: every rank's gradients of a position are summed on the rank that has it.
+    """
+    by_rank = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=cp_group)
+    return by_rank.unflatten(0, (cp_group.size(), x.size(0))).transpose(0, 1).flatten(0, 1)
+
+
 def tree_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -41,17 +75,22 @@ def tree_attention(
     structure: torch.Tensor,
     window: int | None,
     scale: float | None,
+    share: tuple[int, int] = (0, 1),
 ) -> torch.Tensor:
-    """Attention of a row by ``sees``: ``query`` [1, heads, S, d], ``key``/``value`` [1, groups, S, d] -> [1, heads, S, d].
+    """Attention of a row by ``sees``: ``query`` [1, heads, q, d], ``key``/``value`` [1, groups, S, d] -> [1, heads, q, d].
 
-    Equals attention over each (prefix + branch) on its own. Differentiable.
+    ``share`` (r, C): the queries are the row's positions r, r + C, ...; by default all of them. Equals attention over
+    each (prefix + branch) on its own. Differentiable.
     """
-    if query.size(0) != 1 or structure.shape != (3, query.size(2)):
-        raise ValueError(f"structure {tuple(structure.shape)} does not describe a row of shape {tuple(query.shape)}")
+    queries = (query.size(0), query.size(2) * share[1])
+    if queries != (1, key.size(2)) or structure.shape != (3, key.size(2)):
+        raise ValueError(
+            f"structure {tuple(structure.shape)} does not describe queries {tuple(query.shape)} of {share}"
+        )
     if query.is_cuda:
-        return _flex(query, key, value, structure, window, scale)
+        return _flex(query, key, value, structure, window, scale, share)
     rows = structure.numpy().tobytes()
-    return _tree_by_tree(query, key, value, _tree_masks(rows, window, query.dtype), scale)
+    return _tree_by_tree(query, key, value, _tree_masks(rows, window, query.dtype, share), scale)
 
 
 # CPU: each tree on its own, so that a row of many trees does not pay for S x S scores.
@@ -59,45 +98,54 @@ def tree_attention(
 
 @dataclass(frozen=True)
 class TreeMask:
-    """Of one tree: tokens of its prefix and of all its branches, and what each of them may see.
+    """Of one tree: tokens of its prefix and of all its branches, how many of them ask, and what those may see.
 
-    The masks are added to the scores: ``prefix_mask`` [prefix, prefix], None for a causal one; ``branch_mask``
-    [branches, prefix + branches]. Where no window is narrower than the tree there are no masks, but ``apart``.
+    The masks are added to the scores: ``prefix_mask`` [prefix queries, prefix], None for a causal one; ``branch_mask``
+    [branch queries, prefix + branches]. Where all positions ask and no window is narrower than the tree there are no
+    masks, but ``apart``.
     """
 
     prefix: int
     branches: int
+    queries: tuple[int, int]  # in the prefix, in the branches
     prefix_mask: torch.Tensor | None
     branch_mask: torch.Tensor | None
     apart: Branches | None = None
 
 
 @lru_cache(maxsize=KEPT_ROWS)
-def _tree_masks(structure: bytes, window: int | None, dtype: torch.dtype) -> tuple[TreeMask, ...]:
+def _tree_masks(
+    structure: bytes, window: int | None, dtype: torch.dtype, share: tuple[int, int]
+) -> tuple[TreeMask, ...]:
     """The row's trees in order. Made once a row, not once a layer: autograd would keep each layer's copy."""
+    first, step = share
     rows = torch.frombuffer(bytearray(structure), dtype=torch.int32).view(3, -1)
     masks, start = [], 0
     for length in torch.unique_consecutive(rows[0], return_counts=True)[1].tolist():
         tree = rows[:, start : start + length]
         prefix = int((tree[1] == 0).sum())
         at = torch.arange(length)
+        asking = at[(start + at) % step == first]
+        in_prefix, in_branches = asking[asking < prefix], asking[asking >= prefix]
         start += length
-        if prefix < length and (window is None or int(tree[2].max()) <= window):
+        if step == 1 and prefix < length and (window is None or int(tree[2].max()) <= window):
             lengths = torch.unique_consecutive(tree[1, prefix:], return_counts=True)[1].tolist()
-            masks.append(TreeMask(prefix, length - prefix, None, None, Branches.of(prefix, lengths)))
+            sizes = prefix, length - prefix
+            masks.append(TreeMask(*sizes, sizes, None, None, Branches.of(prefix, lengths)))
             continue
 
         def added(queries: torch.Tensor, keys: torch.Tensor, tree: torch.Tensor = tree) -> torch.Tensor:
             seen = sees(tree, queries[:, None], keys[None, :], window)
             return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
 
-        narrow = window is not None and prefix > window + 1
+        causal = step == 1 and (window is None or prefix <= window + 1)
         masks.append(
             TreeMask(
                 prefix,
                 length - prefix,
-                added(at[:prefix], at[:prefix]) if narrow else None,
-                added(at[prefix:], at) if length > prefix else None,
+                (len(in_prefix), len(in_branches)),
+                None if causal else added(in_prefix, at[:prefix]),
+                added(in_branches, at) if len(in_branches) else None,
             )
         )
     return tuple(masks)
@@ -105,21 +153,24 @@ def _tree_masks(structure: bytes, window: int | None, dtype: torch.dtype) -> tup
 
 def _tree_by_tree(query, key, value, trees: tuple[TreeMask, ...], scale: float | None) -> torch.Tensor:
     gqa = query.size(1) != key.size(1)
+    asking = [sum(tree.queries) for tree in trees]
     lengths = [tree.prefix + tree.branches for tree in trees]
     out = []
-    for tree, q, k, v in zip(trees, *(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
+    split = query.split(asking, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2)
+    for tree, q, k, v in zip(trees, *split, strict=True):
         if tree.apart is not None:
             out.append(TreeAttention.apply(q, k, v, tree.apart, scale))
             continue
-        q_prefix, q_branches = q.split([tree.prefix, tree.branches], dim=2)
+        q_prefix, q_branches = q.split(tree.queries, dim=2)
         k_prefix, v_prefix = (k, v) if not tree.branches else (k[:, :, : tree.prefix], v[:, :, : tree.prefix])
         mask = tree.prefix_mask
-        out.append(
-            F.scaled_dot_product_attention(
-                q_prefix, k_prefix, v_prefix, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
+        if q_prefix.size(2):
+            out.append(
+                F.scaled_dot_product_attention(
+                    q_prefix, k_prefix, v_prefix, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
+                )
             )
-        )
-        if tree.branches:
+        if q_branches.size(2):
             out.append(
                 F.scaled_dot_product_attention(
                     q_branches, k, v, attn_mask=tree.branch_mask, scale=scale, enable_gqa=gqa
@@ -132,10 +183,14 @@ def _tree_by_tree(query, key, value, trees: tuple[TreeMask, ...], scale: float |
 
 
 @lru_cache(maxsize=KEPT_ROWS)
-def _block_mask(structure: bytes, window: int | None, device: torch.device) -> BlockMask:
+def _block_mask(structure: bytes, window: int | None, device: torch.device, share: tuple[int, int]) -> BlockMask:
     rows = torch.frombuffer(bytearray(structure), dtype=torch.int32).view(3, -1).to(device)
-    length = rows.size(1)
-    return create_block_mask(lambda b, h, q, k: sees(rows, q, k, window), None, None, length, length, device=device)
+    (first, step), length = share, rows.size(1)
+
+    def mask(b, h, q, k):
+        return sees(rows, q * step + first, k, window)
+
+    return create_block_mask(mask, None, None, length // step, length, device=device)
 
 
 @lru_cache(maxsize=1)
@@ -143,8 +198,8 @@ def _compiled_flex():
     return torch.compile(flex_attention, dynamic=True)
 
 
-def _flex(query, key, value, structure: torch.Tensor, window: int | None, scale: float | None) -> torch.Tensor:
+def _flex(query, key, value, structure: torch.Tensor, window: int | None, scale: float | None, share=(0, 1)):
     """The same by FlexAttention; on the CPU (tests) its plain form, which builds all scores."""
-    mask = _block_mask(structure.numpy().tobytes(), window, query.device)
+    mask = _block_mask(structure.numpy().tobytes(), window, query.device, share)
     attend = _compiled_flex() if query.is_cuda else flex_attention
     return attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=query.size(1) != key.size(1))

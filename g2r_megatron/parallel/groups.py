@@ -13,7 +13,7 @@ from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from g2r_megatron.config import Layout
-from g2r_megatron.parallel import cpu
+from g2r_megatron.parallel import cpu, sides
 from g2r_megatron.parallel.layout import check_layout, data_parallel_size
 
 TIMEOUT = timedelta(minutes=30)
@@ -56,13 +56,15 @@ class ModelGroups:
 
     @property
     def is_replica_writer(self) -> bool:
-        """One rank a data-parallel replica: TP rank 0 of the last stage, where logits and verdicts are."""
+        """TP rank 0 of the last stage, where logits are: one rank a data-parallel replica (one a context parallel rank)."""
         return self.is_last_stage and self.pgs.tp.rank() == 0
 
 
-def initialize(seed: int) -> None:
+def initialize(seed: int, judge_ranks: int = 0) -> None:
     """Join the world (torchrun's environment, or a world of one) and seed Megatron-Core's RNG tracker.
 
+    With ``judge_ranks``, the job's last ranks make a world of their own and the others theirs (parallel/sides.py), so that
+    in both of them the world is the ranks of one model.
     Megatron-Core's global ``parallel_state`` is set up trivially (every size 1): models take their groups from
     ``ProcessGroupCollection``, but a few call sites look up a global group before they find they need none.
     """
@@ -74,7 +76,10 @@ def initialize(seed: int) -> None:
         if "RANK" in os.environ:
             if not cpu.on_cpu():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group(cpu.backend(), timeout=TIMEOUT)
+            if judge_ranks:
+                sides.join(judge_ranks, TIMEOUT)
+            else:
+                dist.init_process_group(cpu.backend(), timeout=TIMEOUT)
         else:
             if not cpu.on_cpu():
                 torch.cuda.set_device(0)
@@ -115,7 +120,7 @@ def build_groups(name: str, layout: Layout) -> ModelGroups:
     check_layout(name, layout, world)
     dp = data_parallel_size(layout, world)
     expert_dp = world // (layout.etp * layout.ep * layout.pp)
-    os.environ["WORLD_SIZE"] = str(world)  # HyperCommGrid reads it; absent in a world of one
+    os.environ.setdefault("WORLD_SIZE", str(world))  # HyperCommGrid reads it; absent in a world of one
     dense = HyperCommGrid([layout.tp, layout.cp, dp, layout.pp], ["tp", "cp", "dp", "pp"])
     expert = HyperCommGrid([layout.etp, layout.ep, expert_dp, layout.pp], ["tp", "ep", "dp", "pp"])
     pgs = ProcessGroupCollection()

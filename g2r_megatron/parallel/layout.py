@@ -21,15 +21,22 @@ def stage_layers(layout: Layout, layers: int) -> list[int]:
     return layout.stage_layers or [layers // stages(layout)] * stages(layout)
 
 
-def check_layout(name: str, layout: Layout, world_size: int) -> None:
-    """Raise ``UserError`` unless ``layout`` fits the world. ``name`` is "policy" or "judge"."""
+def check_layout(name: str, layout: Layout, world_size: int, judge_ranks: int = 0) -> None:
+    """Raise ``UserError`` unless ``layout`` fits the ranks of its model. ``name`` is "policy" or "judge".
+
+    ``world_size``: ranks of the job, the last ``judge_ranks`` of which are the judge's alone; 0: both models have all.
+    """
     where = f"{name}.layout"
     for option in ("tp", "pp", "cp", "ep", "etp"):
         size = getattr(layout, option)
         if size < 1:
             raise UserError(f"{where}.{option}", str(size), "must be at least 1")
-    if layout.cp != 1:
-        raise UserError(f"{where}.cp", str(layout.cp), "only 1 is supported in this version")
+    if layout.cp != 1 and name != "judge":
+        raise UserError(
+            f"{where}.cp",
+            str(layout.cp),
+            "must be 1: sampling and log-probs have no context parallelism; only judge.layout.cp may be more",
+        )
     if layout.vpp is not None and layout.vpp < 2:
         raise UserError(f"{where}.vpp", str(layout.vpp), "must be at least 2, or left out")
     if layout.vpp is not None and layout.pp < SMALLEST_INTERLEAVED_PP:
@@ -39,17 +46,30 @@ def check_layout(name: str, layout: Layout, world_size: int) -> None:
         raise UserError(
             f"{where}.sp", "true with tp 1", "sequence parallelism needs tp > 1; set sp false or tp 2 or more"
         )
-    _check_world(where, layout, world_size)
+    if not judge_ranks:
+        _check_world(where, layout, world_size, f"the world of {world_size}", "start {} processes")
+    elif name == "judge":
+        _check_world(where, layout, judge_ranks, f"the {judge_ranks} of judge.ranks", "set judge.ranks to {}")
+    else:
+        left = world_size - judge_ranks
+        _check_world(
+            where,
+            layout,
+            left,
+            f"the {left} that judge.ranks {judge_ranks} leaves of {world_size}",
+            f"start {{}} processes besides the {judge_ranks}",
+        )
 
 
-def _check_world(where: str, layout: Layout, world_size: int) -> None:
+def _check_world(where: str, layout: Layout, world_size: int, found: str, remedy: str) -> None:
+    """``found`` says what the ``world_size`` ranks are, ``remedy`` how there can be {} of them."""
     ranks = layout.tp * layout.pp * layout.cp
     if world_size % ranks:
         fits = [n for n in range(1, world_size + 1) if world_size % n == 0]
         raise UserError(
-            f"{where}.tp x {where}.pp",
-            f"{layout.tp} x {layout.pp} = {ranks} ranks do not divide the world of {world_size}",
-            f"choose sizes whose product is one of {fits}, or start {ranks} processes",
+            f"{where}.tp x {where}.cp x {where}.pp",
+            f"{layout.tp} x {layout.cp} x {layout.pp} = {ranks} ranks do not divide {found}",
+            f"choose sizes whose product is one of {fits}, or {remedy.format(ranks)}",
         )
     stage = world_size // layout.pp
     if stage % (layout.etp * layout.ep):

@@ -9,6 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import test_checkpoint as checkpoints
+import test_own_ranks as offloading
 import test_packing as packing
 import test_parity_judge as judging
 import test_parity_rollout as rollouts
@@ -91,15 +92,18 @@ def test_a_checkpoint_goes_on_bitwise(tiny_hf, tmp_path, family, distributed):
     assert checkpoints.same(after["next"], before["next"]) and after["metrics"] == before["metrics"]
 
 
+@pytest.mark.parametrize("share", [(0, 1), (1, 2)], ids=["whole row", "second of two context parallel ranks"])
 @pytest.mark.parametrize("window", [None, 40])
-def test_flex_attention_equals_attention_tree_by_tree(window):
+def test_flex_attention_equals_attention_tree_by_tree(window, share):
     """A row of trees, fp32: FlexAttention, compiled, gives the CPU's output and gradients of query, key and value."""
     trees, structure, _ = packing.random_row(3)
-    structure = packing.row_structure([*trees, *trees, *trees], 3 * sum(len(tree.ids) for tree in trees) + 5)
-    heads = packing.random_heads(1, structure.size(1))
+    tokens = 3 * sum(len(tree.ids) for tree in trees) + 5
+    structure = packing.row_structure([*trees, *trees, *trees], packing.padded(tokens, share[1]))
+    query, key, value = packing.random_heads(1, structure.size(1))
+    heads = [query.detach()[:, :, share[0] :: share[1]].requires_grad_(), key, value]
     on_gpu = [t.detach().cuda().requires_grad_() for t in heads]
-    expected = packing.tree_attention(*heads, structure, window, None)
-    found = packing.tree_attention(*on_gpu, structure, window, None)
+    expected = packing.tree_attention(*heads, structure, window, None, share)
+    found = packing.tree_attention(*on_gpu, structure, window, None, share)
     pull = torch.randn(expected.shape)
     assert packing.relative(found.cpu(), expected) <= 1e-5
     wanted = torch.autograd.grad((expected * pull).sum(), heads)
@@ -113,3 +117,8 @@ def test_shared_prefixes_equal_separate_sequences(directory, sharing_gradients, 
     """Items alone and pooled, with and without recompute, a sliding window."""
     found = sharing.judge_all(Layout(), directory(family, 4), "tp1pp1", sharing.WAYS[way])
     sharing.check(found, sharing_gradients, sharing.WAYS[way], family, 4)
+
+
+def test_offloaded_memory_is_given_back(tmp_path):
+    """The judge's weights are page-locked on the host, leave the GPU and come back bit for bit."""
+    offloading.assert_given_back(*offloading.resident_after(offloading.large_model(tmp_path / "model")))

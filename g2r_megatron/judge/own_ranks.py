@@ -1,0 +1,94 @@
+"""The judge on ranks of its own (``judge.ranks``): it judges one part of the batch while the policy samples the next.
+
+The policy's side submits parts without waiting and asks for the results when it needs them; the judge's side (``serve``)
+takes the parts in order until it is told to end. Both are collective over their side's world.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from g2r_megatron.config import GrpoConfig
+from g2r_megatron.errors import UserError
+from g2r_megatron.judge.parts import Judged, Part, judge_part
+from g2r_megatron.judge.stage import JudgeStage
+from g2r_megatron.judge.types import ItemJudgement
+from g2r_megatron.parallel.sides import FIRST_JUDGE, POLICY, from_first_rank, open_channel, packed, unpacked
+
+
+class OwnRanks:
+    """The judge ranks as the policy's ranks see them. Raises what they raise: every ``UserError`` is passed on."""
+
+    def __init__(self, judge_ranks: int):
+        self._channel = open_channel(judge_ranks)  # None but on the first rank
+        self._parts = 0  # at the judge
+        self._ended = False
+
+    def wait_until_ready(self) -> None:
+        """Until the judge's weights are loaded."""
+        self._receive()
+
+    def submit(self, part: Part) -> None:
+        """Send ``part`` to the judge ranks; returns at once."""
+        if self._channel is not None:
+            self._channel.send(self._channel.judges, packed(part.plain()))
+        self._parts += 1
+
+    def results(self) -> tuple[list[list[ItemJudgement]], dict[str, float]]:
+        """The judgements of all parts submitted, in order; seconds of waiting here and of work there."""
+        start = time.perf_counter()
+        judged = [Judged.from_plain(*self._receive()) for _ in range(self._parts)]
+        self._parts = 0
+        attribution = sum(part.attribution_seconds for part in judged)
+        metrics = {
+            "time/attribution": attribution,
+            "time/judge_wait": time.perf_counter() - start,
+            "time/judge_busy": attribution + sum(part.verdict_seconds for part in judged),
+        }
+        return [row for part in judged for row in part.judgements], metrics
+
+    def _receive(self):
+        value, numbers = unpacked(from_first_rank(self._channel and self._channel.receive(FIRST_JUDGE)))
+        if "error" in value:
+            self._ended = True
+            raise UserError(*value["error"])
+        return value, numbers
+
+    def end(self) -> None:
+        """Let the judge ranks end, unless they have by themselves."""
+        if self._channel is not None and not self._ended:
+            self._channel.send(self._channel.judges, packed(None))
+            self._channel.flush()
+        self._ended = True
+
+
+@contextmanager
+def own_ranks(judge_ranks: int) -> Iterator[OwnRanks | None]:
+    """The judge ranks, which end when the block ends, however it does; None when ``judge_ranks`` is 0."""
+    if not judge_ranks:
+        yield None
+        return
+    judge = OwnRanks(judge_ranks)
+    try:
+        yield judge
+    finally:
+        judge.end()
+
+
+def serve(judge_ranks: int, build: Callable[[], JudgeStage], grpo: GrpoConfig) -> None:
+    """What a judge rank does: ``build`` the judge, then judge what the policy sends until it says that this is all."""
+    channel = open_channel(judge_ranks)
+
+    def reply(value, numbers=None) -> None:
+        if channel.number == FIRST_JUDGE:
+            channel.send([POLICY], packed(value, numbers))
+
+    try:
+        stage = build()
+        reply({"ready": True})
+        while (request := unpacked(channel.receive(POLICY))[0]) is not None:
+            reply(*judge_part(stage, Part.from_plain(request), grpo).plain())
+    except UserError as error:
+        reply({"error": [error.where, error.found, error.remedy]})
+        channel.flush()
+        raise

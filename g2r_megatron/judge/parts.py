@@ -1,0 +1,124 @@
+"""One part of a batch at the judge: whole groups of responses in, their judgements out, wherever the judge lives.
+
+``SharedRanks`` is the judge on the policy's ranks, ``own_ranks.OwnRanks`` the one on ranks of its own. Both do the same work
+on the same parts, so that their results have the same bits.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from g2r_megatron.config import GrpoConfig
+from g2r_megatron.data.types import Query, RubricItem
+from g2r_megatron.grpo.advantages import items_needing_attribution
+from g2r_megatron.judge.stage import JudgeStage
+from g2r_megatron.judge.types import ItemJudgement, backward_passes
+
+
+@dataclass(frozen=True)
+class Part:
+    """Responses to judge: ``group_size`` of each query, one group after the other.
+
+    ``bodies``: token ids without the stop token; ``keys`` seed sampled verdicts. ``mix``: weight of the attribution in this
+    step (grpo/advantages.py); None asks for verdicts only.
+    """
+
+    queries: list[Query]
+    group_size: int
+    bodies: list[list[int]]
+    keys: list[str]
+    mix: float | None
+
+    def plain(self) -> dict:
+        """As JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, plain: dict) -> "Part":
+        """The inverse of ``plain``."""
+        return cls(**plain | {"queries": [_query(query) for query in plain["queries"]]})
+
+
+def _query(plain: dict) -> Query:
+    rubric = tuple(RubricItem(**item | {"tags": tuple(item["tags"])}) for item in plain["rubric"])
+    return Query(**plain | {"messages": tuple(plain["messages"]), "rubric": rubric})
+
+
+@dataclass
+class Judged:
+    """What the judge says of one part: the judgements of each response, and how long each pass took."""
+
+    judgements: list[list[ItemJudgement]]
+    verdict_seconds: float
+    attribution_seconds: float
+
+    def plain(self) -> tuple[dict, torch.Tensor]:
+        """As JSON and fp32 numbers [n], the attributions of all backward passes one after the other. No bit is lost."""
+        passes, attributions, rows = [], [], []
+        for row in self.judgements:
+            number = {}  # of the backward pass, by its tensor: pooled items share one
+            for k in backward_passes(row):
+                number[id(row[k].attribution)] = len(passes)
+                passes.append([row[k].attribution.numel(), row[k].grad_norm, row[k].cos])
+                attributions.append(row[k].attribution)
+            rows.append([[j.p_true, j.p_false, j.verdict, number.get(id(j.attribution))] for j in row])
+        seconds = [self.verdict_seconds, self.attribution_seconds]
+        numbers = torch.cat(attributions) if attributions else torch.empty(0)
+        return {"judgements": rows, "passes": passes, "seconds": seconds}, numbers
+
+    @classmethod
+    def from_plain(cls, plain: dict, numbers: torch.Tensor) -> "Judged":
+        """The inverse of ``plain``."""
+        attributions = numbers.split([length for length, _, _ in plain["passes"]])
+        found = [
+            (attribution, grad_norm, cos)
+            for attribution, (_, grad_norm, cos) in zip(attributions, plain["passes"], strict=True)
+        ]
+        rows = [
+            [ItemJudgement(*verdict, *(() if number is None else found[number])) for *verdict, number in row]
+            for row in plain["judgements"]
+        ]
+        return cls(rows, *plain["seconds"])
+
+
+def judge_part(stage: JudgeStage, part: Part, grpo: GrpoConfig) -> Judged:
+    """Verdicts of all items, and backward passes for those that can change an advantage (collective)."""
+    start = time.perf_counter()
+    queries = [query for query in part.queries for _ in range(part.group_size)]
+    inputs = stage.inputs(queries, part.bodies)
+    judgements = stage.verdicts(inputs, part.keys)
+    judged = time.perf_counter()
+    if part.mix is not None:
+        needed: list[list[bool]] = []
+        for number, query in enumerate(part.queries):
+            group = judgements[number * part.group_size : (number + 1) * part.group_size]
+            needed += items_needing_attribution(*verdict_table(group, query), grpo, part.mix).tolist()
+        stage.attribute(inputs, judgements, needed, [[item.weight for item in query.rubric] for query in queries])
+    return Judged(judgements, judged - start, time.perf_counter() - judged)
+
+
+def verdict_table(group: Sequence[Sequence[ItemJudgement]], query: Query) -> tuple[torch.Tensor, torch.Tensor]:
+    """Verdicts [G, K] bool and weights [K] of one group."""
+    verdicts = torch.tensor([[j.verdict for j in row] for row in group])
+    return verdicts, torch.tensor([item.weight for item in query.rubric], dtype=torch.float64)
+
+
+class SharedRanks:
+    """The judge on the policy's own ranks: it works when its results are asked for."""
+
+    def __init__(self, stage: JudgeStage, grpo: GrpoConfig):
+        self.stage, self.grpo = stage, grpo
+        self._parts: list[Part] = []
+
+    def submit(self, part: Part) -> None:
+        """Put ``part`` in the queue."""
+        self._parts.append(part)
+
+    def results(self) -> tuple[list[list[ItemJudgement]], dict[str, float]]:
+        """The judgements of all parts submitted, in order, and how long it took (collective)."""
+        parts, self._parts = self._parts, []
+        judged = [judge_part(self.stage, part, self.grpo) for part in parts]
+        seconds = sum(part.attribution_seconds for part in judged)
+        return [row for part in judged for row in part.judgements], {"time/attribution": seconds}
