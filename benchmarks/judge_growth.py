@@ -1,6 +1,6 @@
 """How the judge's cost grows with the response's length, the number of criteria and the ranks; and the largest input.
 
-    python benchmarks/judge_growth.py [--hidden 256 --layers 4 --output benchmarks/results]
+    python benchmarks/judge_growth.py [--hidden 128 --layers 2 --output benchmarks/results]
 
 A random model judges random tokens: a conversation of 400 tokens, a response, criteria of 110 tokens, all judged True. CPU
 seconds of the process are the least of the repetitions. Memory is what a pass adds to the process at its peak, beside
@@ -229,7 +229,7 @@ def report(args, points: list[tuple], long: dict, ranks: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in dict(hidden=256, layers=4, vocab=2048, repetitions=2).items():
+    for name, default in dict(hidden=128, layers=2, vocab=2048, repetitions=2).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
