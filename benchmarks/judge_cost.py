@@ -1,35 +1,37 @@
 """What dense rewards cost beside the sparse judge calls that others make: time and peak memory, each way in its own process.
 
-    python benchmarks/judge_cost.py [--rows 4 --response-tokens 400 --output benchmarks/results]
+    python benchmarks/judge_cost.py --data healthbench.jsonl [--rows 4 --rounds 3 --response-tokens 400]
 
 A random model (hidden 512, 8 layers by default: arithmetic dominates) judges responses to HealthBench conversations with
-their own rubrics (../shared/data/healthbench_100.jsonl, or synthetic ones of the same sizes where it is missing), with
-the default judge template and a byte-level tokenizer trained on that text. The ways:
+their own rubrics (without --data, synthetic rows of the same sizes), with the default judge template and a byte-level
+tokenizer trained on that text. The ways:
 
-    a     Hugging Face, one padded call an item, full logits, all parameters requiring gradients, one backward an item
-    b     Hugging Face, one call an item, no gradients, logits of the last position: the sparse judge
-    b-own the same by this project's engine, every item a sequence of its own
-    c     this project, sparse: prefixes shared
-    d     this project, dense, judge.pooling=item: c and a backward for each item judged True
-    e     this project, dense, judge.pooling=response: c and one backward a response for the items judged True
-    d-rec, e-rec  the same with judge.recompute=full
+    a      Hugging Face, one padded call an item, full logits, all parameters requiring gradients, one backward an item
+    b      Hugging Face, one call an item, no gradients, logits of the last position: the sparse judge
+    b-own  the same by this project's engine, every item a sequence of its own
+    c      this project, sparse: prefixes shared
+    d      this project, dense, judge.pooling=item: c and a backward for each item judged True
+    e      this project, dense, judge.pooling=response: c and one backward a response for the items judged True
+    d-all, e-all  the same where every item is judged True: the most that it can cost
+    d-rec, e-rec  d and e with judge.recompute=full
 
-What a random model says means nothing: every second item counts as judged True. Responses are random text of the given
-length. Peak memory is what the judging adds to the process (to the allocated GPU memory, on a GPU).
+What a random model says means nothing: every second item counts as judged True, in the rows named -all every item.
+Responses are random text of the given length. The ways take turns, round after round, and the medians are reported; CPU
+seconds are the process's own, so that other work on the machine disturbs them least. Peak memory is what the judging adds
+to the process (to the allocated GPU memory, on a GPU).
 """
 
 import argparse
-import json
+import multiprocessing
 import os
-import platform
 import random
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 import torch
+from machine import machine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -47,8 +49,7 @@ from g2r_megatron.model.hf import open_hf_model
 from g2r_megatron.parallel import cpu
 from g2r_megatron.parallel.groups import build_groups, initialize
 
-DATA = Path(__file__).parents[2] / "shared" / "data" / "healthbench_100.jsonl"
-WAYS = ("a", "b", "b-own", "c", "d", "e", "d-rec", "e-rec")
+WAYS = ("a", "b", "b-own", "c", "d", "e", "d-all", "e-all", "d-rec", "e-rec")
 WORDS = ["fever", "rash", "doctor", "water", "rest", "pain", "dose", "day", "child", "test", "advice", "sleep", "heart"]
 
 
@@ -71,11 +72,10 @@ def synthetic_queries(count: int) -> list[Query]:
     ]
 
 
-def read_rows(count: int) -> tuple[str, list[Query], str]:
+def read_rows(data: str | None, count: int) -> tuple[str, list[Query], str]:
     """(where from, ``count`` queries of evenly spread rubric sizes, text to make tokens and responses of)."""
-    source, queries = f"{count} of 100 synthetic rows", synthetic_queries(100)
-    if DATA.exists():
-        source, queries = f"{count} of 100 HealthBench rows", read_queries([str(DATA)], "healthbench", "raw")
+    queries = read_queries([data], "healthbench", "raw") if data else synthetic_queries(100)
+    source = f"{count} of {len(queries)} {'HealthBench' if data else 'synthetic'} rows, evenly spread over rubric sizes"
     text = "\n".join(
         part for q in queries for part in (q.messages[-1]["content"], *(item.criterion for item in q.rubric))
     )
@@ -128,7 +128,7 @@ class Judged:
     """The judge inputs of the rows, and the two ways to run them."""
 
     def __init__(self, args: argparse.Namespace, directory: str):
-        _, self.queries, text = read_rows(args.rows)
+        _, self.queries, text = read_rows(args.data, args.rows)
         tokenizer = load_tokenizer(directory)
         ids = encode_text(tokenizer, text)
         starts = random.Random(2)
@@ -140,6 +140,7 @@ class Judged:
         self.prompt = JudgePrompt(tokenizer, self.config)
         self.inputs = [self.prompt.build_items(q, body) for q, body in zip(self.queries, self.bodies, strict=True)]
         self.passes = 0
+        self.model = None  # of ways a and b
 
     def hugging_face(self, way: str):
         """function(rows) for ways a and b."""
@@ -185,10 +186,10 @@ class Judged:
                 rows = [[item] for row in rows for item in row]
             judgements = stage.verdicts(rows, [str(i) for i in range(len(rows))])
             if way[0] in "de":
-                marks = [[k % 2 == 0 for k in range(len(row))] for row in rows]
-                for row in judgements:
-                    for k, item in enumerate(row):
-                        item.verdict = k % 2 == 0
+                marks = [[way.endswith("-all") or k % 2 == 0 for k in range(len(row))] for row in rows]
+                for row, true in zip(judgements, marks, strict=True):
+                    for item, verdict in zip(row, true, strict=True):
+                        item.verdict = verdict
                 stage.attribute(rows, judgements, marks, [[1.0] * len(row) for row in rows])
                 self.passes += sum(len(backward_passes(row)) for row in judgements)
 
@@ -207,13 +208,19 @@ def memory(reset: bool = False) -> int:
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
 
 
-def measure(args: argparse.Namespace, directory: str) -> dict:
-    """Figures of one way, in this process, after a warm-up of a few tokens."""
+def serve(args: argparse.Namespace, directory: str, connection) -> None:
+    """Measure one way in this process whenever asked to."""
+    cpu.install()
     judged = Judged(args, directory)
     function = judged.hugging_face(args.way) if args.way in ("a", "b") else judged.own(args.way)
     first = judged.inputs[0][0].input_ids
-    function([[JudgeInput([*first[:12], 5 + k], 4, 8, 12) for k in range(2)]])
-    if args.way == "a":
+    function([[JudgeInput([*first[:12], 5 + k], 4, 8, 12) for k in range(2)]])  # warm-up
+    while connection.recv():
+        connection.send(measure(judged, function))
+
+
+def measure(judged: Judged, function) -> dict:
+    if judged.model is not None:
         judged.model.zero_grad(set_to_none=True)
     judged.passes = 0
     before = memory(reset=True)
@@ -223,7 +230,7 @@ def measure(args: argparse.Namespace, directory: str) -> dict:
     return {
         "seconds": time.perf_counter() - start,
         "CPU seconds": time.process_time() - start_cpu,
-        "mebibytes": (memory() - before) / 2**20,
+        "MiB": (memory() - before) / 2**20,
         "backward passes": judged.passes,
         "items": sum(map(len, judged.inputs)),
         "tokens of separate items": sum(len(item.input_ids) for row in judged.inputs for item in row),
@@ -231,8 +238,32 @@ def measure(args: argparse.Namespace, directory: str) -> dict:
     }
 
 
+def rounds(args: argparse.Namespace, directory: str):
+    """Yields way -> median figures after every round."""
+    # malloc gives every tensor back when it is freed: the peak is of what lives, not of fragments
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(
+        ["g2r_megatron.judge.stage", "transformers.models.qwen3"]
+    )  # imported once, for all
+    connections, found = {}, {way: [] for way in WAYS}
+    for way in WAYS:
+        connections[way], there = processes.Pipe()
+        own = argparse.Namespace(**vars(args), way=way)
+        processes.Process(target=serve, args=(own, directory, there), daemon=True).start()
+        there.close()
+    for number in range(1, args.rounds + 1):
+        for way, connection in connections.items():
+            connection.send(True)
+            found[way].append(connection.recv())
+            print(number, way, found[way][-1], flush=True)
+        yield {way: {key: median(r[key] for r in runs) for key in runs[0]} for way, runs in found.items()}
+    for connection in connections.values():
+        connection.send(False)
+
+
 def table(results: dict[str, dict]) -> str:
-    """Ratios are of CPU seconds where there is no GPU: what else the machine does disturbs them least."""
+    """Ratios are of CPU seconds where there is no GPU."""
     clock = "CPU seconds" if cpu.on_cpu() else "seconds"
     rows = [
         f"| way | s | CPU s | MiB | backward passes | {clock} / a | memory / a | {clock} / b |",
@@ -240,50 +271,64 @@ def table(results: dict[str, dict]) -> str:
     ]
     a, b = results["a"], results["b"]
     for way, r in results.items():
-        ratios = r[clock] / a[clock], r["mebibytes"] / a["mebibytes"], r[clock] / b[clock]
-        figures = [f"{r['seconds']:.1f}", f"{r['CPU seconds']:.1f}", f"{r['mebibytes']:.0f}", str(r["backward passes"])]
+        ratios = r[clock] / a[clock], r["MiB"] / a["MiB"], r[clock] / b[clock]
+        figures = [f"{r['seconds']:.1f}", f"{r['CPU seconds']:.1f}", f"{r['MiB']:.0f}", f"{r['backward passes']:.0f}"]
         rows.append("| " + " | ".join([way, *figures, *(f"{ratio:.2f}" for ratio in ratios)]) + " |")
     return "\n".join(rows)
 
 
+def targets(results: dict[str, dict]) -> str:
+    clock = "CPU seconds" if cpu.on_cpu() else "seconds"
+    a, b, d, e = (results[way] for way in "abde")
+    goals = [
+        ("d at most half of a's time", d[clock] / a[clock], 0.5),
+        ("d at most a third of a's memory", d["MiB"] / a["MiB"], 1 / 3),
+        ("e below b in time", e[clock] / b[clock], 1.0),
+        ("with every item judged True: d at most half of a's time", results["d-all"][clock] / a[clock], 0.5),
+        ("with every item judged True: e below b", results["e-all"][clock] / b[clock], 1.0),
+    ]
+    return "\n".join(f"- {name}: {found:.2f}, {'met' if found <= goal else 'missed'}" for name, found, goal in goals)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = dict(rows=4, response_tokens=400, hidden=512, layers=8, vocab=8192, micro_batch_tokens=1)
+    sizes = dict(rows=4, rounds=3, response_tokens=400, hidden=512, layers=8, vocab=8192, micro_batch_tokens=1)
     for name, default in sizes.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    parser.add_argument("--data", help="HealthBench rows (jsonl or parquet); default: synthetic ones")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--way", choices=WAYS, help="only this one, as JSON (needs --model)")
-    parser.add_argument("--model", help="what an earlier process wrote, for --way")
     args = parser.parse_args()
-    if args.way:
-        cpu.install()
-        print(json.dumps(measure(args, args.model)))
-        return
-    source, _, text = read_rows(args.rows)
-    results = {}
+    source, _, text = read_rows(args.data, args.rows)
+    args.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
         write_model(args, text, directory)
-        for way in WAYS:
-            command = [sys.executable, __file__, *sys.argv[1:], "--way", way, "--model", directory]
-            # malloc gives every tensor back when it is freed: the peak is of what lives, not of fragments
-            quiet = os.environ | {"PYTHONWARNINGS": "ignore", "MALLOC_MMAP_THRESHOLD_": str(2**16)}
-            out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=quiet).stdout
-            results[way] = json.loads(out.splitlines()[-1])
-            print(way, results[way], flush=True)
-    first = results["a"]
-    facts = {
-        "rows": source,
-        **{key: first[key] for key in ("items", "tokens of separate items", "tokens with shared prefixes")},
-        **{name: getattr(args, name) for name in sizes},
-        "machine": f"{torch.get_num_threads()} threads, {platform.processor() or platform.machine()}, torch {torch.__version__}",
-    }
-    report = "\n".join(
-        [f"{key.replace('_', ' ')}: {value}  " for key, value in facts.items()] + ["", table(results), ""]
-    )
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "judge_cost.json").write_text(json.dumps({"facts": facts, "results": results}, indent=2) + "\n")
-    (args.output / "judge_cost.md").write_text(report)
+        for number, results in enumerate(rounds(args, directory), 1):
+            report = markdown(args, source, number, {name: getattr(args, name) for name in sizes}, results)
+            (args.output / "judge_cost.md").write_text(report)
     print(report)
+
+
+def markdown(args: argparse.Namespace, source: str, done: int, sizes: dict, results: dict[str, dict]) -> str:
+    first = results["a"]
+    counts = {key: first[key] for key in ("items", "tokens of separate items", "tokens with shared prefixes")}
+    given = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in sizes.items())
+    return "\n".join(
+        [
+            "# What judging costs",
+            "",
+            f"`python benchmarks/judge_cost.py {'--data FILE ' if args.data else ''}{given}`",
+            "",
+            f"{source}: " + ", ".join(f"{value:.0f} {key}" for key, value in counts.items()) + ".",
+            f"Medians of {done} rounds in which the ways take turns. {machine()}",
+            "",
+            (__doc__ or "").split("The ways:\n\n")[1].split("\n\nWhat a random")[0],
+            "",
+            table(results),
+            "",
+            targets(results),
+            "",
+        ]
+    )
 
 
 if __name__ == "__main__":

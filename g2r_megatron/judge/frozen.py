@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from g2r_megatron.config import JudgeConfig
 from g2r_megatron.errors import UserError
+from g2r_megatron.judge.memory import check_memory
 from g2r_megatron.judge.packing import Tree, build_trees, row_structure
 from g2r_megatron.judge.routing import Routing
 from g2r_megatron.judge.targets import ScoreTarget, VerdictTarget
@@ -112,11 +113,16 @@ class FrozenJudge:
             dist.all_reduce(total, group=self.model.groups.pgs.tp)
         return total / self.model.geometry.vocab
 
-    def _micro_batches(self, trees: Sequence[Tree]) -> list[TreeBatch]:
-        """This replica's share of ``trees`` as packed rows; logits at the verdict positions only."""
+    def _micro_batches(self, trees: Sequence[Tree], backward: bool) -> list[TreeBatch]:
+        """This replica's share of ``trees`` as packed rows; logits at the verdict positions only.
+
+        Raises ``UserError`` with the numbers when there is not enough memory to run them.
+        """
         lengths = [len(tree.ids) for tree in trees]
         plan = replica_plan(self.model, lengths, list(range(len(trees))), self.config.micro_batch_tokens, pack_rows)
-        return [tree_batch(self.model, [trees[i] for i in row]) for row in plan]
+        rows = [[trees[i] for i in row] for row in plan]
+        check_memory(self.model, rows, self.config, backward)
+        return [tree_batch(self.model, row) for row in rows]
 
     def verdict_log_probs(self, responses: Sequence[Sequence[JudgeInput]]) -> torch.Tensor:
         """(log p(True), log p(False)) of every input: fp32 [inputs, 2], see ``_read``."""
@@ -144,8 +150,14 @@ class FrozenJudge:
             return None, (batch.items, self.target.read(logits))
 
         with self.routing.recording(trees, everything) as forward:
+<<<<<<< HEAD
             results = run_schedule(self.model, self._micro_batches(trees), forward, collect, backward=False)
         table = torch.zeros(len(everything), self.target.columns, device=cpu.device())
+=======
+            batches = self._micro_batches(trees, backward=False)
+            results = run_schedule(self.model, batches, forward, collect, backward=False)
+        table = torch.zeros(len(everything), 2, device=cpu.device())
+>>>>>>> judge-benchmarks
         if self.model.groups.is_replica_writer:
             for items, values in results:
                 table[items] = values
@@ -177,7 +189,7 @@ class FrozenJudge:
         lengths = [item.inputs[0].response_end - item.inputs[0].response_start for item in passes]
         table = torch.zeros(sum(lengths), 4, device=cpu.device())
         spans = table.split(lengths)  # of each pass
-        batches = self._micro_batches(trees)
+        batches = self._micro_batches(trees, backward=True)
         reduced: list[TreeBatch] = []
 
         def from_leaf(module: torch.nn.Module, batch: TreeBatch):

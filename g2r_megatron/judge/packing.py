@@ -7,23 +7,22 @@ keep trees and branches apart, so verdicts and gradients are those of K separate
 
 Memory of a micro-batch. A row has S <= max(``judge.micro_batch_tokens``, longest tree) tokens, a tree of P prefix and
 B branch tokens P + B of them, at most ``judge.max_length``: a response with more is split into several trees, or refused
-with the numbers where it must be one (``judge.pooling=response``). With hidden size h, feed-forward size f (of the experts
-chosen for a token), k numbers of a token's keys, a rank's share 1/t of a tensor parallel layer (of everything under sequence
-parallelism), s = S / c positions on each of c context parallel ranks, L layers on the stage, V vocabulary rows, n verdicts
-and a bytes a number, above the weights:
+with the numbers where it must be one (``judge.pooling=response``). judge/memory.py has the formula, and refuses a row
+that does not fit into what is free before it runs. With hidden size h, q query and k key-value numbers a token (q = h and
+k = h / 2 or less in most models), feed-forward size f, L layers on the stage, V vocabulary rows, n verdicts and a bytes a
+number, on one rank, above the weights:
 
-    verdict pass          ~ a s (8 h + 4 f) / t             one layer at work, nothing kept
-    attribution           ~ a s L (8 h + 2 f) / t           kept until the row's backward; pp rows at once with stages
-      recompute full      ~ a s (L h + 8 h + 4 f / t)
-    both, c > 1           + 2 a S k / t                     gathered keys and values; L times with recompute none
-    both                  + 12 n V / t                      logits and their softmax, fp32
-                          + a B (P + B) / c a tree on CPU (with c > 1 also a P^2 / c), 4 S s while a row's mask is
-                            made on GPU
+    verdict pass       ~ a S (4 h + 2 (q + k) + 2 f)            one layer at work, nothing kept
+    attribution        ~ that + a S (4 h + L (2 h + 3 (q + k) + 2 f))    kept until the row's backward
+      recompute full   ~ that + a S (6 h + L h + 3 (q + k) + 2 f)
+    both               + 12 n V                                 logits and their softmax, fp32
+                       + 4 S^2 on GPU, a S^2 on CPU where a window is narrower than the row, or under CP: masks
 
-8 h holds for half as many key-value heads as h / 128 and 7.5 h to 8.5 h in plain torch layers. The recorded routing of a
-mixture of experts comes on top, in host memory (judge/routing.py). The largest real HealthBench rubric, 33 items of 110
+TP divides all but the h, sequence parallelism these as well; with c context parallel ranks a rank has S / c positions, and
+the keys and values of all S in each layer; pipeline stages keep as many rows as there are stages. The recorded routing of
+a mixture of experts comes on top, in host memory (judge/routing.py). The largest real HealthBench rubric, 33 items of 110
 tokens, on a response of 4096 tokens after a conversation of 400 is a row of S = 8126 tokens; in a Qwen2.5-7B judge (h 3584,
-f 18944, L 28, bf16) that is 30 GB without recompute and 3.3 GB with it on one GPU.
+f 18944, L 28, bf16) that is 26 GiB without recompute and 3.8 GiB with it on one GPU.
 """
 
 from collections.abc import Sequence

@@ -56,6 +56,7 @@ class Geometry:
     tied: bool
     experts: int = 0  # of each mixture-of-experts layer
     expert_ffn: int = 0
+    experts_per_token: int = 0
     dense_layers: frozenset[int] = frozenset()  # the layers without experts, in a model with experts
     is_reward_model: bool = False  # a score of one number where a language model has its output layer
 
@@ -197,9 +198,9 @@ def _open_config(directory: Path, option: str) -> HFModel:
 
 def _geometry(config: PretrainedConfig, family: Family, is_reward_model: bool) -> Geometry:
     heads, layers = config.num_attention_heads, config.num_hidden_layers
-    experts, expert_ffn, dense = 0, 0, frozenset()
+    experts, expert_ffn, chosen, dense = 0, 0, 0, frozenset()
     if family.experts is not None:
-        experts = config.num_local_experts
+        experts, chosen = config.num_local_experts, config.num_experts_per_tok
         expert_ffn = getattr(config, "moe_intermediate_size", config.intermediate_size)
         every = getattr(config, "decoder_sparse_step", 1)
         dense = {i for i in range(layers) if (i + 1) % every} | set(getattr(config, "mlp_only_layers", []))
@@ -214,6 +215,7 @@ def _geometry(config: PretrainedConfig, family: Family, is_reward_model: bool) -
         tied=bool(config.tie_word_embeddings) and not is_reward_model,
         experts=experts,
         expert_ffn=expert_ffn,
+        experts_per_token=chosen,
         dense_layers=frozenset(dense),
         is_reward_model=is_reward_model,
     )

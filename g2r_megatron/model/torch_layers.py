@@ -45,7 +45,8 @@ class RMSNorm(torch.nn.Module):
         self.weight = _norm_weight(hidden_size, config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        # of keys, x is a view of the whole QKV projection, which the backward would keep for it
+        return rms_norm(x.contiguous(), self.weight, self.eps)
 
 
 class LayerNormColumnParallelLinear(ColumnParallelLinear):
@@ -83,8 +84,12 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        gate, up = ctx.saved_tensors[0].chunk(2, dim=-1)
-        return torch.cat([torch.ops.aten.silu_backward(gradient * up, gate), gradient * F.silu(gate)], dim=-1)
+        x = ctx.saved_tensors[0]
+        out = torch.empty_like(x)
+        (gate, up), (d_gate, d_up) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+        torch.mul(gradient, F.silu(gate), out=d_up)
+        torch.ops.aten.silu_backward(gradient * up, gate, grad_input=d_gate)
+        return out
 
 
 class SwiGLU:
@@ -122,6 +127,7 @@ class SDPACoreAttention(torch.nn.Module):
         """
         if attention_bias is not None or packed_seq_params is not None:
             raise ValueError("SDPACoreAttention takes no attention_bias or packed_seq_params")
+        value = value.contiguous()  # a view of the whole QKV projection, which the backward would keep for it
         if attention_mask is not None:
             return row_attention(query, key, value, attention_mask, self.window, self.softmax_scale, self.cp_group)
         if self.cp_group.size() > 1:

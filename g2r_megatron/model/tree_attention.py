@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from g2r_megatron.model.branch_attention import Branches, TreeAttention
+
 KEPT_ROWS = 4  # micro-batches whose masks are kept: those that a pipeline stage has in flight
 
 
@@ -99,7 +101,8 @@ class TreeMask:
     """Of one tree: tokens of its prefix and of all its branches, how many of them ask, and what those may see.
 
     The masks are added to the scores: ``prefix_mask`` [prefix queries, prefix], None for a causal one; ``branch_mask``
-    [branch queries, prefix + branches].
+    [branch queries, prefix + branches]. Where all positions ask and no window is narrower than the tree there are no
+    masks, but ``apart``.
     """
 
     prefix: int
@@ -107,6 +110,7 @@ class TreeMask:
     queries: tuple[int, int]  # in the prefix, in the branches
     prefix_mask: torch.Tensor | None
     branch_mask: torch.Tensor | None
+    apart: Branches | None = None
 
 
 @lru_cache(maxsize=KEPT_ROWS)
@@ -123,6 +127,12 @@ def _tree_masks(
         at = torch.arange(length)
         asking = at[(start + at) % step == first]
         in_prefix, in_branches = asking[asking < prefix], asking[asking >= prefix]
+        start += length
+        if step == 1 and prefix < length and (window is None or int(tree[2].max()) <= window):
+            lengths = torch.unique_consecutive(tree[1, prefix:], return_counts=True)[1].tolist()
+            sizes = prefix, length - prefix
+            masks.append(TreeMask(*sizes, sizes, None, None, Branches.of(prefix, lengths)))
+            continue
 
         def added(queries: torch.Tensor, keys: torch.Tensor, tree: torch.Tensor = tree) -> torch.Tensor:
             seen = sees(tree, queries[:, None], keys[None, :], window)
@@ -138,18 +148,20 @@ def _tree_masks(
                 added(in_branches, at) if len(in_branches) else None,
             )
         )
-        start += length
     return tuple(masks)
 
 
 def _tree_by_tree(query, key, value, trees: tuple[TreeMask, ...], scale: float | None) -> torch.Tensor:
     gqa = query.size(1) != key.size(1)
-    parts = [size for tree in trees for size in tree.queries]
-    queries = iter(query.split(parts, dim=2))
+    asking = [sum(tree.queries) for tree in trees]
     lengths = [tree.prefix + tree.branches for tree in trees]
     out = []
-    for tree, k, v in zip(trees, key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True):
-        q_prefix, q_branches = next(queries), next(queries)
+    split = query.split(asking, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2)
+    for tree, q, k, v in zip(trees, *split, strict=True):
+        if tree.apart is not None:
+            out.append(TreeAttention.apply(q, k, v, tree.apart, scale))
+            continue
+        q_prefix, q_branches = q.split(tree.queries, dim=2)
         k_prefix, v_prefix = (k, v) if not tree.branches else (k[:, :, : tree.prefix], v[:, :, : tree.prefix])
         mask = tree.prefix_mask
         if q_prefix.size(2):

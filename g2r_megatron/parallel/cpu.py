@@ -7,8 +7,10 @@ Every redirection has its reason beside it; none replaces arithmetic or communic
 import contextlib
 import functools
 import importlib
+import os
 import types
 
+import psutil
 import torch
 
 _CPU = torch.device("cpu")
@@ -41,6 +43,14 @@ def device() -> torch.device:
 def backend() -> str:
     """torch.distributed backend for model traffic."""
     return "gloo" if on_cpu() else "nccl"
+
+
+def free_bytes() -> int:
+    """Memory that this rank can still take: of its GPU, or its share of the host's (of the ranks that torchrun started)."""
+    if on_cpu():
+        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free, _ = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
 def _without_cuda(factory):

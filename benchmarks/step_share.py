@@ -1,0 +1,143 @@
+"""What attribution adds to a whole training step on the quickstart's task: `robust` and `paper` against `grpo`.
+
+    python benchmarks/step_share.py [--steps 20]
+
+The presets train side by side in one process, from the same start, with the same seed and queries, and take turns step by
+step. Medians of the process's CPU seconds a step: what else runs on the machine disturbs them least. `robust` attributes
+in the first 60% of its steps, so those and all steps are reported. Steps without evaluations, records and checkpoints.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, median
+
+import torch
+from machine import machine
+
+from g2r_megatron import experience, options
+from g2r_megatron.config import TrainConfig, resolve_preset
+from g2r_megatron.data.order import epoch_batch
+from g2r_megatron.grpo.advantages import mix_at
+from g2r_megatron.judge.types import backward_passes
+from g2r_megatron.train import update
+from g2r_megatron.workers import Inputs, Workers, build_workers, read_inputs
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = {  # name -> options
+    "grpo": ["--grpo.preset", "grpo"],
+    "robust": ["--grpo.preset", "robust"],
+    "robust, pooling response": ["--grpo.preset", "robust", "--judge.pooling", "response"],
+    "paper": ["--grpo.preset", "paper"],
+    "paper, pooling response": ["--grpo.preset", "paper", "--judge.pooling", "response"],
+}
+PHASES = ("sample", "verdicts", "attribution", "update")
+TARGET = 1.25
+
+
+@dataclass
+class Step:
+    """CPU seconds of each phase of one step, wall seconds of all, and what it did."""
+
+    seconds: dict[str, float]
+    wall: float
+    passes: int
+    tokens: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+@contextmanager
+def counted(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.process_time()
+    yield
+    torch.cuda.synchronize()
+    seconds[name] = time.process_time() - start
+
+
+def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, number: int) -> Step:
+    """train.train_step, without records."""
+    rollout, seconds, start = config.rollout, {}, time.perf_counter()
+    chosen = epoch_batch(len(inputs.train), rollout.prompts_per_step, number - 1, config.seed, config.data.shuffle)
+    queries = [inputs.train[i] for i in chosen]
+    with counted(seconds, "sample"):
+        key = f"{config.seed}/{number}"
+        batch = experience.sample(workers.engine, inputs, queries, rollout.responses_per_prompt, key)
+    with counted(seconds, "verdicts"):
+        judge_inputs = experience.judge(workers.judge, batch)
+    with counted(seconds, "attribution"):
+        mix = mix_at(config.grpo.mix, config.grpo.mix_anneal, (number - 1) / config.steps)
+        experience.attribute(workers.judge, batch, judge_inputs, config, mix)
+    with counted(seconds, "update"):
+        update(config, workers, batch)
+    passes = sum(len(backward_passes(row)) for row in batch.judgements)
+    tokens = fmean(len(r.token_ids) for r in batch.responses)
+    return Step(seconds, time.perf_counter() - start, passes, tokens)
+
+
+def table(found: dict[str, list[Step]], attributing: int) -> str:
+    lines = [
+        "| | " + " | ".join(f"{phase}, CPU s" for phase in PHASES) + " | step, CPU s | of grpo's | step, s | "
+        "all steps, of grpo's | backward passes a step | response tokens |",
+        "|---" * (len(PHASES) + 7) + "|",
+    ]
+    for name, steps in found.items():
+        first, base = steps[:attributing], found["grpo"][:attributing]
+        cells = [f"{median(step.seconds[phase] for step in first):.2f}" for phase in PHASES]
+        ratio = median(a.total / b.total for a, b in zip(first, base))
+        whole = sum(step.total for step in steps) / sum(step.total for step in found["grpo"])
+        cells += [f"{median(step.total for step in first):.2f}", f"{ratio:.2f}"]
+        cells += [f"{median(step.wall for step in first):.2f}", f"{whole:.2f}"]
+        cells += [f"{fmean(step.passes for step in first):.0f}", f"{fmean(step.tokens for step in steps):.1f}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    args = parser.parse_args()
+    os.chdir(ROOT)  # the quickstart's paths are relative to it
+    runs = {}
+    for name, given in RUNS.items():
+        common = ["--config", "examples/quickstart/config.yaml", "--output_dir", "unused", "--seed", str(args.seed)]
+        config = options.parse(TrainConfig, "step_share", [*common, *given])
+        config = replace(resolve_preset(config), steps=args.steps)
+        inputs = read_inputs(config)
+        runs[name] = config, inputs, build_workers(config, inputs)
+    found: dict[str, list[Step]] = {name: [] for name in RUNS}
+    for number in range(1, args.steps + 1):
+        for name, run in runs.items():
+            found[name].append(train_step(*run, number))
+        print(number, {name: round(steps[-1].total, 2) for name, steps in found.items()}, flush=True)
+    attributing = round(args.steps * runs["robust"][0].grpo.mix_anneal)
+    report = [
+        "# Share of a training step spent in attribution",
+        "",
+        f"`python benchmarks/step_share.py --steps {args.steps} --seed {args.seed}`",
+        "",
+        " ".join((__doc__ or "").split("\n\n")[2].split()),
+        "",
+        machine(),
+        "",
+        table(found, attributing),
+        "",
+        f"Steps 1 to {attributing} of {args.steps}, in which `robust` attributes; where it says so, all steps. The target is "
+        f"at most {TARGET:.2f} of grpo's step.",
+        "",
+    ]
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "step_share.md").write_text("\n".join(report))
+    print("\n".join(report))
+
+
+if __name__ == "__main__":
+    main()
