@@ -276,6 +276,8 @@ class TrainConfig:
     """responses a held-out prompt"""
     eval_greedy: bool = False
     """evaluate greedily instead of with the rollout's sampling"""
+    timeout_minutes: float = 30.0
+    """a rank that waits for longer than this for another one ends the run: it is dead or stuck"""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

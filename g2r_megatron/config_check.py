@@ -69,6 +69,7 @@ TRAIN_RANGES = {
     "seed": SEED,
     "eval_every": COUNT_OR_OFF,
     "eval_responses": COUNT,
+    "timeout_minutes": POSITIVE,
     "policy.micro_batch_tokens": COUNT,
     "rollout.prompts_per_step": COUNT,
     "rollout.responses_per_prompt": COUNT,

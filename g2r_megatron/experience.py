@@ -1,5 +1,6 @@
 """One step's batch on its way from prompts to advantages: sample, judge, credit, measure."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +54,13 @@ class Experience:
 
 
 def sample(
-    engine: MegatronRolloutEngine, inputs: Inputs, queries: list[Query], group_size: int, key: str, temperature=None
+    engine: MegatronRolloutEngine,
+    inputs: Inputs,
+    queries: list[Query],
+    group_size: int,
+    key: str,
+    temperature: float | None = None,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> Experience:
     """``group_size`` responses a query. ``key`` and the query's id seed the sampling, nothing else does (collective)."""
     repeated = [query for query in queries for _ in range(group_size)]
@@ -61,7 +68,7 @@ def sample(
     prompts = [inputs.prompt_ids[query.id] for query in repeated]
     requests = [Request(ids, k) for ids, k in zip(prompts, keys, strict=True)]
     responses = []
-    for i, (ids, finished) in enumerate(engine.generate(requests, temperature)):
+    for i, (ids, finished) in enumerate(engine.generate(requests, temperature, between_batches=between_batches)):
         body = ids[:-1] if finished else ids
         text = inputs.tokenizer.decode(body, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         responses.append(Response(prompts[i], ids, finished, text))

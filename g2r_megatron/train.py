@@ -5,6 +5,7 @@ sharded, and over which ranks, is the business of the objects in ``Workers``.
 """
 
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -13,15 +14,18 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from g2r_megatron import experience
+from g2r_megatron import experience, preemption
 from g2r_megatron.config import TrainConfig, resolve_preset
 from g2r_megatron.data.order import epoch_batch
 from g2r_megatron.errors import UserError
 from g2r_megatron.experience import Experience
+from g2r_megatron.failures import reported
 from g2r_megatron.grpo.advantages import mix_at
 from g2r_megatron.policy.checkpoint import Checkpointer
 from g2r_megatron.policy.export import export_policy
 from g2r_megatron.policy.log_probs import plan_micro_batches, response_log_probs
+from g2r_megatron.records.files import replace_text
+from g2r_megatron.records.heartbeat import Heartbeat
 from g2r_megatron.records.metrics import MetricsLog
 from g2r_megatron.records.progress import Progress
 from g2r_megatron.workers import Inputs, Workers, build_workers, read_inputs
@@ -41,52 +45,75 @@ FIXED = (
 
 
 def train(config: TrainConfig) -> None:
-    """Train to ``config.steps``, resuming from the newest checkpoint under ``config.output_dir`` if there is one."""
+    """Train to ``config.steps``, resuming from the newest checkpoint under ``config.output_dir`` if there is one.
+
+    Raises ``Preempted`` when a signal has asked to leave and all is saved (preemption.py).
+    """
     config = resolve_preset(config)
     output = Path(config.output_dir)
     check_same_run(config, output)
     inputs = read_inputs(config)
-    workers = build_workers(config, inputs)
-    checkpointer = Checkpointer(workers.trainer, output / "checkpoints", config.checkpoint.keep_last)
-    done = checkpointer.load_latest()
-    with Run(config, output, done) as run:
-        if done == 0:
-            run.log(0, evaluate(config, inputs, workers, run.progress))
-        for step in range(done + 1, config.steps + 1):
-            run.log(step, train_step(config, inputs, workers, run, step))
-            if step == config.steps or (config.checkpoint.save_every and step % config.checkpoint.save_every == 0):
-                run.progress.phase("save")
-                checkpointer.save(step)
-        if config.checkpoint.export_hf:
-            run.progress.phase("save")
-            export_policy(workers.trainer.model, output / "hf")
+    heartbeat = Heartbeat(output, config.steps)
+    with reported(heartbeat):
+        heartbeat.beat(state="starting")
+        workers = build_workers(config, inputs)
+        checkpointer = Checkpointer(workers.trainer, output / "checkpoints", config.checkpoint.keep_last)
+        done = checkpointer.load_latest()
+        with Run(config, output, done, heartbeat) as run:
+            try:
+                take_steps(config, inputs, workers, run, checkpointer)
+            except preemption.Preempted:
+                if run.done > run.saved:
+                    run.save(checkpointer)
+                run.progress.message(f"asked to leave: saved after step {run.done}")
+                heartbeat.beat(state="preempted")
+                raise
+            if config.checkpoint.export_hf:
+                run.phase("save")
+                export_policy(workers.trainer.model, output / "hf")
+            heartbeat.beat(state="finished")
+
+
+def take_steps(config: TrainConfig, inputs: Inputs, workers: Workers, run: "Run", checkpointer: Checkpointer) -> None:
+    """The steps that are left, and their checkpoints."""
+    preemption.leave_if_asked()
+    if run.done == 0:
+        run.log(0, evaluate(config, inputs, workers, run, preemption.leave_if_asked))
+    for step in range(run.done + 1, config.steps + 1):
+        preemption.leave_if_asked()
+        run.log(step, train_step(config, inputs, workers, run, step))
+        if step == config.steps or (config.checkpoint.save_every and step % config.checkpoint.save_every == 0):
+            run.save(checkpointer)
 
 
 def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: "Run", step: int) -> dict[str, float]:
     """One step; returns its metrics (the same on every rank)."""
     metrics: dict[str, float] = {}
-    progress, rollout = run.progress, config.rollout
+    rollout = config.rollout
     chosen = epoch_batch(len(inputs.train), rollout.prompts_per_step, step - 1, config.seed, config.data.shuffle)
     mix = mix_at(config.grpo.mix, config.grpo.mix_anneal, (step - 1) / config.steps)
     with timed(metrics, "time/step"):
-        with timed(metrics, "time/sample", progress):
+        with timed(metrics, "time/sample", run):
             queries = [inputs.train[i] for i in chosen]
+            key, leave = f"{config.seed}/{step}", preemption.leave_if_asked
             batch = experience.sample(
-                workers.engine, inputs, queries, rollout.responses_per_prompt, f"{config.seed}/{step}"
+                workers.engine, inputs, queries, rollout.responses_per_prompt, key, between_batches=leave
             )
-        with timed(metrics, "time/judge", progress):
+        preemption.leave_if_asked()
+        with timed(metrics, "time/judge", run):
             judge_inputs = experience.judge(workers.judge, batch)
             with timed(metrics, "time/attribution"):
                 experience.attribute(workers.judge, batch, judge_inputs, config, mix)
-        with timed(metrics, "time/update", progress):
+        preemption.leave_if_asked()
+        with timed(metrics, "time/update", run):
             metrics |= update(config, workers, batch)
         metrics |= experience.score_metrics(batch)
         metrics |= experience.credit_metrics(batch, inputs, config.judge.flat_threshold)
         metrics["attribution/mix"] = mix
-    warn_about_gradients(progress, step, metrics)
+    warn_about_gradients(run.progress, step, metrics)
     run.sample(step, batch, inputs)
     if step == config.steps or (config.eval_every and step % config.eval_every == 0):
-        metrics |= evaluate(config, inputs, workers, progress)
+        metrics |= evaluate(config, inputs, workers, run)
     return metrics
 
 
@@ -105,15 +132,23 @@ def update(config: TrainConfig, workers: Workers, batch: Experience) -> dict[str
     return workers.trainer.update(sequences, mini_batches, batch.advantages, old, reference)
 
 
-def evaluate(config: TrainConfig, inputs: Inputs, workers: Workers, progress: Progress) -> dict[str, float]:
+def evaluate(
+    config: TrainConfig, inputs: Inputs, workers: Workers, run: "Run", between_batches: Callable = lambda: None
+) -> dict[str, float]:
     """Scores on the held-out queries, with the same random numbers every time; {} without any."""
     if not inputs.eval:
         return {}
     metrics: dict[str, float] = {}
-    with timed(metrics, "time/eval", progress):
+    with timed(metrics, "time/eval", run):
         temperature = 0.0 if config.eval_greedy else None
         batch = experience.sample(
-            workers.engine, inputs, inputs.eval, config.eval_responses, f"{config.seed}/eval", temperature
+            workers.engine,
+            inputs,
+            inputs.eval,
+            config.eval_responses,
+            f"{config.seed}/eval",
+            temperature,
+            between_batches,
         )
         experience.judge(workers.judge, batch)
         scores = experience.score_metrics(batch)
@@ -138,10 +173,10 @@ def warn_about_gradients(progress: Progress, step: int, metrics: dict[str, float
 
 
 @contextmanager
-def timed(metrics: dict[str, float], name: str, progress: Progress | None = None):
+def timed(metrics: dict[str, float], name: str, run: "Run | None" = None):
     """Wall seconds of the block into ``metrics[name]``; shows the phase."""
-    if progress is not None:
-        progress.phase(name.removeprefix("time/"))
+    if run is not None:
+        run.phase(name.removeprefix("time/"))
     start = time.perf_counter()
     yield
     torch.cuda.synchronize()
@@ -164,31 +199,24 @@ def check_same_run(config: TrainConfig, output: Path) -> None:
             )
 
 
-def write_config(path: Path, plain: dict) -> None:
-    """Atomically: a run killed right here must find its config whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(yaml.safe_dump(plain, sort_keys=False))
-    temporary.replace(path)
-
-
 class Run:
     """What rank 0 writes and shows while training; silent elsewhere."""
 
-    def __init__(self, config: TrainConfig, output: Path, done: int):
-        self.config = config
+    def __init__(self, config: TrainConfig, output: Path, done: int, heartbeat: Heartbeat):
+        """``done``: the last finished step, whose checkpoint has been loaded; 0 for none."""
+        self.config, self.done, self.saved, self.heartbeat = config, done, done, heartbeat
         self.is_writer = dist.get_rank() == 0
         self.progress = Progress(config.steps, enabled=self.is_writer)
         self.records = None
         if self.is_writer:
-            output.mkdir(parents=True, exist_ok=True)
             plain = asdict(config)
             self.records = MetricsLog(output, config.log, plain)
-            write_config(output / CONFIG_FILE, plain)
+            replace_text(output / CONFIG_FILE, yaml.safe_dump(plain, sort_keys=False))
             self.records.truncate_after(done if done else -1)
-        self.done = done
 
     def __enter__(self) -> "Run":
         self.progress.__enter__()
+        self.heartbeat.beat(state="running", step=self.done, saved_step=self.saved)
         if self.done >= self.config.steps:
             self.progress.message(f"finished already, at step {self.done}")
         elif self.done:
@@ -200,10 +228,25 @@ class Run:
         if self.records is not None:
             self.records.close()
 
+    def phase(self, name: str) -> None:
+        """What happens now: sample, judge, update, eval, save."""
+        self.progress.phase(name)
+        self.heartbeat.beat(phase=name)
+
     def log(self, step: int, metrics: dict[str, float]) -> None:
+        """``step`` is finished."""
         if self.records is not None and metrics:
             self.records.log(step, metrics)
         self.progress.step(step, metrics)
+        self.done = step
+        self.heartbeat.beat(step=step)
+
+    def save(self, checkpointer: Checkpointer) -> None:
+        """A checkpoint of the last finished step (collective)."""
+        self.phase("save")
+        checkpointer.save(self.done)
+        self.saved = self.done
+        self.heartbeat.beat(saved_step=self.saved)
 
     def sample(self, step: int, batch: Experience, inputs: Inputs) -> None:
         """Keep a few of the step's responses for the report: the first of each of the first groups."""

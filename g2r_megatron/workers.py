@@ -89,7 +89,7 @@ def _prompt_ids(config: TrainConfig, tokenizer, query: Query) -> list[int]:
 
 def build_workers(config: TrainConfig, inputs: Inputs) -> Workers:
     """Join the world and load the models (collective). Self-judging: one frozen copy serves judge and KL reference."""
-    initialize(config.seed)
+    initialize(config.seed, config.timeout_minutes)
     policy_groups = build_groups("policy", config.policy.layout)
     same_layout = config.judge.layout == config.policy.layout
     judge_groups = policy_groups if same_layout else build_groups("judge", config.judge.layout)

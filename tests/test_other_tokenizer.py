@@ -20,6 +20,7 @@ from g2r_megatron.data.readers import read_queries
 from g2r_megatron.data.tokenizer import load_tokenizer, neutral_ids, token_texts
 from g2r_megatron.grpo.advantages import GroupScores, group_advantages
 from g2r_megatron.judge.prompt import JudgePrompt
+from g2r_megatron.records.heartbeat import Heartbeat
 from g2r_megatron.train import Run, train_step
 from g2r_megatron.workers import build_workers, read_inputs
 from test_alignment import byte_bpe, owners_of, piece_bytes
@@ -99,7 +100,9 @@ def step_of(arguments: list[str]) -> dict:
     config = resolve_preset(options.parse(TrainConfig, "g2r train", arguments))
     inputs = read_inputs(config)
     workers = build_workers(config, inputs)
-    run = Keeper(config, Path(config.output_dir), 0)
+    output = Path(config.output_dir)
+    output.mkdir(exist_ok=True)
+    run = Keeper(config, output, 0, Heartbeat(output, config.steps))
     metrics = train_step(config, inputs, workers, run, 1)
     return {
         "metrics": metrics,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from g2r_megatron.errors import UserError
+from g2r_megatron.errors import UserError, unwritable
 from g2r_megatron.model.torch_dist import sync_directory, sync_to_disk
 
 # In a directory that a conversion has begun. The name is what tells our leftovers from a user's own NAME.incomplete.
@@ -114,11 +114,6 @@ def write_json(file: Path, content: dict) -> None:
         file.write_text(json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise unwritable(file, error) from error
-
-
-def unwritable(file: Path, error: OSError) -> UserError:
-    """The ``UserError`` for a file that the disk or its permissions refuse."""
-    return UserError(str(file), f"cannot be written ({error.strerror})", "free disk space or choose another place")
 
 
 def _temporary(final: Path) -> Path:

@@ -15,7 +15,6 @@ from g2r_megatron.convert.output import (
     check_output,
     new_directory,
     raised_by_all,
-    unwritable,
     write_json,
 )
 from g2r_megatron.convert.parameters import (
@@ -27,7 +26,7 @@ from g2r_megatron.convert.parameters import (
     share,
 )
 from g2r_megatron.convert.progress import CopyProgress
-from g2r_megatron.errors import UserError
+from g2r_megatron.errors import UserError, unwritable
 from g2r_megatron.model.hf import CHECKPOINT_FACTS, HFModel, load_model_tokenizer, open_hf_model
 from g2r_megatron.model.safetensors_files import SafetensorsReader
 from g2r_megatron.model.torch_dist import copy_model_files
