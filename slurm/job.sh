@@ -98,12 +98,20 @@ wait_for_step() {
     if [ -n "${again-}" ]; then kill "$again" 2>/dev/null; fi
 }
 
+# What becomes of the job, from its code and those of its ranks: 2 is bad input, 75 has left and wants to come back.
 finish() {
-    if [ "$1" = 0 ]; then say "finished in attempt $ATTEMPT"; exit 0; fi
     if grep -qsx 2 "$LOG"/exit_codes/*; then stop "bad input (see the error above): not started again" 2; fi
     if [ -n "$stopped" ] && [ "$(state)" != TIMEOUT ]; then stop "ended by Slurm" 1; fi
+    if grep -qsx 75 "$LOG"/exit_codes/*; then
+        say "left; coming back"
+    elif [ "$1" = 0 ]; then
+        say "finished in attempt $ATTEMPT"; exit 0
+    elif [ -n "$leaving" ]; then
+        say "ended when asked to leave; coming back"
+    else
+        say "failed with code $1"
+    fi
     check_progress
-    if [ -n "$leaving" ] || grep -qsx 75 "$LOG"/exit_codes/*; then say "left; coming back"; else say "failed with code $1; trying again"; fi
     trap - TERM USR1
     scontrol requeue "$JOB" || [ "$(state)" = PENDING ] || stop "Slurm does not take the job back: submit it again" 1
     sleep 120   # Slurm ends this shell before that

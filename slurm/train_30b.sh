@@ -36,8 +36,8 @@ options=(--config "${CONFIG:-examples/judge_30b/config.yaml}"
 # The newest complete checkpoint's step. Not the heartbeat's, which a new attempt begins at 0.
 progress() {
     local newest
-    newest=$(ls "$RUN/checkpoints" 2>/dev/null | grep -x 'step_[0-9]*' | sort | tail -n 1)
-    echo $((10#${newest#step_} + 0))
+    newest=$(ls "$RUN/checkpoints" 2>/dev/null | sed -n 's/^step_\([0-9]*\)$/\1/p' | sort | tail -n 1)
+    echo $((10#${newest:-0}))
 }
 
 # Two jobs must not write one run.

@@ -66,6 +66,8 @@ SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,sched_min_interval=0
 KillWait=30
 MinJobAge=3600
+# an answer that is late on a busy machine is not an answer lost: what is sent again hits the next attempt
+MessageTimeout=100
 SlurmdTimeout=60
 {nodes}
 PartitionName=main Nodes={",".join(NODES)} Default=YES MaxTime=1-00:00:00 DefaultTime=60 State=UP
