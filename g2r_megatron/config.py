@@ -214,6 +214,8 @@ class OptimizerConfig:
     """global gradient norm bound; 0 is off"""
     distributed: bool = True
     """shard optimizer state over data-parallel ranks"""
+    max_bad_steps: int = 3
+    """so many optimizer steps in a row may be skipped because loss or gradients are not finite; then the run stops"""
 
 
 @dataclass
@@ -240,6 +242,8 @@ class CheckpointConfig:
     """steps; 0 saves only at the end"""
     keep_last: int = 2
     """older checkpoints are deleted after a successful save"""
+    asynchronous: bool = True
+    """training goes on while a checkpoint is written; takes a copy of the saved state in host memory"""
     export_hf: bool = True
     """write a Hugging Face directory at the end of training"""
 

@@ -95,6 +95,7 @@ TRAIN_RANGES = {
     "optimizer.beta2": BELOW_ONE,
     "optimizer.eps": POSITIVE,
     "optimizer.clip_grad": NOT_NEGATIVE,
+    "optimizer.max_bad_steps": COUNT,
     "checkpoint.save_every": COUNT_OR_OFF,
     "checkpoint.keep_last": COUNT,
     "log.samples_per_step": COUNT_OR_OFF,

@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import yaml
 
 from g2r_megatron import experience, preemption
@@ -24,13 +23,11 @@ from g2r_megatron.grpo.advantages import mix_at
 from g2r_megatron.policy.checkpoint import Checkpointer
 from g2r_megatron.policy.export import export_policy
 from g2r_megatron.policy.log_probs import plan_micro_batches, response_log_probs
-from g2r_megatron.records.files import replace_text
 from g2r_megatron.records.heartbeat import Heartbeat
-from g2r_megatron.records.metrics import MetricsLog
 from g2r_megatron.records.progress import Progress
+from g2r_megatron.run import CONFIG_FILE, Run
 from g2r_megatron.workers import Inputs, Workers, build_workers, read_inputs
 
-CONFIG_FILE = "config.yaml"
 # A run directory belongs to one trajectory: these may not change when it is resumed (layouts may).
 FIXED = (
     "seed",
@@ -59,14 +56,11 @@ def train(config: TrainConfig) -> None:
         workers = build_workers(config, inputs)
         checkpointer = Checkpointer(workers.trainer, output / "checkpoints", config.checkpoint.keep_last)
         done = checkpointer.load_latest()
-        with Run(config, output, done, heartbeat) as run:
+        with Run(config, output, done, heartbeat, checkpointer) as run:
             try:
-                take_steps(config, inputs, workers, run, checkpointer)
+                take_steps(config, inputs, workers, run)
             except preemption.Preempted:
-                if run.done > run.saved:
-                    run.save(checkpointer)
-                run.progress.message(f"asked to leave: saved after step {run.done}")
-                heartbeat.beat(state="preempted")
+                run.leave()
                 raise
             if config.checkpoint.export_hf:
                 run.phase("save")
@@ -74,7 +68,7 @@ def train(config: TrainConfig) -> None:
             heartbeat.beat(state="finished")
 
 
-def take_steps(config: TrainConfig, inputs: Inputs, workers: Workers, run: "Run", checkpointer: Checkpointer) -> None:
+def take_steps(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run) -> None:
     """The steps that are left, and their checkpoints."""
     preemption.leave_if_asked()
     if run.done == 0:
@@ -82,11 +76,14 @@ def take_steps(config: TrainConfig, inputs: Inputs, workers: Workers, run: "Run"
     for step in range(run.done + 1, config.steps + 1):
         preemption.leave_if_asked()
         run.log(step, train_step(config, inputs, workers, run, step))
+        if workers.trainer.bad_in_a_row >= config.optimizer.max_bad_steps:
+            run.stop_after_bad_steps(workers.trainer.bad_in_a_row)
         if step == config.steps or (config.checkpoint.save_every and step % config.checkpoint.save_every == 0):
-            run.save(checkpointer)
+            run.save()
+    run.finish_save(wait=True)
 
 
-def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: "Run", step: int) -> dict[str, float]:
+def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run, step: int) -> dict[str, float]:
     """One step; returns its metrics (the same on every rank)."""
     metrics: dict[str, float] = {}
     rollout = config.rollout
@@ -106,7 +103,7 @@ def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: "Run"
                 experience.attribute(workers.judge, batch, judge_inputs, config, mix)
         preemption.leave_if_asked()
         with timed(metrics, "time/update", run):
-            metrics |= update(config, workers, batch)
+            metrics |= update(config, workers, batch, run, step)
         metrics |= experience.score_metrics(batch)
         metrics |= experience.credit_metrics(batch, inputs, config.judge.flat_threshold)
         metrics["attribution/mix"] = mix
@@ -117,7 +114,7 @@ def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: "Run"
     return metrics
 
 
-def update(config: TrainConfig, workers: Workers, batch: Experience) -> dict[str, float]:
+def update(config: TrainConfig, workers: Workers, batch: Experience, run: Run, step: int) -> dict[str, float]:
     """Old (and reference) log-probs from the models themselves, then one optimizer step a mini-batch."""
     sequences = batch.sequences
     chunks = torch.arange(len(sequences)).chunk(config.grpo.mini_batches)
@@ -129,11 +126,14 @@ def update(config: TrainConfig, workers: Workers, batch: Experience) -> dict[str
         plans = [plan_micro_batches(workers.reference, sequences, m, budget) for m in mini_batches]
         plan = [items for rows in plans for items in rows]
         reference = response_log_probs(workers.reference, sequences, plan, config.rollout.temperature)
-    return workers.trainer.update(sequences, mini_batches, batch.advantages, old, reference)
+    metrics = workers.trainer.update(sequences, mini_batches, batch.advantages, old, reference)
+    if metrics["optimizer/skipped_steps"]:
+        run.keep_bad_step(step, batch, old, reference, metrics)
+    return metrics
 
 
 def evaluate(
-    config: TrainConfig, inputs: Inputs, workers: Workers, run: "Run", between_batches: Callable = lambda: None
+    config: TrainConfig, inputs: Inputs, workers: Workers, run: Run, between_batches: Callable = lambda: None
 ) -> dict[str, float]:
     """Scores on the held-out queries, with the same random numbers every time; {} without any."""
     if not inputs.eval:
@@ -173,7 +173,7 @@ def warn_about_gradients(progress: Progress, step: int, metrics: dict[str, float
 
 
 @contextmanager
-def timed(metrics: dict[str, float], name: str, run: "Run | None" = None):
+def timed(metrics: dict[str, float], name: str, run: Run | None = None):
     """Wall seconds of the block into ``metrics[name]``; shows the phase."""
     if run is not None:
         run.phase(name.removeprefix("time/"))
@@ -197,61 +197,3 @@ def check_same_run(config: TrainConfig, output: Path) -> None:
             raise UserError(
                 option, f"{new!r}, but output_dir {output} holds a run with {old!r}", "choose another output_dir"
             )
-
-
-class Run:
-    """What rank 0 writes and shows while training; silent elsewhere."""
-
-    def __init__(self, config: TrainConfig, output: Path, done: int, heartbeat: Heartbeat):
-        """``done``: the last finished step, whose checkpoint has been loaded; 0 for none."""
-        self.config, self.done, self.saved, self.heartbeat = config, done, done, heartbeat
-        self.is_writer = dist.get_rank() == 0
-        self.progress = Progress(config.steps, enabled=self.is_writer)
-        self.records = None
-        if self.is_writer:
-            plain = asdict(config)
-            self.records = MetricsLog(output, config.log, plain)
-            replace_text(output / CONFIG_FILE, yaml.safe_dump(plain, sort_keys=False))
-            self.records.truncate_after(done if done else -1)
-
-    def __enter__(self) -> "Run":
-        self.progress.__enter__()
-        self.heartbeat.beat(state="running", step=self.done, saved_step=self.saved)
-        if self.done >= self.config.steps:
-            self.progress.message(f"finished already, at step {self.done}")
-        elif self.done:
-            self.progress.message(f"resuming after step {self.done}")
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.progress.__exit__(*error)
-        if self.records is not None:
-            self.records.close()
-
-    def phase(self, name: str) -> None:
-        """What happens now: sample, judge, update, eval, save."""
-        self.progress.phase(name)
-        self.heartbeat.beat(phase=name)
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """``step`` is finished."""
-        if self.records is not None and metrics:
-            self.records.log(step, metrics)
-        self.progress.step(step, metrics)
-        self.done = step
-        self.heartbeat.beat(step=step)
-
-    def save(self, checkpointer: Checkpointer) -> None:
-        """A checkpoint of the last finished step (collective)."""
-        self.phase("save")
-        checkpointer.save(self.done)
-        self.saved = self.done
-        self.heartbeat.beat(saved_step=self.saved)
-
-    def sample(self, step: int, batch: Experience, inputs: Inputs) -> None:
-        """Keep a few of the step's responses for the report: the first of each of the first groups."""
-        every = self.config.log.samples_every
-        if self.records is None or not every or (step - 1) % every:
-            return
-        for group in batch.groups[: self.config.log.samples_per_step]:
-            self.records.sample(experience.sample_record(batch, inputs, group.start, step))

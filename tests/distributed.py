@@ -201,24 +201,13 @@ class Worlds:
 # What follows runs in the ranks.
 
 
-KEPT_LAYOUTS = 2
 _made: dict = {}
 
 
 def groups_of(layout: Layout):
-    """The process groups of ``layout``; those of the last layouts are kept (making them is the slow part of a case).
-
-    Not of all: every gloo group has threads of its own, and a world that has seen twenty layouts has hundreds.
-    """
-    import torch.distributed as dist
-
+    """The process groups of ``layout``, made once a world (making them is the slow part of a case)."""
     from g2r_megatron.parallel.groups import build_groups
 
     if repr(layout) not in _made:
-        if len(_made) == KEPT_LAYOUTS:
-            oldest = _made.pop(next(iter(_made)))
-            groups = {id(g): g for g in vars(oldest.pgs).values() if isinstance(g, dist.ProcessGroup)}
-            for group in groups.values():
-                dist.destroy_process_group(group)
         _made[repr(layout)] = build_groups("policy", layout)
     return _made[repr(layout)]

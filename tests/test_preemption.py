@@ -76,7 +76,7 @@ def uninterrupted(worlds, options, tmp_path_factory) -> Path:
 def test_one_rank_of_two_is_signalled_in_every_phase(worlds, options, uninterrupted, tmp_path):
     """The other rank, which knows nothing of it, leaves at the same place."""
     run, left_after = tmp_path / "run", []
-    for rank, phase, step in ((1, "eval", 0), (0, "sample", 0), (1, "judge", 1), (1, "update", 1), (1, "save", 2)):
+    for rank, phase, step in ((1, "eval", 0), (0, "sample", 0), (1, "judge", 1), (1, "update", 1), (1, "save", 4)):
         ends = worlds[2].run(train_signalled, options, str(run), rank, phase, step)
         assert ends == ["preempted"] * 2, phase
         said = heartbeat(run)
@@ -85,7 +85,7 @@ def test_one_rank_of_two_is_signalled_in_every_phase(worlds, options, uninterrup
         expected = [f"step_{said['step']:08d}"] if said["step"] else []
         assert checkpoints(run)[-1:] == expected
     # before the first step, in it, in the judge's phase, in an update (which is finished), in a save
-    assert left_after[:2] == [0, 0] and left_after[3:4] == [2] and left_after == sorted(left_after), left_after
+    assert left_after in ([0, 0, 1, 2, 4], [0, 0, 2, 2, 4]), left_after  # the judge may be faster than the signal
     assert worlds[2].run(train_signalled, options, str(run), -1, "", 0) == ["finished"] * 2
     assert_same_run(run, uninterrupted)
     said = heartbeat(run)
@@ -117,8 +117,14 @@ def test_heartbeat(tmp_path, monkeypatch):
     said = json.loads((tmp_path / "heartbeat.json").read_text())
     assert abs(said.pop("time") - time.time()) < 60 and said.pop("host") and said.pop("pid") == os.getpid()
     assert said == {
-        **{"state": "running", "step": 2, "saved_step": 1, "phase": "judge", "steps": 5},
-        **{"attempt": 3, "job": "77", "error": None},
+        "state": "running",
+        "step": 2,
+        "saved_step": 1,
+        "phase": "judge",
+        "steps": 5,
+        "attempt": 3,
+        "job": "77",
+        "error": None,
     }
     assert beat.place() == "rank 0, phase judge, step 3"
     for wrong in ({"state": "asleep"}, {"stepp": 3}):
@@ -137,12 +143,11 @@ def test_heartbeat(tmp_path, monkeypatch):
         Heartbeat(tmp_path, steps=5)
 
 
-def test_a_run_that_fails_says_why_in_its_heartbeat(options, tmp_path, capsys):
-    """Exit code 2, one line, and the same line for the launcher."""
+def test_a_heartbeat_that_cannot_be_written_is_named(options, tmp_path, capsys):
+    """Exit code 2, before any work."""
     run = tmp_path / "run"
     run.mkdir()
     (run / "heartbeat.json").mkdir()  # cannot be replaced
     assert main(["train", *options, "--output_dir", str(run)]) == 2
     assert f"{run}/heartbeat.json: cannot be written" in capsys.readouterr().err
-    (run / "heartbeat.json").rmdir()
-    (run / "checkpoints").write_text("a file")
+    assert sorted(path.name for path in run.iterdir()) == ["heartbeat.json"]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from g2r_megatron.errors import UserError, unwritable
 from g2r_megatron.model.torch_dist import sync_directory, sync_to_disk
+from g2r_megatron.parallel.agreement import raised_by_all
 
 # In a directory that a conversion has begun. The name is what tells our leftovers from a user's own NAME.incomplete.
 MARKER = ".g2r_conversion"
@@ -90,22 +91,6 @@ def _remove(directory: Path) -> None:
         elif path.name != MARKER:
             path.unlink()
     shutil.rmtree(directory)
-
-
-@contextmanager
-def raised_by_all() -> Iterator[None]:
-    """A ``UserError`` of any process in the block is raised by every process. Collective; the block must not be."""
-    mine = None
-    try:
-        yield
-    except UserError as error:
-        mine = error
-    found: list[tuple[str, str, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (mine.where, mine.found, mine.remedy) if mine else None)
-    if mine is not None:
-        raise mine
-    for error in filter(None, found):
-        raise UserError(*error)
 
 
 def write_json(file: Path, content: dict) -> None:

@@ -14,7 +14,6 @@ from g2r_megatron.convert.output import (
     check_free_space,
     check_output,
     new_directory,
-    raised_by_all,
     write_json,
 )
 from g2r_megatron.convert.parameters import (
@@ -31,6 +30,7 @@ from g2r_megatron.model.hf import CHECKPOINT_FACTS, HFModel, load_model_tokenize
 from g2r_megatron.model.safetensors_files import SafetensorsReader
 from g2r_megatron.model.torch_dist import copy_model_files
 from g2r_megatron.model.weights import check_tensors
+from g2r_megatron.parallel.agreement import raised_by_all
 from g2r_megatron.parallel.groups import initialize
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")

@@ -20,6 +20,7 @@ def replace_text(path: Path, text: str, sync: bool = False) -> None:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise unwritable(path, error) from error
 
 
