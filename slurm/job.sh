@@ -39,9 +39,9 @@ begin() {
     cd "$G2R_HOME" || stop "no directory $G2R_HOME" 2
     source "${G2R_ENV:-slurm/env.sh}"
     mkdir -p "$LOG/exit_codes" && ln -sfn "attempt_$ATTEMPT" "$LOGS/latest" || stop "cannot write $LOGS" 2
-    leaving= stopped= step=
+    leaving= step=
     trap 'leaving=1; tell_step' USR1   # from --signal, before the time limit, or from: scancel --batch --signal=USR1
-    trap 'stopped=1' TERM              # from Slurm, which has told the step as well
+    trap : TERM                        # from Slurm, which has told the step as well: wait for it
     if [ "$ATTEMPT" -gt 1 ]; then check_progress; fi
     progress >> "$LOGS/progress"       # one line an attempt: where it began
     say "attempt $ATTEMPT on $NODES x $GPUS ranks ($SLURM_JOB_NODELIST), logs in $LOG"
@@ -63,7 +63,7 @@ once() { srun --nodes=1 --ntasks=1 --cpu-bind=none "${G2R_SRUN[@]}" "${G2R_EXEC[
 # A Python program (-m MODULE or FILE) on every GPU of every node; decides what becomes of the job when it has ended.
 launch() {
     local code tee
-    [ -z "$leaving$stopped" ] || finish 1
+    [ -z "$leaving" ] || finish 1
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     export G2R_ATTEMPT=$ATTEMPT G2R_EXIT_CODES=$LOG/exit_codes
     # torchrun, told by nobody: the ranks get Slurm's signals themselves and take the time they need, and only then
@@ -101,7 +101,11 @@ wait_for_step() {
 # What becomes of the job, from its code and those of its ranks: 2 is bad input, 75 has left and wants to come back.
 finish() {
     if grep -qsx 2 "$LOG"/exit_codes/*; then stop "bad input (see the error above): not started again" 2; fi
-    if [ -n "$stopped" ] && [ "$(state)" != TIMEOUT ]; then stop "ended by Slurm" 1; fi
+    case $(fate) in
+        "RUNNING "*) ;;
+        *" TimeLimit") leaving=1 ;;
+        *) stop "ended by Slurm" 1 ;;   # scancel; or a dead node: then Slurm itself puts the job back into the queue
+    esac
     if grep -qsx 75 "$LOG"/exit_codes/*; then
         say "left; coming back"
     elif [ "$1" = 0 ]; then
@@ -113,8 +117,9 @@ finish() {
     fi
     check_progress
     trap - TERM USR1
-    scontrol requeue "$JOB" || [ "$(state)" = PENDING ] || stop "Slurm does not take the job back: submit it again" 1
+    scontrol requeue "$JOB" || stop "Slurm does not take the job back: submit it again" 1
     sleep 120   # Slurm ends this shell before that
 }
 
-state() { scontrol show job -o "$JOB" | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p'; }
+# The job's state and the reason for it, e.g. RUNNING None. Known before any process of a job is told to end.
+fate() { (trap '' TERM; scontrol show job -o "$JOB") | sed -n 's/.* JobState=\([A-Z_]*\) Reason=\([A-Za-z]*\).*/\1 \2/p'; }

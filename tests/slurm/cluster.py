@@ -24,7 +24,7 @@ GPUS, CPUS, MEMORY_MB = 8, 16, 200_000
 FIRST_PORT = 26800  # slurmctld's; the nodes have the ones after it
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
 HOSTS, HOSTS_MARK = Path("/etc/hosts"), "# g2r-slurm-tests"
-PATIENCE = 60.0  # seconds
+PATIENCE = 120.0  # seconds
 ENVIRONMENT = {**os.environ, "SLURM_CONF": str(CONF)}
 
 

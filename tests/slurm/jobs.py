@@ -11,7 +11,7 @@ from pathlib import Path
 from cluster import ENVIRONMENT, ask
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 240.0  # seconds for anything to happen on a busy machine
+PATIENCE = 900.0  # seconds for anything to happen on a busy machine
 # A rank a node, of a CPU; --exclusive gives a job all GPUs of its nodes, so the number of ranks is told by itself.
 SMALL = {
     "G2R_VENV": sys.prefix,
@@ -33,7 +33,7 @@ class Job:
         self.home, self.log = home, home / f"{script}.log"
         command = ["sbatch", "--parsable", f"--output={self.log}", *sbatch, f"slurm/{script}.sh", *options]
         settings = {**ENVIRONMENT, **SMALL, **environment}
-        done = subprocess.run(command, cwd=home, env=settings, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd=home, env=settings, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr
         self.id = done.stdout.strip()
 
@@ -70,6 +70,10 @@ class Job:
 
     def attempt(self) -> int:
         return int(self.field("Restarts")) + 1
+
+    def nodes(self) -> list[str]:
+        """Those it runs on, the batch shell's first."""
+        return ask("scontrol", "show", "hostnames", self.field("NodeList")).split()
 
     def ranks(self, number: int) -> list[int]:
         """Pids of the rank with that number, on whichever node."""

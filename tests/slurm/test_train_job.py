@@ -7,14 +7,14 @@ network that fails, and a node whose processes live on after Slurm has given it 
 import shutil
 
 import pytest
-from cluster import NODES, ask
-from jobs import Job
+from cluster import ask
+from jobs import PATIENCE, Job
 from safetensors.torch import load_file, save_file
 
 from real_runs import TASK, checkpoints, heartbeat, last_recorded, quickstart_options, records
 from test_train_resume import train_here
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 STEPS = 24
 CONFIG = {"CONFIG": str(TASK / "config.yaml")}  # of its paths, only the model's is not replaced: relative to the root
 
@@ -27,10 +27,8 @@ def options(tmp_path_factory) -> list[str]:
 
 def test_time_limit_dead_rank_dead_node_and_cancelled(options, worlds, tmp_path):
     reference, run = tmp_path / "reference", tmp_path / "run"
-    assert worlds[2].run(train_here, ["--config", CONFIG["CONFIG"], *options, "--output_dir", str(reference)]) == [
-        "",
-        "",
-    ]
+    arguments = ["--config", CONFIG["CONFIG"], *options, "--output_dir", str(reference)]
+    assert worlds[2].run(train_here, arguments, timeout=PATIENCE) == ["", ""]
     worlds.close()  # its processes poll
 
     # --signal of the script is 10 minutes before the limit: at once
@@ -48,12 +46,13 @@ def test_time_limit_dead_rank_dead_node_and_cancelled(options, worlds, tmp_path)
     reached = last_recorded(run)
     job.wait(lambda: last_recorded(run) > reached)
 
-    ask("scontrol", "update", f"nodename={NODES[1]}", "state=down", "reason=test")
+    node = job.nodes()[1]
+    ask("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
     try:
         job.wait(lambda: job.attempt() == 4)
         assert "NODE FAILURE" in job.text()
     finally:
-        ask("scontrol", "update", f"nodename={NODES[1]}", "state=resume")
+        ask("scontrol", "update", f"nodename={node}", "state=resume")
     job.wait(lambda: heartbeat(run)["state"] == "running" and heartbeat(run)["attempt"] == 4)
 
     ask("scancel", job.id)

@@ -1,18 +1,20 @@
-"""``sbatch slurm/judge.sh``: an array judges a file; a task killed on the way goes on, and the file is that of one job.
+"""``sbatch slurm/judge.sh`` and ``slurm/convert_30b.sh``: whole files, also from tasks that were killed on the way.
 
-Equal bit for bit, with rows judged one at a time (more at a time agree to rounding).
+The array's file is that of one process, bit for bit with rows judged one at a time (more at a time agree to rounding).
+What the conversions write is checked in test_convert.py.
 """
 
 import json
 from pathlib import Path
 
 import pytest
-from jobs import Job
+from jobs import PATIENCE, Job
+from safetensors.torch import load_file
 
 from g2r_megatron.cli import judge_command
 from real_runs import TASK
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 SHARDS, ROWS = 2, 240
 
 
@@ -31,7 +33,7 @@ def test_an_array_whose_task_is_killed(worlds, tmp_path):
         'template: "{conversation} | {response} | {criterion} =>"}\n'
     )
     options = ["--input", str(rows), "--batch_rows", "1"]
-    worlds[1].run(judge_here, ["--config", str(config), *options, "--output", str(alone)])
+    worlds[1].run(judge_here, ["--config", str(config), *options, "--output", str(alone)], timeout=PATIENCE)
     worlds.close()
 
     def submit() -> list[Job]:
@@ -61,3 +63,15 @@ def lines_of(path: Path) -> int:
         return path.read_bytes().count(b"\n")
     except FileNotFoundError:
         return 0
+
+
+def test_converted_both_ways(tmp_path):
+    """One process, without a GPU; the second job reads what the first has written."""
+    there, back = tmp_path / "megatron", tmp_path / "hf"
+    for options in (
+        ["--hf", str(TASK / "model"), "--output", str(there)],
+        [f"--checkpoint={there}", f"--output={back}"],
+    ):
+        job = Job("convert_30b", options, tmp_path, PROCESSES="1")
+        assert job.end() == "COMPLETED 0:0", job.text()
+    assert load_file(back / "model.safetensors").keys() == load_file(TASK / "model" / "model.safetensors").keys()
