@@ -142,7 +142,8 @@ def finish(config: OfflineJudgeConfig, line: str) -> None:
     """Say ``line``, and join the parts if this was the last one (rank 0)."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(line, flush=True)
-        if config.shards > 1 and join_parts(Path(config.output), config.shards):
+        before = Path(config.output).exists()
+        if config.shards > 1 and join_parts(Path(config.output), config.shards) and not before:
             print(f"{config.output}: complete, {config.shards} parts joined", flush=True)
 
 

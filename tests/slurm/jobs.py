@@ -21,6 +21,8 @@ SMALL = {
     "PYTHONPATH": str(ROOT),
 }
 
+SUBMITTED: list[str] = []  # ids of all jobs
+
 
 class Job:
     """A submitted job; its Slurm log is ``DIRECTORY/NAME-ID.log``, its attempts' logs are under logs/ of its home."""
@@ -36,6 +38,7 @@ class Job:
         done = subprocess.run(command, cwd=home, env=settings, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr
         self.id = done.stdout.strip()
+        SUBMITTED.append(self.id)
 
     def task(self, number: int) -> "Job":
         """A task of an array; its log is ``NAME-NUMBER.log``."""
