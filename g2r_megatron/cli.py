@@ -112,8 +112,20 @@ def exit_code(command: Callable[[], int | None]) -> int:
 
     Its own (0 for None); 2 and one line for bad input; 75 for a run that has saved and wants to be started again; 1 for
     one that cannot go on; 130 for Ctrl-C. Any other exception is raised, with its traceback.
+
+    torchrun answers 1 whatever code its ranks end with, and takes 75 for a failure, for which it ends the other ranks
+    with a page of text. So with G2R_EXIT_CODES, a directory, each rank leaves its code there for the script that
+    started it all, and 75 becomes 0.
     """
     _silence_libraries()
+    code = _exit_code(command)
+    if directory := os.environ.get("G2R_EXIT_CODES"):
+        Path(directory, f"rank_{os.environ.get('RANK', 0)}").write_text(f"{code}\n")
+        return 0 if code == preemption.EXIT_CODE else code
+    return code
+
+
+def _exit_code(command: Callable[[], int | None]) -> int:
     try:
         code = command()
     except Preempted:

@@ -150,14 +150,9 @@ class FrozenJudge:
             return None, (batch.items, self.target.read(logits))
 
         with self.routing.recording(trees, everything) as forward:
-<<<<<<< HEAD
-            results = run_schedule(self.model, self._micro_batches(trees), forward, collect, backward=False)
-        table = torch.zeros(len(everything), self.target.columns, device=cpu.device())
-=======
             batches = self._micro_batches(trees, backward=False)
             results = run_schedule(self.model, batches, forward, collect, backward=False)
-        table = torch.zeros(len(everything), 2, device=cpu.device())
->>>>>>> judge-benchmarks
+        table = torch.zeros(len(everything), self.target.columns, device=cpu.device())
         if self.model.groups.is_replica_writer:
             for items, values in results:
                 table[items] = values
