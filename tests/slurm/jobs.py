@@ -78,9 +78,21 @@ class Job:
         """Those it runs on, the batch shell's first."""
         return ask("scontrol", "show", "hostnames", self.field("NodeList")).split()
 
-    def ranks(self, number: int) -> list[int]:
-        """Pids of the rank with that number, on whichever node."""
-        wanted = {f"RANK={number}".encode(), f"SLURM_JOB_ID={self.field('JobId')}".encode()}
+    def take_node_down(self, node: str) -> None:
+        """Until the job has been put back into the queue and its processes have left, which may save meanwhile.
+
+        A node that comes back before that gets the job a second time, refuses it and is drained.
+        """
+        attempt = self.attempt()
+        ask("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+        try:
+            self.wait(lambda: self.attempt() > attempt and not self.processes())
+        finally:
+            ask("scontrol", "update", f"nodename={node}", "state=resume")
+
+    def processes(self, *settings: str) -> list[int]:
+        """Pids of the job's processes, on any node, with these settings (``NAME=value``) in their environment."""
+        wanted = {setting.encode() for setting in (f"SLURM_JOB_ID={self.field('JobId')}", *settings)}
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
@@ -90,6 +102,10 @@ class Job:
                 except OSError:  # ended meanwhile
                     continue
         return found
+
+    def ranks(self, number: int) -> list[int]:
+        """Pids of the rank with that number, on whichever node."""
+        return self.processes(f"RANK={number}")
 
     def kill_rank(self, number: int) -> None:
         pids = self.ranks(number)
