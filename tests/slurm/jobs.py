@@ -79,14 +79,14 @@ class Job:
         return ask("scontrol", "show", "hostnames", self.field("NodeList")).split()
 
     def take_node_down(self, node: str) -> None:
-        """Until the job has been put back into the queue and its processes have left, which may save meanwhile.
+        """Until the job has been put back into the queue and its processes there have left, which may save meanwhile.
 
         A node that comes back before that gets the job a second time, refuses it and is drained.
         """
         attempt = self.attempt()
         ask("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
         try:
-            self.wait(lambda: self.attempt() > attempt and not self.processes())
+            self.wait(lambda: self.attempt() > attempt and not self.processes(f"SLURMD_NODENAME={node}"))
         finally:
             ask("scontrol", "update", f"nodename={node}", "state=resume")
 
