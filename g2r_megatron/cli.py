@@ -6,21 +6,19 @@ are answered at once.
 
 import argparse
 import os
-import signal
 import sys
-import time
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
-from g2r_megatron import options
+from g2r_megatron import options, preemption
 from g2r_megatron.config import PRESETS, OfflineJudgeConfig, TrainConfig, fill_from_preset, resolve_preset
 from g2r_megatron.config_check import check_judge_config, check_train_config
-from g2r_megatron.errors import UserError
+from g2r_megatron.errors import RunError, UserError
+from g2r_megatron.failures import announce, is_announced
+from g2r_megatron.preemption import Preempted
 
-GRACE_SECONDS = 5.0
 USAGE = """usage: g2r COMMAND [options]
 
 commands:
@@ -36,9 +34,10 @@ def train_command(argv: list[str]) -> None:
     """``g2r train``."""
     config = resolve_preset(options.parse(TrainConfig, "g2r train", argv))
     check_train_config(config, _world_size())
-    from g2r_megatron.train import train
+    with preemption.listening():
+        from g2r_megatron.train import train
 
-    train(config)
+        train(config)
 
 
 def judge_command(argv: list[str]) -> None:
@@ -79,21 +78,31 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line (default: ``sys.argv``) and return its exit code: 0, 2 for bad input, 130 for Ctrl-C."""
+    """Run a command line (default: ``sys.argv``) and return its exit code (see ``exit_code``)."""
     argv = sys.argv[1:] if argv is None else argv
     return exit_code(lambda: _dispatch(argv))
 
 
 def exit_code(command: Callable[[], int | None]) -> int:
-    """Run ``command``: its own exit code (0 for None), 2 and one line for bad input, 130 for Ctrl-C."""
+    """Run ``command``; the exit code of the process.
+
+    Its own (0 for None); 2 and one line for bad input; 75 for a run that has saved and wants to be started again; 1 for
+    one that cannot go on; 130 for Ctrl-C. Any other exception is raised, with its traceback.
+    """
     _silence_libraries()
     try:
         code = command()
-    except UserError as error:
-        _report(error)
-        return 2
+    except Preempted:
+        code = preemption.EXIT_CODE
+    except (UserError, RunError) as error:
+        announce(error)
+        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if not is_announced(error):
+            raise
+        return 1
     _leave_world()
     return code or 0
 
@@ -114,29 +123,6 @@ def _usage(argv: list[str]) -> int:
 
 def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def _report(error: UserError) -> None:
-    """Print the error on one rank: the first to fail, which need not be rank 0 (a shard may be broken on one node).
-
-    The launcher ends all ranks as soon as one has exited, so each waits a moment for the others to fail as well: they
-    mostly do, and then every rank exits with its own code 2.
-    """
-    line = f"g2r: error: {error}"
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # a single process, or ranks without torchrun
-        if os.environ.get("RANK", "0") == "0":
-            print(line, file=sys.stderr, flush=True)
-        return
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this rank is ending by itself
-    from torch.distributed import TCPStore
-
-    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=10))
-    failed = f"g2r/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    if store.add(failed, 1) == 1:
-        print(line, file=sys.stderr, flush=True)
-    deadline = time.monotonic() + GRACE_SECONDS
-    while store.add(failed, 0) < _world_size() and time.monotonic() < deadline:
-        time.sleep(0.05)
 
 
 def _leave_world() -> None:

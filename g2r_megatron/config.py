@@ -81,7 +81,8 @@ class JudgeConfig:
     """The frozen judge and how its gradient becomes token weights."""
 
     model: str | None = None
-    """Hugging Face directory of the judge; none: the frozen initial policy judges itself"""
+    """Hugging Face directory of the judge, a language model or a reward model (...ForSequenceClassification of one
+    label); none: the frozen initial policy judges itself"""
     layout: Layout = field(default_factory=Layout)
     precision: Precision = field(default_factory=Precision)
     recompute: Literal["none", "selective", "full"] = "none"
@@ -111,7 +112,8 @@ class JudgeConfig:
     verdict: Literal["compare", "sample"] = "compare"
     """verdict by p(True) > p(False), or sampled with p(True) / (p(True) + p(False))"""
     target: Target | None = None
-    """what is differentiated: log p(verdict) or logit(True) - logit(False) (follows the preset)"""
+    """what is differentiated: log p(verdict) or logit(True) - logit(False) (follows the preset); a reward model's score
+    is its own target"""
     attribution: Attribution | None = None
     """b_t: g.e, L1 or L2 norm of g, or g.(e - mean) at the contracted embedding (follows the preset)"""
     pooling: Pooling = "item"
@@ -181,7 +183,7 @@ class GrpoConfig:
     top_items: float = 1.0
     """fraction of items a response, by size of centred term, that keep their attribution"""
     false_scale: float = 1.0
-    """factor on the centred terms of items judged False (advantage=itemwise)"""
+    """factor on the centred terms of items judged False, or of scores below the group's mean (advantage=itemwise)"""
     clip_low: float = 0.2
     """ratio clip: 1 - clip_low"""
     clip_high: float = 0.2
@@ -220,6 +222,8 @@ class OptimizerConfig:
     """global gradient norm bound; 0 is off"""
     distributed: bool = True
     """shard optimizer state over data-parallel ranks"""
+    max_bad_steps: int = 3
+    """so many optimizer steps in a row may be skipped because loss or gradients are not finite; then the run stops"""
 
 
 @dataclass
@@ -246,6 +250,8 @@ class CheckpointConfig:
     """steps; 0 saves only at the end"""
     keep_last: int = 2
     """older checkpoints are deleted after a successful save"""
+    asynchronous: bool = True
+    """training goes on while a checkpoint is written; takes a copy of the saved state in host memory"""
     export_hf: bool = True
     """write a Hugging Face directory at the end of training"""
 
@@ -282,6 +288,8 @@ class TrainConfig:
     """responses a held-out prompt"""
     eval_greedy: bool = False
     """evaluate greedily instead of with the rollout's sampling"""
+    timeout_minutes: float = 30.0
+    """a rank that waits for longer than this for another one ends the run: it is dead or stuck"""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -301,7 +309,7 @@ class OfflineJudgeConfig:
     output: str = ""
     """output jsonl; must not exist"""
     dump_inputs: bool = False
-    """also write per item input_ids, response_start, response_end, verdict_position, true_ids, false_ids"""
+    """also write per item input_ids, response_start, response_end, verdict_position (or score_position), true_ids, false_ids"""
     batch_rows: int = 64
     """rows judged and written at a time"""
     seed: int = 1234

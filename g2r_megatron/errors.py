@@ -1,4 +1,6 @@
-"""The one exception for mistakes that the user can correct."""
+"""The exceptions that end a command with one line instead of a traceback."""
+
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -12,3 +14,12 @@ class UserError(Exception):
         """``where``: option or file; ``found``: the offending value; ``remedy``: what would be valid."""
         self.where, self.found, self.remedy = where, found, remedy
         super().__init__(f"{where}: {found}; {remedy}".replace("\n", " "))
+
+
+class RunError(Exception):
+    """A run that cannot go on though its input was good. One line, exit code 1."""
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+    """The ``UserError`` for a file that the disk or its permissions refuse."""
+    return UserError(str(path), f"cannot be written ({error.strerror})", "free disk space or choose another place")

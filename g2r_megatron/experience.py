@@ -1,27 +1,27 @@
 """One step's batch on its way from prompts to advantages: sample and send to the judge, credit, measure."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
+from g2r_megatron import grading
 from g2r_megatron.config import TrainConfig
 from g2r_megatron.data.tokenizer import token_texts
 from g2r_megatron.data.types import Query
-from g2r_megatron.grpo.advantages import GroupScores, group_advantages
+from g2r_megatron.grpo.advantages import group_advantages
 from g2r_megatron.grpo.metrics import (
     advantage_metrics,
     attribution_metrics,
-    judge_metrics,
     key_token_metrics,
     response_metrics,
     reward_metrics,
 )
-from g2r_megatron.grpo.truth import key_token_mask, true_reward, true_verdicts
-from g2r_megatron.judge.attribution import response_reward, token_rewards
+from g2r_megatron.grpo.truth import key_token_mask, true_reward
 from g2r_megatron.judge.own_ranks import OwnRanks
-from g2r_megatron.judge.parts import Part, SharedRanks, verdict_table
+from g2r_megatron.judge.parts import Part, SharedRanks
 from g2r_megatron.judge.stage import item_alphas
-from g2r_megatron.judge.types import ItemJudgement, backward_passes
+from g2r_megatron.judge.types import Judgement, backward_passes
 from g2r_megatron.policy.log_probs import TokenSequence
 from g2r_megatron.rollout.engine import MegatronRolloutEngine, Request
 from g2r_megatron.rollout.types import Response
@@ -36,7 +36,7 @@ class Experience:
     queries: list[Query]
     responses: list[Response]
     keys: list[str]
-    judgements: list[list[ItemJudgement]] = field(default_factory=list)
+    judgements: list[list[Judgement]] = field(default_factory=list)
     alphas: list[list[torch.Tensor | None]] = field(default_factory=list)
     advantages: list[torch.Tensor] = field(default_factory=list)
 
@@ -49,9 +49,8 @@ class Experience:
         return [slice(i, i + self.group_size) for i in range(0, len(self.queries), self.group_size)]
 
     def reward(self, i: int) -> float:
-        """The judge's rubric score of response ``i``."""
-        weights = [item.weight for item in self.queries[i].rubric]
-        return response_reward([j.verdict for j in self.judgements[i]], weights)
+        """The judge's score of response ``i``."""
+        return grading.reward(self.queries[i], self.judgements[i])
 
 
 def sample_and_submit(
@@ -65,6 +64,7 @@ def sample_and_submit(
     parts: int,
     mix: float | None,
     temperature: float | None = None,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> Experience:
     """``sample`` in ``parts`` parts of whole groups; each goes to the judge before the next is begun (collective).
 
@@ -75,7 +75,7 @@ def sample_and_submit(
         some = queries[part * len(queries) // parts : (part + 1) * len(queries) // parts]
         if not some:
             continue
-        sampled = sample(engine, inputs, some, group_size, key, temperature)
+        sampled = sample(engine, inputs, some, group_size, key, temperature, between_batches)
         judge.submit(Part(some, group_size, [r.body_ids for r in sampled.responses], sampled.keys, mix))
         batch.queries += sampled.queries
         batch.responses += sampled.responses
@@ -84,7 +84,13 @@ def sample_and_submit(
 
 
 def sample(
-    engine: MegatronRolloutEngine, inputs: Inputs, queries: list[Query], group_size: int, key: str, temperature=None
+    engine: MegatronRolloutEngine,
+    inputs: Inputs,
+    queries: list[Query],
+    group_size: int,
+    key: str,
+    temperature: float | None = None,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> Experience:
     """``group_size`` responses a query. ``key`` and the query's id seed the sampling, nothing else does (collective)."""
     repeated = [query for query in queries for _ in range(group_size)]
@@ -92,7 +98,7 @@ def sample(
     prompts = [inputs.prompt_ids[query.id] for query in repeated]
     requests = [Request(ids, k) for ids, k in zip(prompts, keys, strict=True)]
     responses = []
-    for i, (ids, finished) in enumerate(engine.generate(requests, temperature)):
+    for i, (ids, finished) in enumerate(engine.generate(requests, temperature, between_batches=between_batches)):
         body = ids[:-1] if finished else ids
         text = inputs.tokenizer.decode(body, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         responses.append(Response(prompts[i], ids, finished, text))
@@ -107,23 +113,20 @@ def credit(batch: Experience, inputs: Inputs, config: TrainConfig, mix: float) -
     ]
     batch.advantages = []
     for group in batch.groups:
-        verdicts, weights = verdict_table(batch.judgements[group], batch.queries[group.start])
         members = batch.responses[group]
         lengths, finished = [len(r.body_ids) for r in members], [r.finished for r in members]
-        scores = GroupScores(verdicts, weights, batch.alphas[group], lengths, finished)
+        query, rows = batch.queries[group.start], batch.judgements[group]
+        scores = grading.group_scores(query, rows, batch.alphas[group], lengths, finished)
         batch.advantages += group_advantages(scores, config.grpo, mix)
 
 
 def score_metrics(batch: Experience) -> dict[str, float]:
     """Rewards, verdicts against the truth where it is known, response lengths."""
     rewards = [[batch.reward(i) for i in range(g.start, g.stop)] for g in batch.groups]
-    verdicts = [[j.verdict for j in row] for row in batch.judgements]
-    truths = [true_verdicts(q, r.text) for q, r in zip(batch.queries, batch.responses, strict=True)]
-    weights = [[item.weight for item in q.rubric] for q in batch.queries]
     finished = [r.finished for r in batch.responses]
     return (
         reward_metrics(rewards)
-        | judge_metrics(verdicts, truths, weights)
+        | grading.metrics(batch.queries, [r.text for r in batch.responses], batch.judgements)
         | response_metrics([len(r.token_ids) for r in batch.responses], finished)
     )
 
@@ -142,6 +145,8 @@ def credit_metrics(batch: Experience, inputs: Inputs, flat_threshold: float) -> 
     )
     key_alphas, masks, texts = [], [], {}
     for i, k in attributed:
+        if grading.is_score(batch.judgements[i]):  # of the response as a whole, not of an item with a check
+            continue
         check = batch.queries[i].rubric[k].check
         if check is not None:
             if i not in texts:
@@ -160,22 +165,8 @@ def credit_metrics(batch: Experience, inputs: Inputs, flat_threshold: float) -> 
 
 def sample_record(batch: Experience, inputs: Inputs, i: int, step: int) -> dict:
     """Response ``i`` as the report draws it: tokens, their advantages and rewards, each item's verdict and alpha."""
-    query, response, judgements = batch.queries[i], batch.responses[i], batch.judgements[i]
-    alphas = batch.alphas[i]
-    truths = true_verdicts(query, response.text) or [None] * len(query.rubric)
-    verdicts, weights = [j.verdict for j in judgements], [item.weight for item in query.rubric]
-    rewards = token_rewards(verdicts, weights, alphas, query.positive_weight, len(response.body_ids))
-    items = [
-        {
-            "criterion": item.criterion,
-            "weight": item.weight,
-            "verdict": j.verdict,
-            "p_true": j.p_true,
-            "truth": truth,
-            "alpha": None if alpha is None else alpha.tolist(),
-        }
-        for item, j, truth, alpha in zip(query.rubric, judgements, truths, alphas, strict=True)
-    ]
+    query, response, row, alphas = batch.queries[i], batch.responses[i], batch.judgements[i], batch.alphas[i]
+    rewards = grading.row_token_rewards(query, row, alphas, len(response.body_ids), response.finished)
     return {
         "step": step,
         "query_id": query.id,
@@ -186,5 +177,5 @@ def sample_record(batch: Experience, inputs: Inputs, i: int, step: int) -> dict:
         "tokens": token_texts(inputs.tokenizer, response.body_ids),
         "advantages": batch.advantages[i].tolist(),
         "token_rewards": rewards.tolist(),
-        "items": items,
+        "items": grading.sample_items(query, response.text, row, alphas),
     }

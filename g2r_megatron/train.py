@@ -6,19 +6,20 @@ in ``Workers``.
 """
 
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import yaml
 
-from g2r_megatron import experience
+from g2r_megatron import experience, preemption
 from g2r_megatron.config import TrainConfig, resolve_preset
 from g2r_megatron.data.order import epoch_batch
 from g2r_megatron.errors import UserError
 from g2r_megatron.experience import Experience
+from g2r_megatron.failures import reported
 from g2r_megatron.grpo.advantages import mix_at
 from g2r_megatron.judge.own_ranks import own_ranks, serve
 from g2r_megatron.parallel.groups import initialize
@@ -26,11 +27,11 @@ from g2r_megatron.parallel.sides import on_judge_side
 from g2r_megatron.policy.checkpoint import Checkpointer
 from g2r_megatron.policy.export import export_policy
 from g2r_megatron.policy.log_probs import plan_micro_batches, response_log_probs
-from g2r_megatron.records.metrics import MetricsLog
+from g2r_megatron.records.heartbeat import Heartbeat
 from g2r_megatron.records.progress import Progress
+from g2r_megatron.run import CONFIG_FILE, Run
 from g2r_megatron.workers import Inputs, Workers, build_judge, build_workers, read_inputs
 
-CONFIG_FILE = "config.yaml"
 # A run directory belongs to one trajectory: these may not change when it is resumed (layouts may).
 FIXED = (
     "seed",
@@ -45,58 +46,84 @@ FIXED = (
 
 
 def train(config: TrainConfig) -> None:
-    """Train to ``config.steps``, resuming from the newest checkpoint under ``config.output_dir`` if there is one."""
+    """Train to ``config.steps``, resuming from the newest checkpoint under ``config.output_dir`` if there is one.
+
+    Raises ``Preempted`` when a signal has asked to leave and all is saved (preemption.py).
+    """
     config = resolve_preset(config)
     output = Path(config.output_dir)
     check_same_run(config, output)
     inputs = read_inputs(config)
-    initialize(config.seed, config.judge.ranks)
-    if on_judge_side(config.judge.ranks):
-        serve(config.judge.ranks, lambda: build_judge(config, inputs), config.grpo)
-        return
-    with own_ranks(config.judge.ranks) as judge:
-        run_training(config, inputs, build_workers(config, inputs, judge), output)
+    heartbeat, ranks = Heartbeat(output, config.steps), config.judge.ranks
+    with reported(heartbeat):
+        heartbeat.beat(state="starting")
+        initialize(config.seed, ranks, config.timeout_minutes)
+        if on_judge_side(ranks):
+            heartbeat.beat(phase="judge")  # said of this rank when it fails
+            serve(ranks, lambda: build_judge(config, inputs), config.grpo)
+            return
+        with own_ranks(ranks, config.timeout_minutes) as judge:
+            run_training(config, inputs, build_workers(config, inputs, judge), output, heartbeat)
 
 
-def run_training(config: TrainConfig, inputs: Inputs, workers: Workers, output: Path) -> None:
+def run_training(config: TrainConfig, inputs: Inputs, workers: Workers, output: Path, heartbeat: Heartbeat) -> None:
     """``train`` on the policy's ranks."""
     checkpointer = Checkpointer(workers.trainer, output / "checkpoints", config.checkpoint.keep_last)
     done = checkpointer.load_latest()
-    with Run(config, output, done) as run:
-        if done == 0:
-            run.log(0, evaluate(config, inputs, workers, run.progress))
-        for step in range(done + 1, config.steps + 1):
-            run.log(step, train_step(config, inputs, workers, run, step))
-            if step == config.steps or (config.checkpoint.save_every and step % config.checkpoint.save_every == 0):
-                run.progress.phase("save")
-                checkpointer.save(step)
+    with Run(config, output, done, heartbeat, checkpointer) as run:
+        try:
+            take_steps(config, inputs, workers, run)
+        except preemption.Preempted:
+            if config.judge.ranks:
+                workers.judge.results()  # of the parts that it has been sent: it ends when it has answered
+            run.leave()
+            raise
         if config.checkpoint.export_hf:
-            run.progress.phase("save")
+            run.phase("save")
             export_policy(workers.trainer.model, output / "hf")
+        heartbeat.beat(state="finished")
 
 
-def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: "Run", step: int) -> dict[str, float]:
+def take_steps(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run) -> None:
+    """The steps that are left, and their checkpoints."""
+    preemption.leave_if_asked()
+    if run.done == 0:
+        run.log(0, evaluate(config, inputs, workers, run, preemption.leave_if_asked))
+    for step in range(run.done + 1, config.steps + 1):
+        preemption.leave_if_asked()
+        run.log(step, train_step(config, inputs, workers, run, step))
+        if workers.trainer.bad_in_a_row >= config.optimizer.max_bad_steps:
+            run.stop_after_bad_steps(workers.trainer.bad_in_a_row)
+        if step == config.steps or (config.checkpoint.save_every and step % config.checkpoint.save_every == 0):
+            run.save()
+    run.finish_save(wait=True)
+
+
+def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run, step: int) -> dict[str, float]:
     """One step; returns its metrics (the same on every rank)."""
     metrics: dict[str, float] = {}
-    progress, rollout = run.progress, config.rollout
+    rollout = config.rollout
     chosen = epoch_batch(len(inputs.train), rollout.prompts_per_step, step - 1, config.seed, config.data.shuffle)
     mix = mix_at(config.grpo.mix, config.grpo.mix_anneal, (step - 1) / config.steps)
     with timed(metrics, "time/step"):
-        with timed(metrics, "time/sample", progress):
+        with timed(metrics, "time/sample", run):
             queries = [inputs.train[i] for i in chosen]
             batch = experience.sample_and_submit(
                 *(workers.engine, workers.judge, inputs, queries, rollout.responses_per_prompt),
                 f"{config.seed}/{step}",
                 parts=config.judge.parts,
                 mix=mix,
+                between_batches=preemption.leave_if_asked,
             )
+        preemption.leave_if_asked()
         with judge_weights(workers, metrics):
-            with timed(metrics, "time/update", progress):  # a judge on ranks of its own is not waited for yet
+            with timed(metrics, "time/update", run):  # a judge on ranks of its own is not waited for yet
                 mini_batches, old, reference = log_probs(config, workers, batch)
-            with timed(metrics, "time/judge", progress):
+            with timed(metrics, "time/judge", run):
                 batch.judgements, judge_metrics = workers.judge.results()
                 experience.credit(batch, inputs, config, mix)
-        with timed(metrics, "time/update", progress):
+        preemption.leave_if_asked()
+        with timed(metrics, "time/update", run):
             metrics |= workers.trainer.update(batch.sequences, mini_batches, batch.advantages, old, reference)
         metrics |= judge_metrics
         metrics |= experience.score_metrics(batch)
@@ -104,10 +131,12 @@ def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: "Run"
         metrics["attribution/mix"] = mix
     if config.judge.ranks:
         metrics["time/judge_busy_share"] = metrics.pop("time/judge_busy") / metrics["time/step"]
-    warn_about_gradients(progress, step, metrics)
+    if metrics["optimizer/skipped_steps"]:
+        run.keep_bad_step(step, batch, old, reference, metrics)
+    warn_about_gradients(run.progress, step, metrics)
     run.sample(step, batch, inputs)
     if step == config.steps or (config.eval_every and step % config.eval_every == 0):
-        metrics |= evaluate(config, inputs, workers, progress)
+        metrics |= evaluate(config, inputs, workers, run)
     return metrics
 
 
@@ -126,18 +155,21 @@ def log_probs(config: TrainConfig, workers: Workers, batch: Experience) -> tuple
     return mini_batches, old, reference
 
 
-def evaluate(config: TrainConfig, inputs: Inputs, workers: Workers, progress: Progress) -> dict[str, float]:
+def evaluate(
+    config: TrainConfig, inputs: Inputs, workers: Workers, run: Run, between_batches: Callable = lambda: None
+) -> dict[str, float]:
     """Scores on the held-out queries, with the same random numbers every time; {} without any."""
     if not inputs.eval:
         return {}
     metrics: dict[str, float] = {}
-    with timed(metrics, "time/eval", progress):
+    with timed(metrics, "time/eval", run):
         temperature = 0.0 if config.eval_greedy else None
         batch = experience.sample_and_submit(
             *(workers.engine, workers.judge, inputs, inputs.eval, config.eval_responses, f"{config.seed}/eval"),
             parts=config.judge.parts,
             mix=None,
             temperature=temperature,
+            between_batches=between_batches,
         )
         with judge_weights(workers, {}):
             batch.judgements, _ = workers.judge.results()
@@ -163,10 +195,10 @@ def warn_about_gradients(progress: Progress, step: int, metrics: dict[str, float
 
 
 @contextmanager
-def timed(metrics: dict[str, float], name: str, progress: Progress | None = None):
+def timed(metrics: dict[str, float], name: str, run: Run | None = None):
     """Add the wall seconds of the block to ``metrics[name]``; shows the phase."""
-    if progress is not None:
-        progress.phase(name.removeprefix("time/"))
+    if run is not None:
+        run.phase(name.removeprefix("time/"))
     start = time.perf_counter()
     yield
     torch.cuda.synchronize()
@@ -199,53 +231,3 @@ def check_same_run(config: TrainConfig, output: Path) -> None:
             raise UserError(
                 option, f"{new!r}, but output_dir {output} holds a run with {old!r}", "choose another output_dir"
             )
-
-
-def write_config(path: Path, plain: dict) -> None:
-    """Atomically: a run killed right here must find its config whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(yaml.safe_dump(plain, sort_keys=False))
-    temporary.replace(path)
-
-
-class Run:
-    """What rank 0 writes and shows while training; silent elsewhere."""
-
-    def __init__(self, config: TrainConfig, output: Path, done: int):
-        self.config = config
-        self.is_writer = dist.get_rank() == 0
-        self.progress = Progress(config.steps, enabled=self.is_writer)
-        self.records = None
-        if self.is_writer:
-            output.mkdir(parents=True, exist_ok=True)
-            plain = asdict(config)
-            self.records = MetricsLog(output, config.log, plain)
-            write_config(output / CONFIG_FILE, plain)
-            self.records.truncate_after(done if done else -1)
-        self.done = done
-
-    def __enter__(self) -> "Run":
-        self.progress.__enter__()
-        if self.done >= self.config.steps:
-            self.progress.message(f"finished already, at step {self.done}")
-        elif self.done:
-            self.progress.message(f"resuming after step {self.done}")
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.progress.__exit__(*error)
-        if self.records is not None:
-            self.records.close()
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        if self.records is not None and metrics:
-            self.records.log(step, metrics)
-        self.progress.step(step, metrics)
-
-    def sample(self, step: int, batch: Experience, inputs: Inputs) -> None:
-        """Keep a few of the step's responses for the report: the first of each of the first groups."""
-        every = self.config.log.samples_every
-        if self.records is None or not every or (step - 1) % every:
-            return
-        for group in batch.groups[: self.config.log.samples_per_step]:
-            self.records.sample(experience.sample_record(batch, inputs, group.start, step))

@@ -15,6 +15,7 @@ from g2r_megatron.judge.frozen import FrozenJudge
 from g2r_megatron.judge.own_ranks import OwnRanks
 from g2r_megatron.judge.parts import SharedRanks
 from g2r_megatron.judge.prompt import JudgePrompt
+from g2r_megatron.judge.reward_prompt import RewardPrompt, judge_prompt
 from g2r_megatron.judge.stage import JudgeStage
 from g2r_megatron.model.build import MegatronModel, build_model, check_model
 from g2r_megatron.model.hf import HFModel, load_model_tokenizer, open_hf_model
@@ -31,7 +32,7 @@ class Inputs:
     policy: HFModel
     judge: HFModel
     tokenizer: PreTrainedTokenizerFast
-    prompt: JudgePrompt
+    prompt: JudgePrompt | RewardPrompt
     stop_ids: set[int]
     train: list[Query]
     eval: list[Query]
@@ -56,6 +57,10 @@ class Workers:
 def read_inputs(config: TrainConfig) -> Inputs:
     """Read and check models' configs, tokenizers and data. Raises ``UserError``; writes nothing."""
     policy = open_hf_model(config.policy.model, "policy.model")
+    if policy.geometry.is_reward_model:
+        raise UserError(
+            "policy.model", f"{config.policy.model} is a reward model ({policy.architecture})", "give a language model"
+        )
     judge = policy if config.judge.model is None else open_hf_model(config.judge.model, "judge.model")
     check_model("policy", policy, config.policy.layout, config.policy.precision, config.policy.spec)
     check_model("judge", judge, config.judge.layout, config.judge.precision, config.judge.spec)
@@ -64,10 +69,11 @@ def read_inputs(config: TrainConfig) -> Inputs:
     # a judge that has every token of the policy, under the same id, reads its ids; any other one reads its text
     reads_ids = tokenizer.get_vocab().items() <= judge_tokenizer.get_vocab().items()
     reads_ids = reads_ids and policy.geometry.vocab <= judge.geometry.vocab
-    prompt = JudgePrompt(judge_tokenizer, config.judge, None if reads_ids else tokenizer)
+    prompt = judge_prompt(judge, judge_tokenizer, config.judge, None if reads_ids else tokenizer)
     stop_ids = stop_token_ids(tokenizer, config.rollout.stop)
-    train = read_queries(config.data.train, config.data.format, config.data.polarity)
-    held_out = read_queries(config.data.eval, config.data.format, config.data.polarity)
+    rubrics = not judge.geometry.is_reward_model
+    train = read_queries(config.data.train, config.data.format, config.data.polarity, require_rubric=rubrics)
+    held_out = read_queries(config.data.eval, config.data.format, config.data.polarity, require_rubric=rubrics)
     _check_ids(train, held_out)
     epoch_batch(len(train), config.rollout.prompts_per_step, 0, config.seed, config.data.shuffle)  # enough queries?
     prompt_ids = {query.id: _prompt_ids(config, tokenizer, query) for query in [*held_out, *train]}

@@ -14,10 +14,12 @@ from g2r_megatron.config import PRESETS, GrpoConfig
 from g2r_megatron.errors import UserError
 from g2r_megatron.grpo.advantages import (
     GroupScores,
+    RewardModelScores,
     group_advantages,
     item_scores,
     items_needing_attribution,
     mix_at,
+    rewards_needing_attribution,
     token_weights,
 )
 
@@ -328,3 +330,74 @@ def test_inconsistent_scores_are_errors():
         GroupScores(verdicts, weights, [[None]], [3, 4], [True])
     with pytest.raises(ValueError, match="without any token"):
         GroupScores(verdicts, weights, [[None]], [0], [False])
+
+
+# ---- scores of a reward model ---------------------------------------------------------------------------------------
+
+
+def random_scores(seed: int, group: int = 5) -> RewardModelScores:
+    """Scores of both signs on another scale than rubrics', alphas, lengths 0..12, half of the responses finished."""
+    g = torch.Generator().manual_seed(seed)
+    rewards = 4 * torch.randn(group, generator=g)
+    lengths = torch.randint(0, 13, (group,), generator=g).tolist()
+    finished = [length == 0 or i % 2 == 0 for i, length in enumerate(lengths)]
+    alphas = [[torch.softmax(2 * torch.randn(length, generator=g), 0)] for length in lengths]
+    return RewardModelScores(rewards, alphas, lengths, finished)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("to_go", [True, False])
+def test_token_return_of_scores_is_the_published_estimator(seed, to_go):
+    """r_t = alpha_t V and +V on the last token, the stop token where there is one; an empty body has 2 V there."""
+    scores = random_scores(seed)
+    returns = []
+    for reward, (alpha,), length, done in zip(scores.rewards.tolist(), scores.alphas, scores.lengths, scores.finished):
+        row = [reward * float(a) for a in alpha] + [0.0] * done
+        row[-1] += reward if length else 2 * reward
+        assert sum(row) == pytest.approx(2 * reward)
+        returns.append([sum(row[t:]) for t in range(len(row))] if to_go else row)
+    everything = [value for row in returns for value in row]
+    mean, std = statistics.fmean(everything), statistics.pstdev(everything)
+    expected = [[(value - mean) / std for value in row] for row in returns]
+    assert_same(group_advantages(scores, replace(PAPER, return_to_go=to_go), 1.0), expected, 5e-6)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("kind", ["sequence", "itemwise", "sequence_weighted"])
+@pytest.mark.parametrize("baseline", ["group", "rloo"])
+def test_other_estimators_of_scores(seed, kind, baseline):
+    """The centred V over std: alike for all tokens, or by m T alpha + (1 - m); `itemwise` spreads blame evenly."""
+    scores, m = random_scores(seed), 0.5
+    rewards, count = scores.rewards.tolist(), len(scores.lengths)
+    factor = count / (count - 1) if baseline == "rloo" else 1.0
+    expected = []
+    for reward, (alpha,), length, done in zip(rewards, scores.alphas, scores.lengths, scores.finished):
+        level = factor * (reward - statistics.fmean(rewards)) / statistics.pstdev(rewards)
+        uneven = kind == "sequence_weighted" or (kind == "itemwise" and level > 0)
+        body = [level * (m * length * float(a) + 1 - m) if uneven else level for a in alpha]
+        expected.append(body + [level] * done)
+    options = replace(ROBUST, advantage=kind, baseline=baseline)
+    assert_same(group_advantages(scores, options, m), expected, 2e-6)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mix", [1.0, 0.0])
+def test_skipped_passes_of_scores_do_not_change_the_advantage(seed, kind, mix):
+    """Also which are skipped: all at m = 0 and in a group of one score, blame for `itemwise`, none for the paper's."""
+    scores, options = random_scores(seed), replace(ROBUST, advantage=kind)
+    needed = rewards_needing_attribution(scores.rewards, options, mix)
+    alphas = [[a if k else None for a, k in zip(*rows)] for rows in zip(scores.alphas, needed.tolist())]
+    assert_same(group_advantages(replace(scores, alphas=alphas), options, mix), group_advantages(scores, options, mix))
+    above = int((scores.rewards > scores.rewards.mean()).sum())
+    counts = {"sequence": 0, "token_return": 5, "itemwise": above, "sequence_weighted": 5}
+    assert int(needed.sum()) == (counts[kind] if mix else 0)
+    same = rewards_needing_attribution(torch.full((5,), -2.0), options, mix)
+    assert int(same.sum()) == (5 if kind == "token_return" and mix else 0)
+
+
+def test_scores_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="one alpha each"):
+        RewardModelScores(torch.zeros(1), [[None, None]], [3], [True])
+    with pytest.raises(ValueError, match="another number"):
+        RewardModelScores(torch.zeros(2), [[None]], [3], [True])

@@ -123,20 +123,54 @@ def load_step(layout: Layout, path: str, directory: str) -> int | str:
         return str(error)
 
 
-def save_without_room(layout: Layout, path: str, directory: str, bytes_a_file: int) -> str:
-    """The error of a save that may not write files of more than ``bytes_a_file``."""
+def save_in_background(layout: Layout, path: str, directory: str, distributed: bool, dtype: str) -> list:
+    """As ``save_and_go_on``, but two saves are written while the weights change; what ``finish`` and ``begin`` told."""
+    trainer = trainer_of(layout, path, distributed, dtype)
+    update(trainer)
+    update(trainer)
+    checkpointer = checkpointer_of(trainer, directory)
+    told = [checkpointer.finish(wait=True), checkpointer.begin(2)]
+    update(trainer)
+    told.append(checkpointer.begin(3))  # waits for the one before
+    update(trainer)
+    told += [checkpointer.finish(wait=True), checkpointer.finish(wait=False)]
+    return told
+
+
+def load_after_damage(layout: Layout, path: str, directory: str) -> tuple:
+    """(the step restored, what was left out)"""
     checkpointer = checkpointer_of(trainer_of(layout, path), directory)
+    return checkpointer.load_latest(), checkpointer.damaged
+
+
+def resume_and_save(layout: Layout, path: str, directory: str, steps: list[int], keep_last: int) -> int:
+    checkpointer = checkpointer_of(trainer_of(layout, path), directory, keep_last)
+    start = checkpointer.load_latest()
+    for step in steps:
+        checkpointer.save(step)
+    return start
+
+
+def save_error(layout: Layout, path: str, directory: str, in_background: bool) -> str:
+    checkpointer = checkpointer_of(trainer_of(layout, path), directory)
+    try:
+        checkpointer.begin(2, in_background)
+        checkpointer.finish(wait=True)
+    except UserError as error:
+        return str(error)
+    return "saved"
+
+
+def save_without_room(layout: Layout, path: str, directory: str, bytes_a_file: int, in_background: bool) -> str:
+    """The error of a save that may not write files of more than ``bytes_a_file``."""
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails with EFBIG, as it would for a full disk
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_a_file, limits[1]))
     try:
-        checkpointer.save(2)
-    except UserError as error:
-        return str(error)
+        return save_error(layout, path, directory, in_background)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
-    return "saved"
 
 
 # The tests.
@@ -240,14 +274,57 @@ def test_the_last_n_are_kept_and_an_interrupted_save_is_removed(worlds, tiny_hf,
     assert run(load_step, model, str(directory)) == [12, 12]
 
 
-@pytest.mark.parametrize("place", ["one rank", "dp2"])
-def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_intact(worlds, tiny_hf, tmp_path, place):
+@pytest.mark.parametrize("in_background", [False, True], ids=["waiting", "in the background"])
+@pytest.mark.parametrize(("place", "room"), [("one rank", 50_000), ("dp2", 50_000), ("dp2", 100)])
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_intact(
+    worlds, tiny_hf, tmp_path, place, room, in_background
+):
+    """Full from the first file on (room 100), or in the middle."""
     model = str(tiny_hf("qwen2"))
     on(worlds, place, save_steps, model, str(tmp_path), [1], 1)
-    errors = on(worlds, place, save_without_room, model, str(tmp_path), 50_000)
+    errors = on(worlds, place, save_without_room, model, str(tmp_path), room, in_background)
     for error in errors:
-        assert "step_00000002: cannot be written (" in error and "\n" not in error
+        assert "step_00000002" in error and "cannot be written (" in error and "\n" not in error
+        assert "File too large" in error
     assert set(on(worlds, place, load_step, model, str(tmp_path))) == {1}
+
+
+def test_a_directory_that_cannot_be_made_is_one_line(worlds, tiny_hf, tmp_path):
+    """A file in its place, for every rank: permissions say nothing to root."""
+    (tmp_path / "checkpoints").write_text("a file")
+    errors = on(worlds, "dp2", save_error, str(tiny_hf("qwen2")), str(tmp_path / "checkpoints"), False)
+    for error in errors:
+        assert f"{tmp_path}/checkpoints/step_00000002: cannot be written (" in error and "Not a directory" in error
+    assert (tmp_path / "checkpoints").read_text() == "a file"
+
+
+def test_a_directory_that_is_gone_is_made_again(worlds, tiny_hf, tmp_path):
+    model, directory = str(tiny_hf("qwen2")), tmp_path / "a" / "checkpoints"
+    assert set(on(worlds, "dp2", save_error, model, str(directory), True)) == {"saved"}
+    assert [path.name for path in directory.iterdir()] == ["step_00000002"]
+
+
+@pytest.mark.parametrize(
+    ("place", "distributed", "dtype"),
+    [("one rank", False, "fp32"), ("one rank", True, "bf16"), ("dp2", True, "fp32"), ("tp2 sp dp2", True, "bf16")],
+)
+def test_what_is_written_in_the_background_is_the_state_of_its_step(
+    worlds, tiny_hf, tmp_path, place, distributed, dtype
+):
+    """The weights change while it is written: the next updates from it are those from a save that was waited for."""
+    model = str(tiny_hf("qwen3"))
+    told = on(worlds, place, save_in_background, model, str(tmp_path / "b"), distributed, dtype)
+    assert all(t == [None, None, 2, 3, None] for t in told)
+    on(worlds, place, save_and_go_on, model, str(tmp_path / "a"), distributed, dtype)
+    names = sorted(path.name for path in (tmp_path / "a" / "step_00000002").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "b" / "step_00000002").iterdir())
+    shutil.rmtree(tmp_path / "b" / "step_00000003")
+    waited, background = (
+        on(worlds, place, load_and_go_on, model, str(tmp_path / d), distributed, dtype) for d in ("a", "b")
+    )
+    for one, other in zip(waited, background, strict=True):
+        assert one["step"] == other["step"] == 2 and one["metrics"] == other["metrics"]
+        assert same(one["weights"], other["weights"]) and same(one["next"], other["next"])
 
 
 def emptied(path: Path) -> None:
@@ -256,6 +333,13 @@ def emptied(path: Path) -> None:
 
 def halved(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flipped(path: Path) -> None:
+    """One bit, in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def garbled(path: Path) -> None:
@@ -269,17 +353,18 @@ def whole_checkpoint(worlds, tiny_hf, tmp_path_factory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, emptied, halved, garbled], ids=lambda damage: damage.__name__)
-@pytest.mark.parametrize("file", ["g2r.json", "metadata.json", "common.pt", ".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("damage", [Path.unlink, emptied, halved, flipped, garbled], ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize(
+    "file", ["g2r.json", "metadata.json", "common.pt", ".metadata", "__0_0.distcp", "hf/config.json"]
+)
 def test_a_damaged_checkpoint_is_one_line_that_names_it(worlds, tiny_hf, tmp_path, whole_checkpoint, file, damage):
     directory = tmp_path / "checkpoints"
     shutil.copytree(whole_checkpoint, directory)
     damage(directory / "step_00000003" / file)
     (error,) = on(worlds, "one rank", load_step, str(tiny_hf("qwen2")), str(directory))
     assert isinstance(error, str) and "\n" not in error and len(error) < 400
-    assert f"{directory}/step_00000003: cannot be loaded (" in error and "delete it" in error
-    if damage is not garbled:
-        assert f"({file}" in error
+    assert f"{directory}/step_00000003: cannot be loaded (" in error and "no other one is whole" in error
+    assert file in error
 
 
 def test_every_rank_finds_the_damage_of_one_file(worlds, tiny_hf, tmp_path):
@@ -289,3 +374,26 @@ def test_every_rank_finds_the_damage_of_one_file(worlds, tiny_hf, tmp_path):
     halved(tmp_path / "step_00000003" / "__1_0.distcp")
     for error in on(worlds, "tp2", load_step, model, str(tmp_path)):
         assert "__1_0.distcp has" in error
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(worlds, tiny_hf, tmp_path):
+    """Nothing is deleted or overwritten; the step that is made again gets its name, what stood there is set aside."""
+    model = str(tiny_hf("qwen2"))
+    on(worlds, "dp2", save_steps, model, str(tmp_path), [1, 2, 3], 3)
+    damage = {2: "__1_0.distcp", 3: "__0_0.distcp"}
+    for step, file in damage.items():
+        flipped(tmp_path / f"step_0000000{step}" / file)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for start, left_out in on(worlds, "dp2", load_after_damage, model, str(tmp_path)):
+        assert start == 1
+        for (where, problem), step in zip(left_out, (3, 2), strict=True):
+            assert where == f"checkpoint {tmp_path}/step_0000000{step}" and damage[step] in problem
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    # keep_last 1 deletes neither the checkpoint just made nor the newer ones, which are evidence
+    assert on(worlds, "dp2", resume_and_save, model, str(tmp_path), [2], 1) == [1, 1]
+    names = ["step_00000002", "step_00000002.damaged", "step_00000003"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert (tmp_path / "step_00000002.damaged" / damage[2]).read_bytes() == before[tmp_path / names[0] / damage[2]]
+    assert on(worlds, "dp2", resume_and_save, model, str(tmp_path), [3], 2) == [2, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "step_00000003.damaged"]
+    assert on(worlds, "dp2", load_after_damage, model, str(tmp_path)) == [(3, [])] * 2

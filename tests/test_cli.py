@@ -133,7 +133,7 @@ def test_under_torchrun_one_rank_reports_and_all_end(rank_that_fails, tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(
         "import os, sys\n"
-        "from g2r_megatron import cli\n"
+        "from g2r_megatron import cli, failures\n"
         "from g2r_megatron.errors import UserError\n"
         "def command(argv):\n"
         f"    if '{rank_that_fails}' in ('all', os.environ['RANK']):\n"
@@ -142,7 +142,7 @@ def test_under_torchrun_one_rank_reports_and_all_end(rank_that_fails, tmp_path):
         "    dist.init_process_group('gloo')\n"
         "    dist.barrier()\n"
         "cli.COMMANDS['train'] = command\n"
-        "cli.GRACE_SECONDS = 1.0 if '2' == sys.argv[1] else 30.0\n"
+        "failures.GRACE_SECONDS = 1.0 if '2' == sys.argv[1] else 30.0\n"
         "sys.exit(cli.main(['train']))\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]

@@ -278,6 +278,27 @@ def test_format_mismatch_and_duplicates(tmp_path):
     assert len(read_queries([first, write(tmp_path / "z.jsonl", RAR)], "auto", "raw")) == 2
 
 
+RUBRICS = {"rubric", "rubrics", "rubric_list", "rubric_count"}
+
+
+@pytest.mark.parametrize(
+    "row", [G2R, HEALTHBENCH, VERL, RAR, RESEARCHQA], ids=["g2r", "healthbench", "verl", "rar", "researchqa"]
+)
+@pytest.mark.parametrize("format", ["auto", "named"])
+def test_rows_without_a_rubric(tmp_path, row, format):
+    """Where a reward model judges they are queries all the same, with an empty rubric; elsewhere the error is as ever."""
+    names = {id(G2R): "g2r", id(HEALTHBENCH): "healthbench", id(VERL): "healthbench", id(RAR): "rar"}
+    name = "auto" if format == "auto" else names.get(id(row), "researchqa")
+    bare = {key: value for key, value in row.items() if key not in RUBRICS}
+    if "reward_model" in bare:
+        bare["reward_model"] = {"ground_truth": "42"}
+    (query,) = read_queries([write(tmp_path / "x.jsonl", bare)], name, "raw", require_rubric=False)
+    (whole,) = read_queries([write(tmp_path / "y.jsonl", row)], "auto", "raw", require_rubric=False)
+    assert query.rubric == () and query.messages == whole.messages and whole.rubric
+    with pytest.raises(UserError, match="fit no format|rubrics? is missing"):
+        read_queries([write(tmp_path / "x.jsonl", bare)], name, "raw")
+
+
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("num, batch", [(10, 3), (7, 5), (5, 5), (6, 4), (9, 1), (100, 32)])
 def test_order(num, batch, shuffle):

@@ -20,7 +20,10 @@ from g2r_megatron.data.readers import read_queries
 from g2r_megatron.data.tokenizer import load_tokenizer, neutral_ids, token_texts
 from g2r_megatron.grpo.advantages import GroupScores, group_advantages
 from g2r_megatron.judge.prompt import JudgePrompt
-from g2r_megatron.train import Run, train_step
+from g2r_megatron.policy.checkpoint import Checkpointer
+from g2r_megatron.records.heartbeat import Heartbeat
+from g2r_megatron.run import Run
+from g2r_megatron.train import train_step
 from g2r_megatron.workers import build_workers, read_inputs
 from test_alignment import byte_bpe, owners_of, piece_bytes
 from test_parity_judge import Variant, hf_judge, reference_alpha
@@ -99,7 +102,10 @@ def step_of(arguments: list[str]) -> dict:
     config = resolve_preset(options.parse(TrainConfig, "g2r train", arguments))
     inputs = read_inputs(config)
     workers = build_workers(config, inputs)
-    run = Keeper(config, Path(config.output_dir), 0)
+    output = Path(config.output_dir)
+    output.mkdir(exist_ok=True)
+    checkpointer = Checkpointer(workers.trainer, output / "checkpoints", keep_last=1)
+    run = Keeper(config, output, 0, Heartbeat(output, config.steps), checkpointer)
     metrics = train_step(config, inputs, workers, run, 1)
     return {
         "metrics": metrics,

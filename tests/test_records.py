@@ -165,3 +165,20 @@ def test_every_line_stays_valid_json_for_hostile_text(tmp_path):
     assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 1
     assert json.loads((tmp_path / "samples.jsonl").read_text())["response"] == hostile
     assert read_samples(tmp_path)[0]["response"] == hostile
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
+def test_wandb_offline(tmp_path, monkeypatch):
+    """Without a network or an account: WANDB_MODE=offline keeps the run in its directory. Leaves out the server."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    record_run(tmp_path, range(2), MetricsLog(tmp_path, LogConfig(tensorboard=False, wandb=True), {"seed": 1})).close()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb")) and len(read_metrics(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+def test_a_record_that_cannot_be_written_is_named(tmp_path, name):
+    """The file and the cause in one line, as for a full disk (here the directory is gone)."""
+    log = MetricsLog(tmp_path / "run", PLAIN, {})
+    (tmp_path / "run").rmdir()
+    with pytest.raises(UserError, match=f"run/{name}: cannot be written .No such file or directory"):
+        log.log(1, {"a": 1.0}) if name == "metrics.jsonl" else log.sample({"step": 1})

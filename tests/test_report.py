@@ -14,6 +14,7 @@ import yaml
 
 from g2r_megatron.config import LogConfig
 from g2r_megatron.errors import UserError
+from g2r_megatron.records.heartbeat import Heartbeat, described, read_heartbeat
 from g2r_megatron.records.metrics import MetricsLog
 from g2r_megatron.report import summary_table, write_report
 from g2r_megatron.report.charts import Chart, Curve, line_chart, nice_ticks
@@ -269,6 +270,23 @@ def test_a_run_of_one_step_and_one_without_samples_are_drawn(tmp_path):
     (directory / "metrics.jsonl").write_text('{"step": 0, "reward/mean": null}\n')
     write_report([directory], tmp_path / "report.html")
     assert "Too few steps" in (tmp_path / "report.html").read_text() and "–" in summary_table([directory])
+
+
+def test_a_running_job_is_reported_with_its_state(tmp_path):
+    """A torn last line of the records is left out; the heartbeat says where it is, and for how long it has been silent."""
+    run = make_run(tmp_path / "run", "paper", steps=9)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 10, "rew')
+    beat = Heartbeat(run, steps=50)
+    beat.beat(state="running", phase="judge", step=9, saved_step=5)
+    assert f"{run}: running, phase judge, step 9 of 50, checkpoint of step 5, heard of 0:0" in summary_table([run])
+    write_report([run], tmp_path / "report.html")
+    said = read_heartbeat(run)
+    assert described(said, said["time"] + 3700).endswith("heard of 1:01:40 ago")
+    failed = said | {"state": "failed", "error": "rank 1, phase judge, step 10: gone", "attempt": 3, "saved_step": 0}
+    assert described(failed, said["time"]) == (
+        "failed, step 9 of 50, no checkpoint yet, start 3, heard of 0:00 ago: rank 1, phase judge, step 10: gone"
+    )
 
 
 def spoil(directory, name, content):

@@ -6,15 +6,11 @@ with, and resumed runs that are not killed, are made in the processes of ``distr
 out losing what the kernel had not yet written (power loss), and the checkpoint itself (test_checkpoint.py).
 """
 
-import json
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,106 +19,34 @@ from safetensors.torch import load_file
 
 from g2r_megatron.cli import main
 from g2r_megatron.errors import UserError
+from g2r_megatron.records.heartbeat import HEARTBEAT_FILE
 from g2r_megatron.train import FIXED
-
-ROOT = Path(__file__).parents[1]
-TASK = ROOT / "examples" / "quickstart"
-STEPS, SAVE_EVERY = 6, 2
-PATIENCE = 200.0  # seconds for anything to happen on a busy machine
-MARK = "G2R_TEST_RUN"  # in the environment of every process of a run, whatever it calls itself
+from real_runs import (
+    PATIENCE,
+    STEPS,
+    TASK,
+    assert_same_run,
+    checkpoints,
+    finish,
+    heartbeat,
+    last_recorded,
+    log_of,
+    nothing_is_left_of,
+    processes_of,
+    quickstart_options,
+    records,
+    send,
+    start,
+    wait_for,
+)
 
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory) -> list[str]:
-    """The quickstart's task and model with a few prompts: a step takes half a second."""
-    data = tmp_path_factory.mktemp("data")
-    for name, rows in (("train", 8), ("eval", 2)):
-        lines = (TASK / "data" / f"{name}.jsonl").read_text().splitlines(keepends=True)
-        (data / f"{name}.jsonl").write_text("".join(lines[:rows]))
-    return [
-        *("--config", str(TASK / "config.yaml"), "--policy.model", str(TASK / "model")),
-        *("--data.train", f'["{data}/train.jsonl"]', "--data.eval", f'["{data}/eval.jsonl"]'),
-        *("--steps", str(STEPS), "--eval_every", "3", "--checkpoint.save_every", str(SAVE_EVERY)),
-        *("--checkpoint.keep_last", "2", "--log.samples_every", "1", "--log.tensorboard", "false"),
-        *("--rollout.prompts_per_step", "2", "--rollout.responses_per_prompt", "4"),
-        *("--rollout.max_response_tokens", "20", "--grpo.preset", "paper"),
-    ]
+    return quickstart_options(tmp_path_factory.mktemp("data"))
 
 
 # A run of the command that can be killed.
-
-
-def processes_of(run: Path, rank: int | None = None) -> list[int]:
-    """Living processes of the runs in ``run``: launcher, ranks and all they started; or those of one rank."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                environment = (entry / "environ").read_bytes().split(b"\0")
-            except OSError:  # ended meanwhile
-                continue
-            of_rank = rank is None or f"RANK={rank}".encode() in environment
-            if f"{MARK}={run}".encode() in environment and of_rank:
-                found.append(int(entry.name))
-    return found
-
-
-def send(run: Path, number: signal.Signals) -> None:
-    """To all processes of the run, until no new one is found."""
-    reached: set[int] = set()
-    while new := set(processes_of(run)) - reached:
-        for pid in new:
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                continue
-        reached |= new
-
-
-def start(run: Path, options: list[str], ranks: int) -> subprocess.Popen:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *torchrun, "-m", "g2r_megatron.cli", "train", *options, "--output_dir", str(run)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", MARK: str(run)}
-    with open(f"{run}.log", "ab") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-
-
-def log_of(run: Path) -> str:
-    return Path(f"{run}.log").read_text()
-
-
-def wait_for(happened: Callable[[], bool], process: subprocess.Popen, run: Path) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not happened():
-        assert process.poll() is None, f"ended before it could be killed:\n{log_of(run)}"
-        assert time.monotonic() < deadline, f"nothing happened:\n{log_of(run)}"
-        time.sleep(0.002)
-
-
-def finish(run: Path, options: list[str]) -> None:
-    process = start(run, options, ranks=1)
-    try:
-        assert process.wait(PATIENCE) == 0, log_of(run)
-    finally:
-        send(run, signal.SIGKILL)
-
-
-def nothing_is_left_of(run: Path) -> bool:
-    deadline = time.monotonic() + 10.0
-    while processes_of(run) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return not processes_of(run)
-
-
-def last_recorded(run: Path) -> int:
-    file = run / "metrics.jsonl"
-    lines = file.read_text().split("\n")[:-1] if file.exists() else []
-    return json.loads(lines[-1])["step"] if lines else -1
-
-
-def checkpoints(run: Path) -> list[str]:
-    directory = run / "checkpoints"
-    return sorted(p.name for p in directory.iterdir()) if directory.exists() else []
 
 
 def is_saving(run: Path) -> bool:
@@ -133,9 +57,9 @@ def is_saving(run: Path) -> bool:
     return any((run / "checkpoints" / names[-1]).glob("*.distcp"))
 
 
-def kill_in_training(run: Path, options: list[str], ranks: int, after_step: int) -> None:
+def kill_in_training(run: Path, options: list[str], ranks: int, after_step: int, saved: int = 0) -> None:
     process = start(run, options, ranks)
-    wait_for(lambda: last_recorded(run) >= after_step, process, run)
+    wait_for(lambda: last_recorded(run) >= after_step and heartbeat(run)["saved_step"] >= saved, process, run)
     send(run, signal.SIGKILL)
     process.wait()
     assert not (run / "hf").exists() and nothing_is_left_of(run)
@@ -149,6 +73,26 @@ def kill_one_rank(run: Path, options: list[str], ranks: int, after_step: int) ->
         os.kill(pid, signal.SIGKILL)
     assert process.wait(PATIENCE) != 0
     assert not (run / "hf").exists() and nothing_is_left_of(run)
+    errors = [line for line in log_of(run).splitlines() if "rror" in line]
+    assert errors[0].startswith("g2r: error: rank 0, phase "), errors[0]
+    said = heartbeat(run)
+    assert said["state"] == "failed" and said["error"].endswith("no word from rank 1: killed, or stuck"), said
+
+
+def stop_one_rank(run: Path, options: list[str], ranks: int, after_step: int) -> None:
+    """The last rank hangs, as on a dead disk: the others give up after the timeout, the launcher ends it."""
+    minutes = 0.2
+    process = start(run, [*options, "--timeout_minutes", str(minutes)], ranks, ["--shutdown-timeout", "1"])
+    wait_for(lambda: last_recorded(run) >= after_step, process, run)
+    for pid in processes_of(run, rank=ranks - 1):
+        os.kill(pid, signal.SIGSTOP)
+    since = time.monotonic()
+    assert process.wait(PATIENCE) != 0
+    assert 60 * minutes - 5 < time.monotonic() - since < 60 * minutes + 60  # a few seconds on a quiet machine
+    assert nothing_is_left_of(run)
+    said = heartbeat(run)
+    assert said["state"] == "failed" and said["error"].startswith("rank 0, phase "), said
+    assert said["error"].endswith("no word from rank 1: killed, or stuck"), said
 
 
 def kill_in_save(run: Path, options: list[str], ranks: int) -> None:
@@ -182,21 +126,10 @@ def train_here(arguments: list[str]) -> str:
 # The tests.
 
 
-def records(run: Path, name: str) -> list[dict]:
-    """The lines of a file of the run without the times."""
-    lines = [json.loads(line) for line in (run / name).read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
-
-
-def assert_same_run(run: Path, reference: Path) -> None:
-    assert (run / "hf" / "model.safetensors").read_bytes() == (reference / "hf" / "model.safetensors").read_bytes()
-    assert records(run, "metrics.jsonl") == records(reference, "metrics.jsonl")
-    assert records(run, "samples.jsonl") == records(reference, "samples.jsonl")
-    assert len(checkpoints(run)) == 2 and checkpoints(run)[-1] == checkpoints(reference)[-1] == "step_00000006"
-
-
 def content(run: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+    """Every file but the one that says how it went."""
+    files = (path for path in sorted(run.rglob("*")) if path.is_file() and path.name != HEARTBEAT_FILE)
+    return {str(path): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +145,7 @@ def uninterrupted(worlds, options, tmp_path_factory) -> Path:
 def killed(options, tmp_path_factory) -> Path:
     """A run of one process, killed in a step after its first checkpoint."""
     run = tmp_path_factory.mktemp("killed") / "run"
-    kill_in_training(run, options, 1, after_step=3)
+    kill_in_training(run, options, 1, after_step=3, saved=2)
     assert checkpoints(run)[0] == "step_00000002"
     return run
 
@@ -227,11 +160,12 @@ def test_killed_in_training_then_in_a_save(options, uninterrupted, killed, tmp_p
 
 
 @pytest.mark.timeout(600)
-def test_two_ranks_one_killed_in_training_then_all_in_a_save(worlds, options, tmp_path):
+def test_two_ranks_one_killed_then_one_stuck_then_all_killed_in_a_save(worlds, options, tmp_path):
     options = [*options, "--grpo.preset", "robust"]
     reference, run = tmp_path / "reference", tmp_path / "run"
     assert worlds[2].run(train_here, [*options, "--output_dir", str(reference)]) == ["", ""]
-    kill_one_rank(run, options, 2, after_step=3)
+    kill_one_rank(run, options, 2, after_step=1)
+    stop_one_rank(run, options, 2, after_step=3)
     kill_in_save(run, options, 2)
     assert worlds[2].run(train_here, [*options, "--output_dir", str(run)]) == ["", ""]
     assert_same_run(run, reference)
@@ -313,6 +247,21 @@ def test_a_damaged_checkpoint_ends_the_run_with_one_line(worlds, options, killed
     (error,) = worlds[1].run(train_here, [*options, "--output_dir", str(run)])
     assert f"{run}/checkpoints/step_00000002: cannot be loaded (common.pt has 0 bytes" in error
     assert content(run) == before
+    assert heartbeat(run)["state"] == "failed" and heartbeat(run)["error"] == error
+
+
+def test_a_damaged_checkpoint_does_not_change_the_run(worlds, options, uninterrupted, tmp_path):
+    """The one before it is used; the steps between are made again, bit for bit, and what was damaged is kept."""
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    file = run / "checkpoints" / "step_00000006" / "__0_0.distcp"
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 3] ^= 16
+    file.write_bytes(damaged)
+    assert worlds[1].run(train_here, [*options, "--output_dir", str(run)]) == [""]
+    assert (run / "checkpoints" / "step_00000006.damaged" / file.name).read_bytes() == damaged
+    shutil.rmtree(run / "checkpoints" / "step_00000006.damaged")
+    assert_same_run(run, uninterrupted)
 
 
 CHANGED = {

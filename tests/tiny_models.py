@@ -7,7 +7,12 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 DENSE_FAMILIES = ("qwen2", "qwen3", "llama3")  # without sliding windows
 FAMILIES = (*DENSE_FAMILIES, "mistral", "qwen3_moe", "mixtral")
@@ -78,9 +83,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def build_model(family: str, vocab: int, seed: int = 1, **sizes):
+def build_model(family: str, vocab: int, seed: int = 1, labels: int = 0, **sizes):
     """A random fp32 model: hidden 64, 4 layers, 4 heads of 16, 2 key-value heads. ``family``: a key of ``CONFIGS``.
 
+    ``labels``: 0 of a language model, 1 of a reward model, more of a classifier.
     ``sizes`` override the config's (``hidden_size=256``); heads then are of ``hidden_size / num_attention_heads``.
     """
     fields = SHAPE | CONFIGS[family] | {"vocab_size": vocab} | sizes
@@ -88,7 +94,11 @@ def build_model(family: str, vocab: int, seed: int = 1, **sizes):
         fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
+        if labels:
+            config = AutoConfig.for_model(**fields, num_labels=labels, pad_token_id=0)
+            model = AutoModelForSequenceClassification.from_config(config)
+        else:
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
                 parameter += 0.1 * torch.randn_like(parameter)
@@ -103,5 +113,13 @@ def build_tiny_hf(family: str, directory: Path, seed: int = 1, **sizes) -> Path:
     model = build_model(family, len(tokenizer), seed, **sizes)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def build_tiny_reward_model(family: str, directory: Path, seed: int = 8, labels: int = 1, tokenizer=None) -> Path:
+    """A ``...ForSequenceClassification`` directory; its padding token is ``<|endoftext|>``, id 0. ``tokenizer``: another one."""
+    tokenizer = build_tokenizer() if tokenizer is None else tokenizer
+    build_model(family, len(tokenizer), seed, labels).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory

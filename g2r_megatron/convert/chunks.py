@@ -28,9 +28,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from g2r_megatron.convert.output import unwritable
 from g2r_megatron.convert.parameters import Parameter
-from g2r_megatron.errors import UserError
+from g2r_megatron.errors import UserError, unwritable
 
 METADATA = ".metadata"
 FORMAT = "metadata.json"

@@ -47,6 +47,10 @@ def compare_logits(a: HFModel, b: HFModel, text: str | None) -> LogitReport:
             f"vocabularies of {a.geometry.vocab} and {b.geometry.vocab}",
             "compare models with the same tokens",
         )
+    if a.geometry.is_reward_model != b.geometry.is_reward_model:
+        raise UserError(
+            "--logits", f"{a.architecture} and {b.architecture}", "a score can only be compared with a score"
+        )
     ids = load_model_tokenizer(a)(TEXT if text is None else text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise UserError("--text", repr(text), "must hold at least one token")
@@ -57,11 +61,10 @@ def compare_logits(a: HFModel, b: HFModel, text: str | None) -> LogitReport:
 
 
 def _logits(hf: HFModel, ids: list[int]) -> torch.Tensor:
-    """[tokens, vocabulary], fp32, on the CPU."""
+    """[tokens, vocabulary], or [tokens, 1] of a reward model's scores; fp32, on the CPU."""
     model = build_model("verify", hf, build_groups("verify", Layout()), Precision(dtype="fp32"))
     model.freeze()
     tokens = torch.tensor([ids], device=cpu.device())  # [1, s]
-    positions = torch.arange(len(ids), device=cpu.device())[None]
     with torch.no_grad():
-        output = model.modules[0](tokens, positions, None)  # [1, s, padded vocabulary]
+        output = model.modules[0](tokens, None, None)  # [1, s, padded vocabulary or 1]
     return output[0, :, : hf.geometry.vocab].float().cpu()

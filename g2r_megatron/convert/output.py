@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from g2r_megatron.errors import UserError
+from g2r_megatron.errors import UserError, unwritable
 from g2r_megatron.model.torch_dist import sync_directory, sync_to_disk
+from g2r_megatron.parallel.agreement import raised_by_all
 
 # In a directory that a conversion has begun. The name is what tells our leftovers from a user's own NAME.incomplete.
 MARKER = ".g2r_conversion"
@@ -92,33 +93,12 @@ def _remove(directory: Path) -> None:
     shutil.rmtree(directory)
 
 
-@contextmanager
-def raised_by_all() -> Iterator[None]:
-    """A ``UserError`` of any process in the block is raised by every process. Collective; the block must not be."""
-    mine = None
-    try:
-        yield
-    except UserError as error:
-        mine = error
-    found: list[tuple[str, str, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (mine.where, mine.found, mine.remedy) if mine else None)
-    if mine is not None:
-        raise mine
-    for error in filter(None, found):
-        raise UserError(*error)
-
-
 def write_json(file: Path, content: dict) -> None:
     """Raises ``UserError`` when the disk refuses it."""
     try:
         file.write_text(json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise unwritable(file, error) from error
-
-
-def unwritable(file: Path, error: OSError) -> UserError:
-    """The ``UserError`` for a file that the disk or its permissions refuse."""
-    return UserError(str(file), f"cannot be written ({error.strerror})", "free disk space or choose another place")
 
 
 def _temporary(final: Path) -> Path:

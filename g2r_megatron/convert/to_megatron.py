@@ -14,8 +14,6 @@ from g2r_megatron.convert.output import (
     check_free_space,
     check_output,
     new_directory,
-    raised_by_all,
-    unwritable,
     write_json,
 )
 from g2r_megatron.convert.parameters import (
@@ -27,11 +25,12 @@ from g2r_megatron.convert.parameters import (
     share,
 )
 from g2r_megatron.convert.progress import CopyProgress
-from g2r_megatron.errors import UserError
+from g2r_megatron.errors import UserError, unwritable
 from g2r_megatron.model.hf import CHECKPOINT_FACTS, HFModel, load_model_tokenizer, open_hf_model
 from g2r_megatron.model.safetensors_files import SafetensorsReader
 from g2r_megatron.model.torch_dist import copy_model_files
 from g2r_megatron.model.weights import check_tensors
+from g2r_megatron.parallel.agreement import raised_by_all
 from g2r_megatron.parallel.groups import initialize
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 
 from g2r_megatron.convert.chunks import METADATA, CheckpointReader
-from g2r_megatron.convert.output import raised_by_all
 from g2r_megatron.convert.parameters import (
     NamedTensors,
     Parameter,
@@ -27,6 +26,7 @@ from g2r_megatron.convert.to_hf import open_checkpoint
 from g2r_megatron.model.hf import HFModel, open_hf_model, read_json
 from g2r_megatron.model.safetensors_files import SafetensorsReader
 from g2r_megatron.model.weights import check_tensors
+from g2r_megatron.parallel.agreement import raised_by_all
 from g2r_megatron.parallel.groups import initialize
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

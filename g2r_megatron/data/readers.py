@@ -11,7 +11,7 @@ Formats (field names verbatim from the public data sets; * marks what may be mis
   "reference_answer"*}``
 - ``researchqa``: ``{"id"*, "query", "rubric": [{"rubric_item", "type"*}]}``, every item with weight 1
 
-Rows to be judged also have ``"response"``. Files are .jsonl or .parquet.
+The rubric may be missing where a reward model judges. Rows to be judged also have ``"response"``. Files are .jsonl or .parquet.
 """
 
 import hashlib
@@ -36,7 +36,9 @@ NEGATED = re.compile(
 SHOWN_VALUE = 60
 
 
-def read_queries(paths: list[str], format: str, polarity: str, require_response: bool = False) -> list[Query]:
+def read_queries(
+    paths: list[str], format: str, polarity: str, require_response: bool = False, require_rubric: bool = True
+) -> list[Query]:
     """All queries of the files, in order.
 
     ``format``: ``auto`` (by the field names of each file's first row) or a format of the module docstring.
@@ -44,6 +46,7 @@ def read_queries(paths: list[str], format: str, polarity: str, require_response:
     positive. It is for data where meeting such an item is good (RaR-Science), and goes by the phrase alone, so look at
     the items: in HealthBench "does not mention ..." is a fault when met, so there the option is refused.
     ``require_response``: rows must have a ``"response"``, ignored otherwise; one query may then come with several.
+    ``require_rubric``: else rows may lack it (``Query.rubric`` is then empty).
     An id is the row's own, else a hash of its prompt. Raises ``UserError`` for any mistake, naming file and row.
     """
     queries: list[Query] = []
@@ -53,11 +56,11 @@ def read_queries(paths: list[str], format: str, polarity: str, require_response:
         for where, data in _rows(Path(path)):
             row = Fields(where, "", data)
             if read is None:
-                read = FORMATS[_file_format(row, format, polarity)]
-            query = read(row)
+                read = FORMATS[_file_format(row, format, polarity, require_rubric)]
+            query = read(row, require_rubric)
             if polarity == "flip_negated":
                 query = replace(query, rubric=tuple(_flip_negated(item) for item in query.rubric))
-            if query.positive_weight <= 0:
+            if query.rubric and query.positive_weight <= 0:
                 raise UserError(
                     where, "no rubric item has a positive weight", "the score divides by their sum: give at least one"
                 )
@@ -183,6 +186,10 @@ class Fields:
                 raise UserError(self.where, f"{self.path}{name}[{i}] is {_shown(value)}", "it must be an object")
         return [Fields(self.where, f"{self.path}{name}[{i}].", value) for i, value in enumerate(values)]
 
+    def rubric(self, name: str, required: bool) -> list["Fields"]:
+        """The items of a rubric; none where there may be none."""
+        return self.objects(name) if required or self.has(name) else []
+
     def tags(self, name: str) -> tuple[str, ...]:
         """An optional list of texts, or one text."""
         value = self.data.get(name)
@@ -192,9 +199,11 @@ class Fields:
         return tuple(values)
 
 
-def _file_format(row: Fields, wanted: str, polarity: str) -> str:
+def _file_format(row: Fields, wanted: str, polarity: str, require_rubric: bool) -> str:
     """The format of the file that begins with ``row``; it must be the wanted one, and go with the polarity."""
-    found = next((name for name, fields in SIGNATURES if all(row.has(field) for field in fields)), None)
+    # without a rubric a row says less: only where nobody has named the format
+    signatures = SIGNATURES if require_rubric or wanted != "auto" else SIGNATURES + WITHOUT_RUBRIC
+    found = next((name for name, fields in signatures if all(row.has(field) for field in fields)), None)
     if wanted == "auto" and found is None:
         raise UserError(
             row.where, f"fields {sorted(row.data)} fit no format", f"set data.format to one of {', '.join(FORMATS)}"
@@ -234,10 +243,10 @@ def _messages(row: Fields, name: str) -> tuple[dict, ...]:
     return tuple({"role": message.data["role"], "content": message.text("content")} for message in messages)
 
 
-def _read_g2r(row: Fields) -> Query:
+def _read_g2r(row: Fields, require_rubric: bool) -> Query:
     rubric = [
         RubricItem(item.text("criterion"), item.number("weight"), item.tags("tags"), _check(item))
-        for item in row.objects("rubric")
+        for item in row.rubric("rubric", require_rubric)
     ]
     return _query(row, row.identifier("id"), _messages(row, "prompt"), rubric, row.optional_text("reference"))
 
@@ -252,26 +261,29 @@ def _check(item: Fields) -> str | None:
     return pattern
 
 
-def _read_healthbench(row: Fields) -> Query:
-    if row.has("rubrics"):
+def _read_healthbench(row: Fields, require_rubric: bool) -> Query:
+    if row.has("rubrics") or not row.has("reward_model"):
         source, reference = row, None
         if row.has("ideal_completions_data"):
             reference = row.object("ideal_completions_data").optional_text("ideal_completion")
     else:
         source = row.object("reward_model")
         reference = source.optional_text("ground_truth")
-    rubric = [RubricItem(i.text("criterion"), i.number("points"), i.tags("tags")) for i in source.objects("rubrics")]
+    items = source.rubric("rubrics", require_rubric)
+    rubric = [RubricItem(i.text("criterion"), i.number("points"), i.tags("tags")) for i in items]
     return _query(row, row.identifier("prompt_id"), _messages(row, "prompt"), rubric, reference)
 
 
-def _read_rar(row: Fields) -> Query:
-    rubric = [RubricItem(i.text("description"), i.number("weight"), i.tags("title")) for i in row.objects("rubric")]
+def _read_rar(row: Fields, require_rubric: bool) -> Query:
+    items = row.rubric("rubric", require_rubric)
+    rubric = [RubricItem(i.text("description"), i.number("weight"), i.tags("title")) for i in items]
     messages = ({"role": "user", "content": row.text("question")},)
     return _query(row, None, messages, rubric, row.optional_text("reference_answer"))
 
 
-def _read_researchqa(row: Fields) -> Query:
-    rubric = [RubricItem(i.text("rubric_item"), 1.0, i.tags("type")) for i in row.objects("rubric")]
+def _read_researchqa(row: Fields, require_rubric: bool) -> Query:
+    items = row.rubric("rubric", require_rubric)
+    rubric = [RubricItem(i.text("rubric_item"), 1.0, i.tags("type")) for i in items]
     messages = ({"role": "user", "content": row.text("query")},)
     return _query(row, row.identifier("id"), messages, rubric, None)
 
@@ -285,6 +297,7 @@ SIGNATURES = [
     ("researchqa", ("query", "rubric")),
     ("g2r", ("prompt", "rubric")),
 ]
+WITHOUT_RUBRIC = [("rar", ("question",)), ("researchqa", ("query",)), ("g2r", ("prompt",))]
 
 
 def _shown(value) -> str:

@@ -20,7 +20,7 @@ class RubricItem:
 
 @dataclass(frozen=True)
 class Query:
-    """A conversation (``messages`` as ``{"role", "content"}``) with its rubric.
+    """A conversation (``messages`` as ``{"role", "content"}``) with its rubric, which may be empty for a reward model.
 
     ``response`` is set only in files of responses to be judged (``g2r judge``).
     """
@@ -33,5 +33,5 @@ class Query:
 
     @property
     def positive_weight(self) -> float:
-        """sum_k max(w_k, 0): the denominator of the rubric score; > 0 by validation."""
+        """sum_k max(w_k, 0): the denominator of the rubric score; > 0 by validation if there is a rubric."""
         return sum(max(item.weight, 0.0) for item in self.rubric)

@@ -2,19 +2,20 @@
 
 Notation: response i = 1..G, rubric item k = 1..K, token t = 1..T_i of the body; a finished response has one
 more token, the stop token, which the judge does not read. s_ik = w_k 1[z_ik] / sum_k max(w_k, 0) is the
-item's part of the reward r_i = sum_k s_ik. Standard deviations are population ones (divided by the count).
+item's part of the reward r_i = sum_k s_ik. A reward model's score V_i is the one part (K = 1) of r_i = V_i.
+Standard deviations are population ones (divided by the count).
 Arithmetic is fp64, results are fp32 on the CPU.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from g2r_megatron.config import GrpoConfig
 from g2r_megatron.errors import UserError
-from g2r_megatron.judge.attribution import token_rewards
+from g2r_megatron.judge.attribution import score_token_rewards, token_rewards
 
 # A spread below this share of the largest value is rounding: std 0, advantage 0.
 ZERO_SPREAD = 1e-6
@@ -34,13 +35,87 @@ class GroupScores:
         groups, items = self.verdicts.shape
         if self.weights.shape != (items,) or any(len(row) != items for row in self.alphas):
             raise ValueError(f"verdicts are [{groups}, {items}] but weights or alphas do not have {items} items")
-        if not groups == len(self.alphas) == len(self.lengths) == len(self.finished):
-            raise ValueError(f"{groups} responses judged, but alphas, lengths or finished have another number")
-        for length, done, row in zip(self.lengths, self.finished, self.alphas, strict=True):
-            if length + done < 1:
-                raise ValueError("a response without any token")
-            if any(alpha is not None and alpha.shape != (length,) for alpha in row):
-                raise ValueError(f"an alpha does not have the {length} tokens of its response")
+        _check_responses(groups, self.alphas, self.lengths, self.finished)
+
+    @property
+    def parts(self) -> Tensor:
+        """s_ik [G, K] fp64."""
+        return item_scores(self.verdicts, self.weights)
+
+    @property
+    def met(self) -> Tensor:
+        """[G, K] bool: where ``itemwise`` spreads the term s_ik - mean_i s_ik by alpha; elsewhere evenly."""
+        return self.verdicts
+
+    @property
+    def sizes(self) -> Tensor:
+        """[G, K] fp64: what ``sequence_weighted`` averages a response's alphas by."""
+        return self.verdicts.double() * self.weights.double().abs()
+
+    def needing_attribution(self, options: GrpoConfig, mix: float) -> Tensor:
+        """See ``items_needing_attribution``."""
+        return items_needing_attribution(self.verdicts, self.weights, options, mix)
+
+    def token_rewards(self, i: int, alphas: list[Tensor | None]) -> Tensor:
+        """r_it of Algorithm 1 with these ``alphas``: [T_i + finished_i] fp64, sums to r_i.
+
+        0 on the stop token, except that an empty body has its whole reward there.
+        """
+        verdicts, length = self.verdicts[i].tolist(), self.lengths[i]
+        positive = float(self.weights.double().clamp(min=0).sum())
+        body = token_rewards(verdicts, self.weights.tolist(), alphas, positive, length).double()
+        stop = torch.zeros(int(self.finished[i]), dtype=torch.float64)
+        return torch.cat([body, stop if length else stop + float(self.parts[i].sum())])
+
+
+@dataclass(frozen=True)
+class RewardModelScores:
+    """What a reward model found for the G responses of one query; to the estimators below the same as ``GroupScores``."""
+
+    rewards: Tensor  # [G] float: V_i
+    alphas: list[list[Tensor | None]]  # G x 1, as in GroupScores
+    lengths: list[int]
+    finished: list[bool]
+
+    def __post_init__(self):
+        if self.rewards.dim() != 1 or any(len(row) != 1 for row in self.alphas):
+            raise ValueError(f"rewards are {tuple(self.rewards.shape)}, with one alpha each")
+        _check_responses(len(self.rewards), self.alphas, self.lengths, self.finished)
+
+    @property
+    def parts(self) -> Tensor:
+        """V_i: [G, 1] fp64."""
+        return self.rewards.double()[:, None]
+
+    @property
+    def met(self) -> Tensor:
+        """Responses better than the group's mean: alpha says which tokens raise V, so it can give credit, not blame."""
+        return self.parts > self.parts.mean()
+
+    @property
+    def sizes(self) -> Tensor:
+        return torch.ones_like(self.parts)
+
+    def needing_attribution(self, options: GrpoConfig, mix: float) -> Tensor:
+        """See ``rewards_needing_attribution``."""
+        return rewards_needing_attribution(self.rewards, options, mix)
+
+    def token_rewards(self, i: int, alphas: list[Tensor | None]) -> Tensor:
+        """[T_i + finished_i] fp64, sums to 2 V_i (METHOD.md step 8)."""
+        return score_token_rewards(float(self.rewards[i]), alphas[0], self.lengths[i], self.finished[i])
+
+
+Scores = GroupScores | RewardModelScores
+
+
+def _check_responses(groups: int, alphas: list, lengths: list[int], finished: list[bool]) -> None:
+    if not groups == len(alphas) == len(lengths) == len(finished):
+        raise ValueError(f"{groups} responses judged, but alphas, lengths or finished have another number")
+    for length, done, row in zip(lengths, finished, alphas, strict=True):
+        if length + done < 1:
+            raise ValueError("a response without any token")
+        if any(alpha is not None and alpha.shape != (length,) for alpha in row):
+            raise ValueError(f"an alpha does not have the {length} tokens of its response")
 
 
 def has_spread(values: Tensor) -> bool:
@@ -106,6 +181,23 @@ def items_needing_attribution(verdicts: Tensor, weights: Tensor, options: GrpoCo
     return _keep_top(needed, terms.abs(), options.top_items)
 
 
+def rewards_needing_attribution(rewards: Tensor, options: GrpoConfig, mix: float) -> Tensor:
+    """Which responses need a reward model's backward pass: [G, 1] bool from V_i [G].
+
+    As ``items_needing_attribution``, without loss: nothing for ``sequence`` or once ``mix`` is 0; for ``itemwise`` the
+    responses better than the group's mean, for ``sequence_weighted`` those of an advantage other than 0, and neither in
+    a group of std 0; ``token_return`` needs all of them.
+    """
+    parts = rewards.double()[:, None]
+    if options.advantage == "sequence" or mix == 0:
+        return torch.zeros_like(parts, dtype=torch.bool)
+    if options.advantage == "token_return":
+        return torch.ones_like(parts, dtype=torch.bool)
+    if options.advantage == "itemwise":
+        return (parts > parts.mean()) & math.isfinite(_divisor(parts, options))
+    return (_sequence(parts, options) != 0)[:, None]
+
+
 def _keep_top(needed: Tensor, sizes: Tensor, fraction: float) -> Tensor:
     """Of each row of ``needed`` [G, K] keep the ceil(fraction x count) entries with the largest ``sizes`` [G, K]."""
     if fraction >= 1:
@@ -116,16 +208,16 @@ def _keep_top(needed: Tensor, sizes: Tensor, fraction: float) -> Tensor:
     return needed & (ranks < keep[:, None])
 
 
-def group_advantages(scores: GroupScores, options: GrpoConfig, mix: float) -> list[Tensor]:
+def group_advantages(scores: Scores, options: GrpoConfig, mix: float) -> list[Tensor]:
     """Advantage of every token of every response of the group, by ``options.advantage``.
 
     ``options``: resolved (no None among the options that follow the preset); ``mix``: m of this step, from
     ``mix_at``. Returns G tensors [T_i + finished_i] fp32. Raises UserError for an rloo baseline with G = 1.
     """
     if options.top_items < 1:
-        keep = items_needing_attribution(scores.verdicts, scores.weights, options, mix).tolist()
+        keep = scores.needing_attribution(options, mix).tolist()
         alphas = [[a if k else None for a, k in zip(*rows, strict=True)] for rows in zip(scores.alphas, keep)]
-        scores = GroupScores(scores.verdicts, scores.weights, alphas, scores.lengths, scores.finished)
+        scores = replace(scores, alphas=alphas)
     kinds = {
         "sequence": _sequence_advantages,
         "token_return": _token_return_advantages,
@@ -157,28 +249,28 @@ def _sequence(item_scores_: Tensor, options: GrpoConfig) -> Tensor:
     return _centred(rewards, options.baseline) / _divisor(rewards, options)
 
 
-def _sequence_advantages(scores: GroupScores, options: GrpoConfig, mix: float) -> list[Tensor]:
+def _sequence_advantages(scores: Scores, options: GrpoConfig, mix: float) -> list[Tensor]:
     """A_it = A_i for every token: sequence-level GRPO (or RLOO)."""
-    advantages = _sequence(item_scores(scores.verdicts, scores.weights), options)
+    advantages = _sequence(scores.parts, options)
     return [a.repeat(length + done) for a, length, done in zip(advantages, scores.lengths, scores.finished)]
 
 
-def _itemwise_advantages(scores: GroupScores, options: GrpoConfig, mix: float) -> list[Tensor]:
+def _itemwise_advantages(scores: Scores, options: GrpoConfig, mix: float) -> list[Tensor]:
     """A_it = sum_k f_ik (s_ik - baseline_ik) v_ikt / std_i(r_i) on the body (METHOD.md); A_i on the stop token.
 
     v_ikt is ``token_weights`` for items judged True and 1 for items judged False; f_ik is ``false_scale`` for
-    False items and 1 for True ones. Written as A_i plus the deviations from it, so that flat alpha
-    (v = 1) and false_scale 1 give exactly the ``sequence`` advantage.
+    False items and 1 for True ones. A reward model's score counts as True above the group's mean. Written as A_i plus
+    the deviations from it, so that flat alpha (v = 1) and false_scale 1 give exactly the ``sequence`` advantage.
     """
-    parts = item_scores(scores.verdicts, scores.weights)
+    parts = scores.parts
     base = _sequence(parts, options)
     terms = _centred(parts, options.baseline) / _divisor(parts.sum(dim=1), options)  # [G, K]
     result = []
     for i, (length, done) in enumerate(zip(scores.lengths, scores.finished)):
         advantage = base[i].repeat(length + done)
         body = advantage[:length]
-        for term, verdict, alpha in zip(terms[i], scores.verdicts[i].tolist(), scores.alphas[i]):
-            if not verdict:
+        for term, met, alpha in zip(terms[i], scores.met[i].tolist(), scores.alphas[i]):
+            if not met:
                 body += (options.false_scale - 1.0) * term
             elif alpha is not None:
                 body += term * (token_weights(alpha, length, mix, options.weight_clip) - 1.0)
@@ -186,13 +278,14 @@ def _itemwise_advantages(scores: GroupScores, options: GrpoConfig, mix: float) -
     return result
 
 
-def _sequence_weighted_advantages(scores: GroupScores, options: GrpoConfig, mix: float) -> list[Tensor]:
+def _sequence_weighted_advantages(scores: Scores, options: GrpoConfig, mix: float) -> list[Tensor]:
     """A_it = A_i v_it on the body, v_i = ``token_weights`` of alpha_i; A_i on the stop token.
 
-    alpha_i = sum_{k True} |w_k| alpha_ik / sum_{k True} |w_k| (uniform where no item of weight is True).
+    alpha_i = sum_{k True} |w_k| alpha_ik / sum_{k True} |w_k| (uniform where no item of weight is True), or the alpha of
+    a reward model's score.
     """
-    base = _sequence(item_scores(scores.verdicts, scores.weights), options)
-    sizes = scores.verdicts.double() * scores.weights.double().abs()  # [G, K]
+    base = _sequence(scores.parts, options)
+    sizes = scores.sizes
     result = []
     for i, (length, done) in enumerate(zip(scores.lengths, scores.finished)):
         total = float(sizes[i].sum())
@@ -206,25 +299,19 @@ def _sequence_weighted_advantages(scores: GroupScores, options: GrpoConfig, mix:
     return result
 
 
-def _token_return_advantages(scores: GroupScores, options: GrpoConfig, mix: float) -> list[Tensor]:
+def _token_return_advantages(scores: Scores, options: GrpoConfig, mix: float) -> list[Tensor]:
     """A_it = (R_it - baseline_i) / std(R), R_it = sum_{s >= t} r_is with ``return_to_go``, else r_it.
 
-    r_it: token rewards of Algorithm 1 with alpha = v / T, v from ``token_weights``; 0 on the stop token, except
-    that an empty body has its whole reward there (sum_t r_it = r_i always). Mean and std are over all tokens of
+    r_it: ``scores.token_rewards`` with alpha = v / T, v from ``token_weights``. Mean and std are over all tokens of
     all responses of the group; with the rloo baseline the mean is over all tokens of the other responses.
     """
-    weights = scores.weights.tolist()
-    rewards = item_scores(scores.verdicts, scores.weights).sum(dim=1).tolist()
-    positive = float(scores.weights.double().clamp(min=0).sum())
     returns = []
-    for i, (length, done) in enumerate(zip(scores.lengths, scores.finished)):
+    for i, length in enumerate(scores.lengths):
         mixed = [
             None if a is None or not length else token_weights(a, length, mix, options.weight_clip) / length
             for a in scores.alphas[i]
         ]
-        body = token_rewards(scores.verdicts[i].tolist(), weights, mixed, positive, length).double()
-        stop = torch.tensor([0.0 if length else rewards[i]] * done, dtype=torch.float64)
-        tokens = torch.cat([body, stop])
+        tokens = scores.token_rewards(i, mixed)
         returns.append(tokens.flip(0).cumsum(0).flip(0) if options.return_to_go else tokens)
     everything = torch.cat(returns)
     divisor = _divisor(everything, options)

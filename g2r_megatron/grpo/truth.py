@@ -10,8 +10,8 @@ from g2r_megatron.judge.attribution import response_reward
 
 
 def true_verdicts(query: Query, text: str) -> list[bool] | None:
-    """Whether the response ``text`` really meets each rubric item; None unless every item has a check."""
-    if any(item.check is None for item in query.rubric):
+    """Whether the response ``text`` really meets each rubric item; None unless there are items and all have a check."""
+    if not query.rubric or any(item.check is None for item in query.rubric):
         return None
     return [re.search(item.check, text) is not None for item in query.rubric]
 

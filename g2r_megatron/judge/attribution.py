@@ -140,6 +140,27 @@ def token_rewards(
     return (rewards / positive_weight).float()
 
 
+def score_token_rewards(score: float, alpha: Tensor | None, length: int, finished: bool = False) -> Tensor:
+    """r_t = alpha_t V, and the last token also gets +V (METHOD.md step 8): the response's tokens then sum to 2 V.
+
+    ``score`` = V(x, o); ``alpha``: [T], or None for uniform, 1/T; ``length`` = T. ``finished``: a stop token follows the
+    body; it is then the last token, and gets the whole 2 V of an empty body. Returns [T + finished] fp64.
+    """
+    rewards = torch.zeros(length + finished, dtype=torch.float64)
+    if rewards.numel() == 0:
+        return rewards
+    if length == 0:
+        rewards[-1] = score
+    elif alpha is None:
+        rewards[:length] = score / length
+    elif alpha.shape != (length,):  # broadcasting would hide a wrong span
+        raise ValueError(f"alpha has shape {tuple(alpha.shape)} for a response of {length} tokens")
+    else:
+        rewards[:length] = score * alpha.double()
+    rewards[-1] += score
+    return rewards
+
+
 def response_reward(verdicts: list[bool], weights: list[float]) -> float:
     """r(x, o) = sum_k w_k 1[z_k = True] / sum_k max(w_k, 0): the rubric score, at most 1, can be negative."""
     earned = sum(weight for verdict, weight in zip(verdicts, weights, strict=True) if verdict)

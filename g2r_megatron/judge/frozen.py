@@ -1,4 +1,4 @@
-"""The frozen judge on its own layout: verdict log-probs forward, embedding gradients backward, gathered to all ranks.
+"""The frozen judge on its own layout: verdict log-probs or scores forward, embedding gradients backward, gathered to all ranks.
 
 Every rank passes the same global list of inputs; data-parallel replicas each do their share, and the results (scalars a
 sequence, a few scalars a response token) are summed into place over the world. Hidden-sized tensors never travel.
@@ -16,23 +16,23 @@ from g2r_megatron.errors import UserError
 from g2r_megatron.judge.memory import check_memory
 from g2r_megatron.judge.packing import Tree, build_trees, row_structure
 from g2r_megatron.judge.routing import Routing
+from g2r_megatron.judge.targets import ScoreTarget, VerdictTarget
 from g2r_megatron.judge.types import JudgeInput
 from g2r_megatron.model.build import MegatronModel
 from g2r_megatron.model.schedule import TokenBatch, replica_plan, run_schedule
 from g2r_megatron.parallel import cpu
 from g2r_megatron.parallel.microbatches import pack_rows, padded
-from g2r_megatron.parallel.vocab import log_probs_at
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One backward: of sum_j ``weights[j]`` target(``inputs[j]``, ``verdicts[j]``).
+    """One backward: of sum_j ``weights[j]`` target(``inputs[j]``, ``verdicts[j]``); a score has no verdict (None).
 
     Several inputs are of one response and share it (``packing.shared_length``): its embeddings are then one leaf.
     """
 
     inputs: Sequence[JudgeInput]
-    verdicts: Sequence[bool]
+    verdicts: Sequence[bool | None]
     weights: Sequence[float]
 
 
@@ -94,11 +94,12 @@ def tree_batch(model: MegatronModel, trees: Sequence[Tree]) -> TreeBatch:
 
 
 class FrozenJudge:
-    """A model that only judges. ``true_ids``/``false_ids``: the token spellings of the two verdicts."""
+    """A model that only judges. ``true_ids``/``false_ids``: the token spellings of the two verdicts; unused by a reward model."""
 
     def __init__(self, model: MegatronModel, config: JudgeConfig, true_ids: list[int], false_ids: list[int]):
         self.model, self.config = model, config
-        self.true_ids, self.false_ids = true_ids, false_ids
+        is_reward_model = model.geometry.is_reward_model
+        self.target = ScoreTarget() if is_reward_model else VerdictTarget(model, config.target, true_ids, false_ids)
         model.freeze()  # frozen linears take Megatron-Core's dgrad-only path
         self.routing = Routing(model)
         self._mean_embedding = self._compute_mean_embedding() if config.attribution == "contracted" else None
@@ -123,16 +124,17 @@ class FrozenJudge:
         check_memory(self.model, rows, self.config, backward)
         return [tree_batch(self.model, row) for row in rows]
 
-    def _verdict_log_probs(self, logits: torch.Tensor) -> torch.Tensor:
-        """logits [n, v/tp] at verdict positions -> (log p(True), log p(False)) [n, 2], summed over spellings."""
-        ids = torch.tensor(self.true_ids + self.false_ids, device=logits.device).expand(logits.size(0), -1)
-        log_probs = log_probs_at(logits, ids, self.model.geometry.vocab, self.model.groups.pgs.tp)
-        split = len(self.true_ids)
-        return torch.stack([log_probs[:, :split].logsumexp(1), log_probs[:, split:].logsumexp(1)], dim=1)
+    def verdict_log_probs(self, responses: Sequence[Sequence[JudgeInput]]) -> torch.Tensor:
+        """(log p(True), log p(False)) of every input: fp32 [inputs, 2], see ``_read``."""
+        return self._read(responses)
+
+    def scores(self, responses: Sequence[Sequence[JudgeInput]]) -> torch.Tensor:
+        """V of every input of a reward model: fp32 [inputs], see ``_read``."""
+        return self._read(responses)[:, 0]
 
     @torch.no_grad()
-    def verdict_log_probs(self, responses: Sequence[Sequence[JudgeInput]]) -> torch.Tensor:
-        """(log p(True), log p(False)) of every input: fp32 [inputs, 2] on the CPU of every rank (collective).
+    def _read(self, responses: Sequence[Sequence[JudgeInput]]) -> torch.Tensor:
+        """What ``target`` reads of every input: fp32 [inputs, columns] on the CPU of every rank (collective).
 
         ``responses``: the inputs of each response, which share what they begin with (judge/packing.py). Rows of the
         result are in their order. Raises ``UserError`` when one is not finite: the judge's weights or its precision
@@ -145,12 +147,12 @@ class FrozenJudge:
             everything += inputs
 
         def collect(batch: TreeBatch, logits: torch.Tensor):
-            return None, (batch.items, self._verdict_log_probs(logits))
+            return None, (batch.items, self.target.read(logits))
 
         with self.routing.recording(trees, everything) as forward:
             batches = self._micro_batches(trees, backward=False)
             results = run_schedule(self.model, batches, forward, collect, backward=False)
-        table = torch.zeros(len(everything), 2, device=cpu.device())
+        table = torch.zeros(len(everything), self.target.columns, device=cpu.device())
         if self.model.groups.is_replica_writer:
             for items, values in results:
                 table[items] = values
@@ -159,7 +161,7 @@ class FrozenJudge:
             bad = int((~torch.isfinite(table).all(1)).nonzero()[0])
             raise UserError(
                 "judge.model",
-                f"the verdict log-probs of input {bad} are not finite: {table[bad].tolist()}",
+                f"the {self.target.noun} of input {bad} are not finite: {table[bad].tolist()}",
                 "check the judge's weights and judge.precision",
             )
         return table.cpu()
@@ -167,8 +169,7 @@ class FrozenJudge:
     def token_gradients(self, passes: Sequence[Pass]) -> list[TokenGradients]:
         """Gradients of every pass at its response's embeddings (collective; all ranks get all).
 
-        The target of an input: log p(verdict), or logit(True) - logit(False) = log p(True) - log p(False), which does not
-        saturate (for several spellings, of their summed probabilities). METHOD.md steps 2 and 3.
+        The target of an input: judge/targets.py.
         """
         trees, inputs, owners, verdicts, weights = [], [], [], [], []  # owners: the pass of each input
         for number, item in enumerate(passes):
@@ -203,12 +204,7 @@ class FrozenJudge:
             return forward(module, batch, leaf)
 
         def target(batch: TreeBatch, logits: torch.Tensor):
-            log_probs = self._verdict_log_probs(logits)  # [n, 2]
-            if self.config.target == "logit_margin":
-                targets = log_probs[:, 0] - log_probs[:, 1]
-            else:
-                chosen = torch.tensor([0 if verdicts[i] else 1 for i in batch.items], device=log_probs.device)
-                targets = log_probs.gather(1, chosen.unsqueeze(1)).squeeze(1)
+            targets = self.target.of(self.target.read(logits), [verdicts[i] for i in batch.items])
             return (targets * torch.tensor([weights[i] for i in batch.items], device=targets.device)).sum(), None
 
         # Megatron-Core recomputes activations in train mode only, and Transformer Engine picks attention kernels that have a

@@ -1,9 +1,10 @@
-"""The judge stage on its own: a file of responses in, a file of verdicts, attributions and token rewards out.
+"""The judge stage on its own: a file of responses in, a file of judgements, attributions and token rewards out.
 
 One output line per input row, in order: ``id, reward, tokens, token_rewards, items``, and per item ``criterion, weight,
 p_true, p_false, verdict, attribution, alpha`` (``attribution`` and ``alpha`` null where no backward ran: items judged
-False or of weight 0). Lists run over the T tokens of the response. What the judge computed in fp32 is written with 9
-significant digits, which identify an fp32 number; a value that is not finite is null.
+False or of weight 0). A reward model has no items: ``id, reward, tokens, token_rewards, attribution, alpha``. Lists run
+over the T tokens of the response. What the judge computed in fp32 is written with 9 significant digits, which identify
+an fp32 number; a value that is not finite is null.
 """
 
 import json
@@ -22,17 +23,19 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from torch import Tensor
 
+from g2r_megatron import grading
 from g2r_megatron.config import OfflineJudgeConfig
 from g2r_megatron.data.readers import read_queries
 from g2r_megatron.data.tokenizer import encode_text, token_texts
 from g2r_megatron.data.types import Query
 from g2r_megatron.errors import UserError
-from g2r_megatron.judge.attribution import response_reward, token_rewards
 from g2r_megatron.judge.frozen import FrozenJudge
 from g2r_megatron.judge.prompt import JudgePrompt
+from g2r_megatron.judge.reward_prompt import RewardPrompt, judge_prompt
 from g2r_megatron.judge.stage import JudgeStage
-from g2r_megatron.judge.types import ItemJudgement, JudgeInput, backward_passes
+from g2r_megatron.judge.types import JudgeInput, Judgement, backward_passes
 from g2r_megatron.model.build import build_model
 from g2r_megatron.model.hf import load_model_tokenizer, open_hf_model
 from g2r_megatron.parallel import groups
@@ -56,13 +59,14 @@ class GradientHealth:
     passes: int = 0
     bad: list[str] = field(default_factory=list)
 
-    def count(self, row: Row, judgements: Sequence[ItemJudgement]) -> None:
+    def count(self, row: Row, judgements: Sequence[Judgement]) -> None:
         for number in backward_passes(judgements):
             judgement = judgements[number]
             self.passes += 1
             finite = math.isfinite(judgement.grad_norm) and bool(judgement.attribution.isfinite().all())
             if not finite or judgement.grad_norm == 0:
-                self.bad.append(f"{row.query.id} item {number + 1} ({'zero' if finite else 'not finite'})")
+                item = "" if grading.is_score(judgements) else f" item {number + 1}"
+                self.bad.append(f"{row.query.id}{item} ({'zero' if finite else 'not finite'})")
 
     def warning(self) -> str | None:
         if not self.bad:
@@ -83,7 +87,7 @@ def judge_file(config: OfflineJudgeConfig) -> None:
     """
     hf = open_hf_model(config.judge.model, "judge.model")
     tokenizer = load_model_tokenizer(hf)
-    prompt = JudgePrompt(tokenizer, config.judge)
+    prompt = judge_prompt(hf, tokenizer, config.judge)
     rows = read_rows(config, prompt)
     groups.initialize(config.seed)
     layout = groups.build_groups("judge", config.judge.layout)
@@ -109,9 +113,12 @@ def judge_file(config: OfflineJudgeConfig) -> None:
             print(f"g2r: warning: {warning}", file=sys.stderr, flush=True)
 
 
-def read_rows(config: OfflineJudgeConfig, prompt: JudgePrompt) -> list[Row]:
+def read_rows(config: OfflineJudgeConfig, prompt: JudgePrompt | RewardPrompt) -> list[Row]:
     """All rows of the input, tokenized. Raises ``UserError`` for a bad row or one whose judge input is too long."""
-    queries = read_queries([config.input], config.format, config.polarity, require_response=True)
+    rubrics = isinstance(prompt, JudgePrompt)
+    queries = read_queries(
+        [config.input], config.format, config.polarity, require_response=True, require_rubric=rubrics
+    )
     rows = [Row(query, encode_text(prompt.tokenizer, query.response)) for query in queries]
     for row in rows:
         prompt.build_items(row.query, row.body)
@@ -120,31 +127,33 @@ def read_rows(config: OfflineJudgeConfig, prompt: JudgePrompt) -> list[Row]:
 
 def judge_rows(
     stage: JudgeStage, rows: Sequence[Row], seed: int
-) -> list[tuple[Row, list[JudgeInput], list[ItemJudgement]]]:
-    """Verdicts of all items, attributions of those judged True with a weight (Algorithm 1; collective)."""
+) -> list[tuple[Row, list[JudgeInput], list[Judgement]]]:
+    """Verdicts of all items, attributions of those judged True with a weight (Algorithm 1), or of all scores (collective)."""
     inputs = stage.inputs([row.query for row in rows], [row.body for row in rows])
     # a sampled verdict depends on the seed and the row alone, not on its place in the file
     judgements = stage.verdicts(inputs, [f"{seed}/{row.query.id}/{row.query.response}" for row in rows])
+    weights = [grading.weights(row.query, items) for row, items in zip(rows, judgements, strict=True)]
     needed = [
-        [judgement.verdict and item.weight != 0 for judgement, item in zip(items, row.query.rubric, strict=True)]
-        for items, row in zip(judgements, rows, strict=True)
+        [judgement.verdict is not False and weight != 0 for judgement, weight in zip(items, row_weights, strict=True)]
+        for items, row_weights in zip(judgements, weights, strict=True)
     ]
-    weights = [[item.weight for item in row.query.rubric] for row in rows]
     stage.attribute(inputs, judgements, needed, weights)
     return list(zip(rows, inputs, judgements, strict=True))
 
 
-def output_record(stage: JudgeStage, row: Row, judgements: Sequence[ItemJudgement]) -> dict:
+def output_record(stage: JudgeStage, row: Row, judgements: Sequence[Judgement]) -> dict:
     """The output line of one row, as plain data."""
-    query = row.query
-    verdicts, weights = [judgement.verdict for judgement in judgements], [item.weight for item in query.rubric]
-    alphas = stage.alphas(row.body, judgements)
-    rewards = token_rewards(verdicts, weights, alphas, query.positive_weight, len(row.body))
-    return {
+    query, alphas = row.query, stage.alphas(row.body, judgements)
+    reward = grading.reward(query, judgements)
+    record = {
         "id": query.id,
-        "reward": response_reward(verdicts, weights),
+        "reward": _number(reward) if grading.is_score(judgements) else reward,
         "tokens": token_texts(stage.prompt.tokenizer, row.body),
-        "token_rewards": _numbers(rewards.tolist()),
+        "token_rewards": _numbers(grading.row_token_rewards(query, judgements, alphas, len(row.body)).tolist()),
+    }
+    if grading.is_score(judgements):
+        return record | _attribution(judgements[0], alphas[0])
+    return record | {
         "items": [
             {
                 "criterion": item.criterion,
@@ -152,16 +161,31 @@ def output_record(stage: JudgeStage, row: Row, judgements: Sequence[ItemJudgemen
                 "p_true": _number(judgement.p_true),
                 "p_false": _number(judgement.p_false),
                 "verdict": judgement.verdict,
-                "attribution": None if alpha is None else _numbers(judgement.attribution.tolist()),
-                "alpha": None if alpha is None else _numbers(alpha.tolist()),
             }
+            | _attribution(judgement, alpha)
             for item, judgement, alpha in zip(query.rubric, judgements, alphas, strict=True)
-        ],
+        ]
     }
 
 
-def add_inputs(record: dict, inputs: Sequence[JudgeInput], prompt: JudgePrompt) -> None:
+def _attribution(judgement: Judgement, alpha: Tensor | None) -> dict:
+    """Both null where no backward ran."""
+    if alpha is None:
+        return {"attribution": None, "alpha": None}
+    return {"attribution": _numbers(judgement.attribution.tolist()), "alpha": _numbers(alpha.tolist())}
+
+
+def add_inputs(record: dict, inputs: Sequence[JudgeInput], prompt: JudgePrompt | RewardPrompt) -> None:
     """Add to each item what the judge read, so that anyone can repeat the gradient with their own autograd."""
+    if isinstance(prompt, RewardPrompt):
+        (read,) = inputs
+        record |= {
+            "input_ids": read.input_ids,
+            "response_start": read.response_start,
+            "response_end": read.response_end,
+            "score_position": read.verdict_position,
+        }
+        return
     for item, judge_input in zip(record["items"], inputs, strict=True):
         item |= {
             "input_ids": judge_input.input_ids,

@@ -7,19 +7,22 @@ takes the parts in order until it is told to end. Both are collective over their
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
+from g2r_megatron import preemption
 from g2r_megatron.config import GrpoConfig
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.parts import Judged, Part, judge_part
 from g2r_megatron.judge.stage import JudgeStage
-from g2r_megatron.judge.types import ItemJudgement
+from g2r_megatron.judge.types import Judgement
 from g2r_megatron.parallel.sides import FIRST_JUDGE, POLICY, from_first_rank, open_channel, packed, unpacked
 
 
 class OwnRanks:
     """The judge ranks as the policy's ranks see them. Raises what they raise: every ``UserError`` is passed on."""
 
-    def __init__(self, judge_ranks: int):
+    def __init__(self, judge_ranks: int, timeout: timedelta):
+        self._timeout = timeout  # for an answer
         self._channel = open_channel(judge_ranks)  # None but on the first rank
         self._parts = 0  # at the judge
         self._ended = False
@@ -34,7 +37,7 @@ class OwnRanks:
             self._channel.send(self._channel.judges, packed(part.plain()))
         self._parts += 1
 
-    def results(self) -> tuple[list[list[ItemJudgement]], dict[str, float]]:
+    def results(self) -> tuple[list[list[Judgement]], dict[str, float]]:
         """The judgements of all parts submitted, in order; seconds of waiting here and of work there."""
         start = time.perf_counter()
         judged = [Judged.from_plain(*self._receive()) for _ in range(self._parts)]
@@ -48,7 +51,7 @@ class OwnRanks:
         return [row for part in judged for row in part.judgements], metrics
 
     def _receive(self):
-        value, numbers = unpacked(from_first_rank(self._channel and self._channel.receive(FIRST_JUDGE)))
+        value, numbers = unpacked(from_first_rank(self._channel and self._channel.receive(FIRST_JUDGE, self._timeout)))
         if "error" in value:
             self._ended = True
             raise UserError(*value["error"])
@@ -58,17 +61,20 @@ class OwnRanks:
         """Let the judge ranks end, unless they have by themselves."""
         if self._channel is not None and not self._ended:
             self._channel.send(self._channel.judges, packed(None))
-            self._channel.flush()
+            self._channel.flush(self._timeout)
         self._ended = True
 
 
 @contextmanager
-def own_ranks(judge_ranks: int) -> Iterator[OwnRanks | None]:
-    """The judge ranks, which end when the block ends, however it does; None when ``judge_ranks`` is 0."""
+def own_ranks(judge_ranks: int, timeout_minutes: float) -> Iterator[OwnRanks | None]:
+    """The judge ranks, which end when the block ends, however it does; None when ``judge_ranks`` is 0.
+
+    An answer that takes longer than ``timeout_minutes`` is an error.
+    """
     if not judge_ranks:
         yield None
         return
-    judge = OwnRanks(judge_ranks)
+    judge = OwnRanks(judge_ranks, timedelta(minutes=timeout_minutes))
     try:
         yield judge
     finally:
@@ -88,6 +94,7 @@ def serve(judge_ranks: int, build: Callable[[], JudgeStage], grpo: GrpoConfig) -
         reply({"ready": True})
         while (request := unpacked(channel.receive(POLICY))[0]) is not None:
             reply(*judge_part(stage, Part.from_plain(request), grpo).plain())
+            preemption.tell_other_side()
     except UserError as error:
         reply({"error": [error.where, error.found, error.remedy]})
         channel.flush()

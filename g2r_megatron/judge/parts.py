@@ -5,16 +5,15 @@ on the same parts, so that their results have the same bits.
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 
+from g2r_megatron import grading
 from g2r_megatron.config import GrpoConfig
 from g2r_megatron.data.types import Query, RubricItem
-from g2r_megatron.grpo.advantages import items_needing_attribution
 from g2r_megatron.judge.stage import JudgeStage
-from g2r_megatron.judge.types import ItemJudgement, backward_passes
+from g2r_megatron.judge.types import ItemJudgement, Judgement, ScoreJudgement, backward_passes
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def _query(plain: dict) -> Query:
 class Judged:
     """What the judge says of one part: the judgements of each response, and how long each pass took."""
 
-    judgements: list[list[ItemJudgement]]
+    judgements: list[list[Judgement]]
     verdict_seconds: float
     attribution_seconds: float
 
@@ -63,7 +62,7 @@ class Judged:
                 number[id(row[k].attribution)] = len(passes)
                 passes.append([row[k].attribution.numel(), row[k].grad_norm, row[k].cos])
                 attributions.append(row[k].attribution)
-            rows.append([[j.p_true, j.p_false, j.verdict, number.get(id(j.attribution))] for j in row])
+            rows.append([[*_values(j), number.get(id(j.attribution))] for j in row])
         seconds = [self.verdict_seconds, self.attribution_seconds]
         numbers = torch.cat(attributions) if attributions else torch.empty(0)
         return {"judgements": rows, "passes": passes, "seconds": seconds}, numbers
@@ -73,18 +72,28 @@ class Judged:
         """The inverse of ``plain``."""
         attributions = numbers.split([length for length, _, _ in plain["passes"]])
         found = [
-            (attribution, grad_norm, cos)
+            {"attribution": attribution, "grad_norm": grad_norm, "cos": cos}
             for attribution, (_, grad_norm, cos) in zip(attributions, plain["passes"], strict=True)
         ]
         rows = [
-            [ItemJudgement(*verdict, *(() if number is None else found[number])) for *verdict, number in row]
+            [_judgement(values, {} if number is None else found[number]) for *values, number in row]
             for row in plain["judgements"]
         ]
         return cls(rows, *plain["seconds"])
 
 
+def _values(judgement: Judgement) -> list:
+    if isinstance(judgement, ScoreJudgement):
+        return [judgement.score]
+    return [judgement.p_true, judgement.p_false, judgement.verdict]
+
+
+def _judgement(values: list, gradient: dict) -> Judgement:
+    return (ScoreJudgement if len(values) == 1 else ItemJudgement)(*values, **gradient)
+
+
 def judge_part(stage: JudgeStage, part: Part, grpo: GrpoConfig) -> Judged:
-    """Verdicts of all items, and backward passes for those that can change an advantage (collective)."""
+    """Verdicts of all items (or scores), and backward passes for those that can change an advantage (collective)."""
     start = time.perf_counter()
     queries = [query for query in part.queries for _ in range(part.group_size)]
     inputs = stage.inputs(queries, part.bodies)
@@ -94,15 +103,10 @@ def judge_part(stage: JudgeStage, part: Part, grpo: GrpoConfig) -> Judged:
         needed: list[list[bool]] = []
         for number, query in enumerate(part.queries):
             group = judgements[number * part.group_size : (number + 1) * part.group_size]
-            needed += items_needing_attribution(*verdict_table(group, query), grpo, part.mix).tolist()
-        stage.attribute(inputs, judgements, needed, [[item.weight for item in query.rubric] for query in queries])
+            needed += grading.needing_attribution(query, group, grpo, part.mix)
+        weights = [grading.weights(query, row) for query, row in zip(queries, judgements, strict=True)]
+        stage.attribute(inputs, judgements, needed, weights)
     return Judged(judgements, judged - start, time.perf_counter() - judged)
-
-
-def verdict_table(group: Sequence[Sequence[ItemJudgement]], query: Query) -> tuple[torch.Tensor, torch.Tensor]:
-    """Verdicts [G, K] bool and weights [K] of one group."""
-    verdicts = torch.tensor([[j.verdict for j in row] for row in group])
-    return verdicts, torch.tensor([item.weight for item in query.rubric], dtype=torch.float64)
 
 
 class SharedRanks:
@@ -116,7 +120,7 @@ class SharedRanks:
         """Put ``part`` in the queue."""
         self._parts.append(part)
 
-    def results(self) -> tuple[list[list[ItemJudgement]], dict[str, float]]:
+    def results(self) -> tuple[list[list[Judgement]], dict[str, float]]:
         """The judgements of all parts submitted, in order, and how long it took (collective)."""
         parts, self._parts = self._parts, []
         judged = [judge_part(self.stage, part, self.grpo) for part in parts]

@@ -30,7 +30,52 @@ CACHED_SIDES = 8192
 CACHED_RESPONSES = 512
 
 
-class JudgePrompt:
+class ResponseReader:
+    """How a response stands in what a judge reads: its own token ids, or its text where the tokenizers differ.
+
+    Subclasses set ``_response_continues``: whether text stands right before the response (``encode_text``).
+    """
+
+    _response_continues: bool
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        config: JudgeConfig,
+        policy_tokenizer: PreTrainedTokenizerFast | None,
+    ):
+        """``policy_tokenizer``: of the response ids, when they are not ``tokenizer``'s."""
+        self.tokenizer, self.policy_tokenizer = tokenizer, policy_tokenizer
+        self.max_length = config.max_length
+        self._encode_response = lru_cache(maxsize=CACHED_RESPONSES)(self._encode_response_uncached)
+
+    @property
+    def body_tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer of response bodies."""
+        return self.tokenizer if self.policy_tokenizer is None else self.policy_tokenizer
+
+    def response(self, body: Sequence[int]) -> tuple[Sequence[int], Alignment | None]:
+        """What the judge reads of a response body, and how its tokens lie on the body's (None: they are the same)."""
+        if self.policy_tokenizer is None:
+            return neutral_ids(self.tokenizer, body), None
+        return self._encode_response(tuple(body))
+
+    def _encode_response_uncached(self, body: tuple[int, ...]) -> tuple[list[int], Alignment]:
+        text, policy_bounds = decoded_bounds(self.policy_tokenizer, body)
+        ids, judge_bounds = encoded_bounds(self.tokenizer, text, self._response_continues)
+        return ids, align(judge_bounds, policy_bounds)
+
+    def check_length(self, query: Query, tokens: int) -> None:
+        """Raise ``UserError`` naming the query for a judge input of more than ``judge.max_length`` tokens."""
+        if tokens > self.max_length:
+            raise UserError(
+                "judge.max_length",
+                f"the judge input of query {query.id!r} is {tokens} tokens, more than {self.max_length}",
+                "raise judge.max_length or shorten the responses",
+            )
+
+
+class JudgePrompt(ResponseReader):
     """Builds judge inputs from ``judge.template``, and knows which token ids spell a verdict.
 
     The template is the operator's text, so special tokens in it count; braces other than the three fields are literal.
@@ -50,8 +95,8 @@ class JudgePrompt:
 
         Raises ``UserError`` for a bad template, a missing chat template, or verdict words that cannot work.
         """
-        self.tokenizer, self.policy_tokenizer = tokenizer, policy_tokenizer
-        self.max_length, self.one_sequence = config.max_length, config.pooling == "response"
+        super().__init__(tokenizer, config, policy_tokenizer)
+        self.one_sequence = config.pooling == "response"
         self.true_ids = verdict_ids(tokenizer, config.true_words, "judge.true_words")
         self.false_ids = verdict_ids(tokenizer, config.false_words, "judge.false_words")
         both = set(self.true_ids) & set(self.false_ids)
@@ -64,12 +109,6 @@ class JudgePrompt:
         self._response_continues = kind == "field" or data_continues(tokenizer, text)
         # the text around a response recurs for every response of the group, the criterion for every item
         self._encode_side = lru_cache(maxsize=CACHED_SIDES)(self._encode_side_uncached)
-        self._encode_response = lru_cache(maxsize=CACHED_RESPONSES)(self._encode_response_uncached)
-
-    @property
-    def body_tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer of response bodies."""
-        return self.tokenizer if self.policy_tokenizer is None else self.policy_tokenizer
 
     def build(self, query: Query, item: RubricItem, response_ids: Sequence[int]) -> JudgeInput:
         """The judge input for one item; ``response_ids`` are the T body tokens, without the stop token (T may be 0).
@@ -81,25 +120,9 @@ class JudgePrompt:
         after = self._side("after", conversation, item.criterion)
         response, _ = self.response(response_ids)
         input_ids = [*before, *response, *after]
-        if len(input_ids) > self.max_length:
-            raise UserError(
-                "judge.max_length",
-                f"the judge input of query {query.id!r} is {len(input_ids)} tokens, more than {self.max_length}",
-                "raise judge.max_length or shorten the responses",
-            )
+        self.check_length(query, len(input_ids))
         start = len(before)
         return JudgeInput(input_ids, start, start + len(response), len(input_ids) - 1)
-
-    def response(self, body: Sequence[int]) -> tuple[Sequence[int], Alignment | None]:
-        """What the judge reads of a response body, and how its tokens lie on the body's (None: they are the same)."""
-        if self.policy_tokenizer is None:
-            return neutral_ids(self.tokenizer, body), None
-        return self._encode_response(tuple(body))
-
-    def _encode_response_uncached(self, body: tuple[int, ...]) -> tuple[list[int], Alignment]:
-        text, policy_bounds = decoded_bounds(self.policy_tokenizer, body)
-        ids, judge_bounds = encoded_bounds(self.tokenizer, text, self._response_continues)
-        return ids, align(judge_bounds, policy_bounds)
 
     def build_items(self, query: Query, response_ids: Sequence[int]) -> list[JudgeInput]:
         """The judge inputs of a response, one for each item of ``query``'s rubric, as ``build`` makes them.

@@ -8,7 +8,7 @@ differentiated as ever. Tokens that a shorter tree shares, but the verdict's did
 
 An attribution pass has other rows than the verdict pass, on other ranks. All ranks of a pipeline stage therefore get the
 routing of all trees, for their own layers, in host memory: tokens of the verdict pass x expert layers on the stage x experts
-a token, in bytes (Qwen3-30B-A3B on pp 4: 96 bytes a token, so 58 MB a rank for 256 responses of 2300 judge tokens).
+a token, in bytes (Qwen3-30B-A3B on pp 4: 96 bytes a token, so 57 MB a rank for 256 responses of 2300 judge tokens).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -140,9 +140,9 @@ class Routing:
         def forward(module: torch.nn.Module, batch: TokenBatch, decoder_input=None) -> torch.Tensor:
             chunk = self.model.modules.index(module)
             rows = [tree_rows(tree, [self._places[keys[item]] for item in tree.items]) for tree in batch.trees]
-            rows = self._here(rows, batch)
-            for number, router in enumerate(self.routers[chunk], self._starts[chunk]):
-                router.router_replay.set_target_indices(self._experts(rows, number))
+            experts = self._experts(self._here(rows, batch), chunk)
+            for router, indices in zip(self.routers[chunk], experts, strict=True):
+                router.router_replay.set_target_indices(indices)
             output = forward_tokens(module, batch, decoder_input)
             if not self._recompute:  # nobody will ask for them again
                 for router in self.routers[chunk]:
@@ -158,12 +158,14 @@ class Routing:
         row = torch.cat([*rows, torch.full((length - sum(map(len, rows)),), -1)])
         return row[self.model.row_positions(length)]
 
-    def _experts(self, rows: torch.Tensor, router: int) -> torch.Tensor:
-        """Experts int64 [n, k] of ``rows`` at one router; padding takes turns, so that no expert gets all of it."""
-        k, device = self._table.size(2), cpu.device()
-        turns = (torch.arange(len(rows))[:, None] + torch.arange(k)) % self.model.geometry.experts
-        known = self._table[rows.clamp(min=0), router].long() if len(self._table) else turns
-        return torch.where((rows >= 0)[:, None], known, turns).to(device)
+    def _experts(self, rows: torch.Tensor, chunk: int) -> tuple[torch.Tensor, ...]:
+        """Experts int64 [n, k] of ``rows`` at each router of a chunk; padding takes turns: no expert gets all of it."""
+        first, number = self._starts[chunk], len(self.routers[chunk])
+        turns = torch.arange(len(rows))[:, None, None] + torch.arange(self._table.size(2))
+        experts = (turns % self.model.geometry.experts).to(self._dtype).repeat(1, number, 1)
+        real = rows >= 0
+        experts[real] = self._table[rows[real], first : first + number]
+        return experts.to(cpu.device()).long().unbind(1)
 
     def _exchange(self, table: torch.Tensor) -> None:
         """Fill ``table`` from all ranks of the stage: each token is another rank's, all others have zeros."""

@@ -1,4 +1,4 @@
-"""The judge stage: responses in, verdicts, attributions and token weights out.
+"""The judge stage: responses in, verdicts (or scores of a reward model), attributions and token weights out.
 
 Every rank holds the whole batch (token ids are small) and gets the whole result; the heavy passes inside
 ``FrozenJudge`` are shared out over the judge's data-parallel replicas.
@@ -14,25 +14,31 @@ from g2r_megatron.data.tokenizer import token_texts
 from g2r_megatron.data.types import Query
 from g2r_megatron.judge.attribution import alpha_from_attribution, pooled_weights, sentence_ids
 from g2r_megatron.judge.frozen import FrozenJudge, Pass
-from g2r_megatron.judge.prompt import JudgePrompt
-from g2r_megatron.judge.types import ItemJudgement, JudgeInput
+from g2r_megatron.judge.prompt import JudgePrompt, ResponseReader
+from g2r_megatron.judge.reward_prompt import RewardPrompt
+from g2r_megatron.judge.types import ItemJudgement, JudgeInput, Judgement, ScoreJudgement
 
 
 class JudgeStage:
-    """Judges (query, response body) pairs against every item of the query's rubric."""
+    """Judges (query, response body) pairs against every item of the query's rubric; a reward model scores them.
 
-    def __init__(self, judge: FrozenJudge, prompt: JudgePrompt, config: JudgeConfig):
+    Below, a response has one entry for each item, or a single one for its score.
+    """
+
+    def __init__(self, judge: FrozenJudge, prompt: JudgePrompt | RewardPrompt, config: JudgeConfig):
         self.judge, self.prompt, self.config = judge, prompt, config
 
     def inputs(self, queries: Sequence[Query], bodies: Sequence[list[int]]) -> list[list[JudgeInput]]:
-        """One judge input per response and rubric item. ``bodies``: response token ids without the stop token."""
+        """The judge inputs of each response. ``bodies``: response token ids without the stop token."""
         return [self.prompt.build_items(query, body) for query, body in zip(queries, bodies, strict=True)]
 
-    def verdicts(self, inputs: list[list[JudgeInput]], keys: Sequence[str]) -> list[list[ItemJudgement]]:
-        """Verdicts of every item of every response (collective).
+    def verdicts(self, inputs: list[list[JudgeInput]], keys: Sequence[str]) -> list[list[Judgement]]:
+        """Verdicts of every item of every response, or its score (collective).
 
         ``keys``: one string a response that seeds sampled verdicts, so that they depend on nothing else.
         """
+        if isinstance(self.prompt, RewardPrompt):
+            return [[ScoreJudgement(score)] for score in self.judge.scores(inputs).tolist()]
         probabilities = iter(self.judge.verdict_log_probs(inputs).exp().tolist())
         return [
             [self._judgement(*next(probabilities), f"{key}/{k}") for k in range(len(row))]
@@ -47,16 +53,16 @@ class JudgeStage:
     def attribute(
         self,
         inputs: list[list[JudgeInput]],
-        judgements: list[list[ItemJudgement]],
+        judgements: list[list[Judgement]],
         needed: list[list[bool]],
         weights: list[list[float]],
     ) -> None:
         """Fill ``attribution``, ``grad_norm`` and ``cos`` of the judgements marked in ``needed`` (collective).
 
-        ``weights``: w_k of the items of each response; ``judge.pooling=response`` pools the marked items by them, and all
-        of them then hold the one result (METHOD.md).
+        ``weights``: w_k of each judgement; ``judge.pooling=response`` pools the marked items by them, and all of them then
+        hold the one result (METHOD.md).
         """
-        pools: list[list[ItemJudgement]] = []
+        pools: list[list[Judgement]] = []
         passes: list[Pass] = []
         for row, found, marks, row_weights in zip(inputs, judgements, needed, weights, strict=True):
             # an empty response has no token to credit
@@ -72,15 +78,15 @@ class JudgeStage:
                 item.grad_norm = gradients.l2.square().sum().sqrt().item()
                 item.cos = gradients.cos
 
-    def alphas(self, body: list[int], judgements: list[ItemJudgement]) -> list[torch.Tensor | None]:
+    def alphas(self, body: list[int], judgements: list[Judgement]) -> list[torch.Tensor | None]:
         """``item_alphas`` of one response."""
         return item_alphas(self.prompt, self.config, body, judgements)
 
 
 def item_alphas(
-    prompt: JudgePrompt, config: JudgeConfig, body: list[int], judgements: list[ItemJudgement]
+    prompt: ResponseReader, config: JudgeConfig, body: list[int], judgements: list[Judgement]
 ) -> list[torch.Tensor | None]:
-    """alpha_t [T] of each item over the ``body`` of one response; None where no backward ran. Needs no judge."""
+    """alpha_t [T] of each judgement over the ``body`` of one response; None where no backward ran. Needs no judge."""
     sentences = None
     if config.pool == "sentence":
         sentences = sentence_ids(token_texts(prompt.body_tokenizer, body), config.sentence_delimiters)

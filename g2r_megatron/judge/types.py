@@ -1,7 +1,8 @@
-"""What the judge reads and returns for one (response, criterion) pair."""
+"""What the judge reads and returns for one (response, criterion) pair, or a reward model for one response."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -9,7 +10,7 @@ import torch
 @dataclass(frozen=True)
 class JudgeInput:
     """One judge sequence. The response is ``input_ids[response_start:response_end]``; the logits at
-    ``verdict_position`` (the last position) predict the verdict token."""
+    ``verdict_position`` (the last position) predict the verdict token. A reward model's score is read there."""
 
     input_ids: list[int]
     response_start: int
@@ -34,7 +35,21 @@ class ItemJudgement:
     cos: float | None = None
 
 
-def backward_passes(judgements: Sequence[ItemJudgement]) -> list[int]:
+@dataclass
+class ScoreJudgement:
+    """V(x, o) of a reward model, the one judgement of a response, and what its gradient says; see ``ItemJudgement``."""
+
+    score: float
+    attribution: torch.Tensor | None = None
+    grad_norm: float | None = None
+    cos: float | None = None
+    verdict: ClassVar[None] = None
+
+
+Judgement = ItemJudgement | ScoreJudgement
+
+
+def backward_passes(judgements: Sequence[Judgement]) -> list[int]:
     """Of one response's items, the first of each backward that ran."""
     first = {
         id(item.attribution): k for k, item in reversed(list(enumerate(judgements))) if item.attribution is not None

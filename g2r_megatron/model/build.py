@@ -16,6 +16,7 @@ from g2r_megatron.config import Layout, Precision
 from g2r_megatron.errors import UserError
 from g2r_megatron.model.gpt import SelectiveGPTModel, block_spec
 from g2r_megatron.model.hf import Geometry, HFModel
+from g2r_megatron.model.reward_model import RewardModel
 from g2r_megatron.model.torch_dist import read_checkpoint_weights
 from g2r_megatron.model.torch_layers import TorchSpecProvider
 from g2r_megatron.model.weights import canonical_name, first_expert, is_expert, mapping_of, read_hf_weights
@@ -289,7 +290,7 @@ def _build_chunk(hf: HFModel, config: TransformerConfig, backend, groups: ModelG
     g, split = hf.geometry, config.pipeline_model_parallel_layout
     first = split.get_layer_offset(vp_stage=vp_stage)
     layers = split.get_num_layers_to_build(vp_stage=vp_stage)
-    gpt = SelectiveGPTModel(
+    gpt = (RewardModel if g.is_reward_model else SelectiveGPTModel)(
         config=config,
         transformer_layer_spec=block_spec(config, backend, [g.is_moe(first + i) for i in range(layers)]),
         vocab_size=g.padded_vocab(groups.layout.tp, groups.dp_size),

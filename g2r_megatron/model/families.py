@@ -43,6 +43,11 @@ class Family:
     qkv_bias: bool = False
     qk_norm: bool = False
 
+    @property
+    def reward_architecture(self) -> str:
+        """The Hugging Face class of the family's reward models."""
+        return self.architecture.replace("ForCausalLM", "ForSequenceClassification")
+
 
 def _layer(*names: str) -> tuple[str, ...]:
     return tuple(f"model.layers.{{i}}.{name}" for name in names)
@@ -52,6 +57,7 @@ GLOBALS = {
     "embedding.word_embeddings.weight": Mapping("vocab", ("model.embed_tokens.weight",)),
     "decoder.final_layernorm.weight": Mapping("replicated", ("model.norm.weight",)),
     "output_layer.weight": Mapping("vocab", ("lm_head.weight",)),
+    "score.weight": Mapping("replicated", ("score.weight",)),  # a reward model's, in place of the output layer
 }
 _ATTENTION = {
     "self_attention.linear_qkv.layer_norm_weight": Mapping("replicated", _layer("input_layernorm.weight")),

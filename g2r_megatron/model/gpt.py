@@ -124,14 +124,7 @@ class SelectiveGPTModel(GPTModel):
             return super()._postprocess(hidden_states, *args, **kwargs)
         output = self.output_layer
         sequence_parallel = output.sequence_parallel
-        if sequence_parallel:
-            # Each TP rank then holds all positions and their whole gradient (the product below sums it), so the
-            # backward of this gather only splits.
-            hidden_states = gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
-            )
-        length = hidden_states.size(0)
-        selected = hidden_states[rows % length, rows // length].unsqueeze(1)  # [n, 1, h]
+        selected = self._selected(hidden_states, rows, sequence_parallel).unsqueeze(1)  # [n, 1, h]
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         output.sequence_parallel = False
         # Without sequence parallelism the input gradient of a column-parallel product is all-reduced.
@@ -141,3 +134,15 @@ class SelectiveGPTModel(GPTModel):
         finally:
             output.sequence_parallel, output.allreduce_dgrad = sequence_parallel, allreduce
         return logits.squeeze(1)
+
+    def _selected(self, hidden_states: torch.Tensor, rows: torch.Tensor, sequence_parallel: bool) -> torch.Tensor:
+        """[n, h] at ``rows``, whole on every TP rank; ``hidden_states``: [s, b, h], a slice of s if so parallel.
+
+        What follows must leave the whole gradient of the result on every TP rank: the gather's backward only splits it.
+        """
+        if sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        length = hidden_states.size(0)
+        return hidden_states[rows % length, rows // length]

@@ -38,6 +38,7 @@ UNDECLARED = {
     "head_dim",
     "max_window_layers",
     "_name_or_path",
+    "num_labels",
 }
 
 
@@ -57,6 +58,7 @@ class Geometry:
     expert_ffn: int = 0
     experts_per_token: int = 0
     dense_layers: frozenset[int] = frozenset()  # the layers without experts, in a model with experts
+    is_reward_model: bool = False  # a score of one number where a language model has its output layer
 
     def is_moe(self, layer: int) -> bool:
         """Whether layer number ``layer`` (from 0, over the whole model) has experts."""
@@ -89,6 +91,11 @@ class HFModel:
     geometry: Geometry
     checkpoint: Path | None = None
     fused_experts: bool = False
+
+    @property
+    def architecture(self) -> str:
+        """The Hugging Face class of the model."""
+        return self.family.reward_architecture if self.geometry.is_reward_model else self.family.architecture
 
     def inverse_frequencies(self) -> torch.Tensor:
         """RoPE inverse frequencies [head_dim / 2], fp32, from transformers' own functions."""
@@ -158,10 +165,14 @@ def _open_config(directory: Path, option: str) -> HFModel:
     if model_type not in FAMILIES:
         raise UserError(f"{directory}/config.json model_type", repr(model_type), f"must be one of {sorted(FAMILIES)}")
     family = FAMILIES[model_type]
-    if raw.get("architectures") not in (None, [family.architecture]):
+    known = [family.architecture], [family.reward_architecture]
+    if raw.get("architectures") not in (None, *known):
         raise UserError(
-            f"{directory}/config.json architectures", repr(raw["architectures"]), f"must be {[family.architecture]}"
+            f"{directory}/config.json architectures",
+            repr(raw["architectures"]),
+            f"must be {known[0]}, or of a reward model {known[1]}",
         )
+    is_reward_model = raw.get("architectures") == known[1]
     if raw.get("quantization_config"):
         raise UserError(
             f"{directory}/config.json quantization_config",
@@ -176,10 +187,16 @@ def _open_config(directory: Path, option: str) -> HFModel:
             f"{directory}/config.json", f"refused by transformers ({reason})", "correct the file"
         ) from error
     _refuse_what_is_not_carried_over(directory, raw, config)
-    return HFModel(option, directory, config, family, _geometry(config, family))
+    if is_reward_model and config.num_labels != 1:
+        raise UserError(
+            f"{directory}/config.json id2label",
+            f"{config.num_labels} labels" if "id2label" in raw else "missing, which means 2 labels",
+            "a reward model has one label, its score: this one is a classifier",
+        )
+    return HFModel(option, directory, config, family, _geometry(config, family, is_reward_model))
 
 
-def _geometry(config: PretrainedConfig, family: Family) -> Geometry:
+def _geometry(config: PretrainedConfig, family: Family, is_reward_model: bool) -> Geometry:
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     experts, expert_ffn, chosen, dense = 0, 0, 0, frozenset()
     if family.experts is not None:
@@ -195,11 +212,12 @@ def _geometry(config: PretrainedConfig, family: Family) -> Geometry:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         ffn=config.intermediate_size,
         vocab=config.vocab_size,
-        tied=bool(config.tie_word_embeddings),
+        tied=bool(config.tie_word_embeddings) and not is_reward_model,
         experts=experts,
         expert_ffn=expert_ffn,
         experts_per_token=chosen,
         dense_layers=frozenset(dense),
+        is_reward_model=is_reward_model,
     )
 
 

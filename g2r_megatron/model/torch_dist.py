@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import zlib
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from g2r_megatron.model.hf import CHECKPOINT_FACTS, HF_FILES, HFModel
 from g2r_megatron.parallel.groups import ModelGroups
 
 EXTRA_STATE = "_extra_state"
+OWN_CRC32 = "crc32_of_this"  # of g2r.json itself
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 UNREADABLE = (
     OSError,
@@ -79,9 +81,16 @@ def load_sharded(path: Path, sharded_state: dict) -> dict:
 # ---- complete or absent ---------------------------------------------------------------------------------------------
 
 
-def write_facts(directory: Path, facts: dict) -> None:
-    """Note ``facts`` and the size of every other file in the checkpoint."""
-    (directory / CHECKPOINT_FACTS).write_text(json.dumps({**facts, "files": _sizes(directory)}))
+def write_facts(directory: Path, facts: dict, crc32: dict[str, int] | None = None) -> None:
+    """Note ``facts`` and the size of every other file in the checkpoint, and the check sums that are known.
+
+    ``crc32``: by the file's name. Names are relative to ``directory``, with those in its folders.
+    """
+    content = {**facts, "files": _sizes(directory)}
+    if crc32 is not None:
+        content["crc32"] = crc32
+    content[OWN_CRC32] = _crc32_of(content)
+    (directory / CHECKPOINT_FACTS).write_text(json.dumps(content))
 
 
 def checked_facts(path: Path) -> dict:
@@ -89,7 +98,9 @@ def checked_facts(path: Path) -> dict:
     try:
         facts = json.loads((path / CHECKPOINT_FACTS).read_text())
         sizes = facts["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if facts.pop(OWN_CRC32, None) not in (None, _crc32_of(facts)):
+            raise ValueError("has changed since it was written")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(path, f"{CHECKPOINT_FACTS}: {reason_of(error)}") from error
     found = _sizes(path)
     for name, size in sizes.items():
@@ -100,10 +111,40 @@ def checked_facts(path: Path) -> dict:
     return facts
 
 
+def check_contents(path: Path, facts: dict, part: int, parts: int) -> None:
+    """Read every ``parts``-th file of the checkpoint, largest first; ``UserError`` when its check sum is another one.
+
+    A checkpoint without check sums (a conversion's) passes.
+    """
+    known = facts.get("crc32", {})
+    names = sorted(known, key=lambda name: (-facts["files"][name], name))
+    for name in names[part::parts]:
+        try:
+            found = crc32(path / name)
+        except OSError as error:
+            raise damaged(path, f"{name}: {reason_of(error)}") from error
+        if found != known[name]:
+            raise damaged(path, f"the content of {name} has changed since it was written")
+
+
+def crc32(file: Path) -> int:
+    """The check sum of a file: for disks and hands that slip, not against forgery."""
+    value = 0
+    with file.open("rb") as stream:
+        while block := stream.read(2**22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _crc32_of(facts: dict) -> int:
+    return zlib.crc32(json.dumps(facts, sort_keys=True).encode())
+
+
 def _sizes(directory: Path) -> dict[str, int]:
-    """Bytes of every file of a checkpoint but our own and its config and tokenizer."""
-    files = sorted(path for path in directory.iterdir() if path.is_file())
-    return {path.name: path.stat().st_size for path in files if path.name != CHECKPOINT_FACTS}
+    """Bytes of every file of a checkpoint but our own."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    sizes = {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
+    return {name: size for name, size in sizes.items() if name != CHECKPOINT_FACTS}
 
 
 def damaged(path: Path, problem: str) -> UserError:

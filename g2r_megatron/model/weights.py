@@ -66,7 +66,9 @@ def parameter_names(hf: HFModel) -> Iterator[str]:
             else:
                 yield f"decoder.layers.{layer}.{rest}"
     yield "decoder.final_layernorm.weight"
-    if not hf.geometry.tied:
+    if hf.geometry.is_reward_model:
+        yield "score.weight"
+    elif not hf.geometry.tied:
         yield "output_layer.weight"
 
 
@@ -92,6 +94,7 @@ def unsharded_shape(g: Geometry, name: str) -> tuple[int, ...]:
     shapes = {
         "word_embeddings.weight": (g.vocab, g.hidden),
         "output_layer.weight": (g.vocab, g.hidden),
+        "score.weight": (1, g.hidden),
         "linear_qkv.weight": (qkv, g.hidden),
         "linear_qkv.bias": (qkv,),
         "linear_proj.weight": (g.hidden, g.heads * g.head_dim),
@@ -206,7 +209,7 @@ def check_tensors(hf: HFModel, reader: SafetensorsReader) -> None:
         raise UserError(
             str(hf.path),
             f"unknown tensor {extra[0]} (of {len(extra)})",
-            f"not part of this {hf.family.architecture} by its config.json",
+            f"not part of this {hf.architecture} by its config.json",
         )
     first = next(iter(expected))
     for name, shape in expected.items():

@@ -189,6 +189,20 @@ class _UnevenCollectives(types.ModuleType):
         output.copy_(total.split([part.size(0) for part in inputs])[group.rank()])
 
 
+def _redirect_groups() -> None:
+    """Megatron-Core's global groups, all trivial here, that have the same ranks are one: idle gloo groups poll."""
+    state = importlib.import_module("megatron.core.parallel_state")
+    create, made = state.create_group, {}
+
+    def create_group(ranks, **options):
+        key = (torch.distributed.group.WORLD, tuple(ranks))
+        if key not in made:
+            made[key] = create(ranks, **options)
+        return made[key]
+
+    state.create_group = create_group
+
+
 def install() -> None:
     """Redirect what Megatron-Core needs of CUDA; once a process, a no-op where CUDA exists."""
     global _installed
@@ -201,6 +215,7 @@ def install() -> None:
     for name in _LITERAL_CUDA_MODULES:
         importlib.import_module(name).torch = stand_in
     _redirect_moe()
+    _redirect_groups()
     importlib.import_module("megatron.core.tensor_parallel.mappings").torch = _TorchOnCpu(
         distributed=_UnevenCollectives()
     )

@@ -16,7 +16,7 @@ from g2r_megatron.config import Layout
 from g2r_megatron.parallel import cpu, sides
 from g2r_megatron.parallel.layout import check_layout, data_parallel_size
 
-TIMEOUT = timedelta(minutes=30)
+_timeout = timedelta(minutes=30)  # how long a rank waits for the others: of every group, set by ``initialize``
 
 
 @dataclass
@@ -60,16 +60,23 @@ class ModelGroups:
         return self.is_last_stage and self.pgs.tp.rank() == 0
 
 
-def initialize(seed: int, judge_ranks: int = 0) -> None:
+def initialize(seed: int, judge_ranks: int = 0, timeout_minutes: float | None = None) -> None:
     """Join the world (torchrun's environment, or a world of one) and seed Megatron-Core's RNG tracker.
 
     With ``judge_ranks``, the job's last ranks make a world of their own and the others theirs (parallel/sides.py), so that
     in both of them the world is the ranks of one model.
+    A rank that waits for longer than ``timeout_minutes`` (30) for another one fails: with gloo an exception in the
+    collective, with NCCL its watchdog ends the process. A peer that has died shows at once with gloo.
     Megatron-Core's global ``parallel_state`` is set up trivially (every size 1): models take their groups from
     ``ProcessGroupCollection``, but a few call sites look up a global group before they find they need none.
     """
+    global _timeout
     cpu.install()
+    if timeout_minutes is not None:
+        _timeout = timedelta(minutes=timeout_minutes)
     if not cpu.on_cpu():
+        # The watchdog aborts what a dead or stuck peer has blocked, and ends the process (also the default).
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
         # Megatron-Core overlaps communication with products by the order of their launch; read when CUDA starts.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not dist.is_initialized():
@@ -77,13 +84,13 @@ def initialize(seed: int, judge_ranks: int = 0) -> None:
             if not cpu.on_cpu():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             if judge_ranks:
-                sides.join(judge_ranks, TIMEOUT)
+                sides.join(judge_ranks, _timeout)
             else:
-                dist.init_process_group(cpu.backend(), timeout=TIMEOUT)
+                dist.init_process_group(cpu.backend(), timeout=_timeout)
         else:
             if not cpu.on_cpu():
                 torch.cuda.set_device(0)
-            dist.init_process_group(cpu.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+            dist.init_process_group(cpu.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=_timeout)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
     seed_all(seed)
@@ -102,7 +109,7 @@ def _subgroup_of(world: dist.ProcessGroup, rank_lists: tuple[tuple[int, ...], ..
     One group for each split of the ranks, whatever it is called and whichever model asks: most dimensions of a layout
     coincide (all of size 1 do), and each group costs buffers and a communicator, under gloo also a thread that polls.
     """
-    group, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in rank_lists], timeout=TIMEOUT)
+    group, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in rank_lists], timeout=_timeout)
     return group
 
 

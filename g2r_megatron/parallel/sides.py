@@ -28,7 +28,7 @@ HEADER = torch.int64.itemsize  # a message begins with the bytes of its JSON tex
 
 
 @cache
-def _store() -> dist.Store:
+def job_store() -> dist.Store:
     """The job's key-value store: torchrun's, or one on rank 0."""
     store, _, _ = next(rendezvous("env://"))
     return store
@@ -51,8 +51,13 @@ def join(judge_ranks: int, timeout: timedelta) -> None:
     """Join the world of this process's side; ranks count from 0 on either."""
     rank, policy_ranks = _place(judge_ranks)
     side, first, size = ("judge", policy_ranks, judge_ranks) if rank >= policy_ranks else ("policy", 0, policy_ranks)
-    store = dist.PrefixStore(f"g2r/{side}", _store())
+    store = dist.PrefixStore(f"g2r/{side}", job_store())
     dist.init_process_group(cpu.backend(), store=store, rank=rank - first, world_size=size, timeout=timeout)
+
+
+def has_sides() -> bool:
+    """Whether this job has been divided (``join``)."""
+    return job_store.cache_info().currsize > 0
 
 
 class Channel:
@@ -60,7 +65,7 @@ class Channel:
 
     def __init__(self, number: int, judge_ranks: int):
         self.number, self.judges = number, range(FIRST_JUDGE, judge_ranks + 1)
-        store = dist.PrefixStore(f"g2r/channel/{next(_opened)}", _store())
+        store = dist.PrefixStore(f"g2r/channel/{next(_opened)}", job_store())
         self._group = dist.ProcessGroupGloo(store, number, judge_ranks + 1, FOR_EVER)
         self._under_way: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
@@ -73,18 +78,18 @@ class Channel:
             for part in (size, message):
                 self._under_way.append((self._group.send([part], receiver, 0), part))
 
-    def receive(self, sender: int) -> torch.Tensor:
-        """The next message from ``sender``; waits for it as long as the sender lives."""
+    def receive(self, sender: int, timeout: timedelta = FOR_EVER) -> torch.Tensor:
+        """The next message from ``sender``; waits for it as long as the sender lives, but not longer than ``timeout``."""
         size = torch.empty(1, dtype=torch.int64)
-        self._group.recv([size], sender, 0).wait()
+        self._group.recv([size], sender, 0).wait(timeout)
         message = torch.empty(int(size), dtype=torch.uint8)
-        self._group.recv([message], sender, 0).wait()
+        self._group.recv([message], sender, 0).wait(timeout)
         return message
 
-    def flush(self) -> None:
+    def flush(self, timeout: timedelta = FOR_EVER) -> None:
         """Wait until everything sent has arrived."""
         while self._under_way:
-            self._under_way.popleft()[0].wait()
+            self._under_way.popleft()[0].wait(timeout)
 
 
 def open_channel(judge_ranks: int) -> Channel | None:

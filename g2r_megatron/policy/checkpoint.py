@@ -1,27 +1,32 @@
 """Training checkpoints: Megatron-Core's torch_dist format, complete or absent, the last N kept.
 
 A checkpoint is written as ``step_00000020.incomplete`` and renamed when every rank has finished and the files are on
-disk, so a directory without the suffix is always whole. Nothing older is deleted before that.
+disk, so a directory without the suffix is always whole. Nothing older is deleted before that. What has been damaged
+since is found by its check sums: it is named, left as it is, and the one before it is used.
 """
 
+import io
 import os
-import queue
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.base import StrategyAction, register_default_strategy
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonSaveStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
-from g2r_megatron.errors import UserError
+from g2r_megatron.errors import UserError, unwritable
 from g2r_megatron.model.torch_dist import (
+    check_contents,
     checked_facts,
     copy_model_files,
+    crc32,
     load_chunks,
     load_sharded,
     reason_of,
@@ -32,6 +37,8 @@ from g2r_megatron.model.torch_dist import (
     write_facts,
 )
 from g2r_megatron.parallel import cpu
+from g2r_megatron.parallel.agreement import raised_by_all
+from g2r_megatron.policy.background_save import ThreadQueue, with_check_sums, write_in_this_process
 from g2r_megatron.policy.trainer import PolicyTrainer, load_optimizer_state
 
 NAME = re.compile(r"step_(\d{8})")
@@ -53,6 +60,10 @@ class Checkpointer:
 
     def __init__(self, trainer: PolicyTrainer, directory: Path, keep_last: int):
         self.trainer, self.directory, self.keep_last = trainer, directory, keep_last
+        self.damaged: list[tuple[str, str]] = []  # what ``load_latest`` had to leave out, and why
+        self.background_seconds: list[float] = []  # this rank's writing, of the saves that are done
+        self._writing: int | None = None  # the step whose save has begun
+        self._queue = ThreadQueue()
 
     def _sharded_state(self, is_loading: bool, with_rng: bool) -> dict:
         model = self.trainer.model
@@ -65,6 +76,7 @@ class Checkpointer:
                 metadata=sharded_metadata(model.groups),
             ),
             "scheduler": self.trainer.scheduler.state_dict(),
+            "bad_in_a_row": self.trainer.bad_in_a_row,
         }
         if with_rng:
             world, rank = dist.get_world_size(), dist.get_rank()
@@ -75,48 +87,154 @@ class Checkpointer:
             state["rng"] = ShardedObject("rng", rng, (world,), (rank,), replica_id=0)
         return state
 
+    # ---- saving: every method is collective ------------------------------------------------------------------------
+
     def save(self, step: int) -> None:
-        """Write the checkpoint of ``step`` (collective), then delete all but the newest ``keep_last``.
+        """Write the checkpoint of ``step``, then delete all but the newest ``keep_last``.
 
         Raises ``UserError`` when it cannot be written, say for want of space.
         """
-        final = self.directory / f"step_{step:08d}"
-        temporary = final.with_name(final.name + ".incomplete")
-        if dist.get_rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        dist.barrier()
-        _write_without_other_processes()
+        self.begin(step, in_background=False)
+
+    def begin(self, step: int, in_background: bool = True) -> int | None:
+        """Copy the state of ``step`` and begin to write it; ``finish`` makes a checkpoint of it.
+
+        Without ``in_background`` it is one when this returns. Waits for an earlier save; the step of that one, if it had
+        not been finished.
+        """
+        earlier = self.finish(wait=True)
+        temporary = self._path(step, ".incomplete")
+        with raised_by_all(), self._refusals(step):
+            if dist.get_rank() == 0:
+                if temporary.exists():
+                    shutil.rmtree(temporary)
+                temporary.mkdir(parents=True)
+        write_in_this_process()
+        register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, _CommonState("torch", 1))
+        with self._refusals(step):
+            state = self._sharded_state(is_loading=False, with_rng=True)
+            request = dist_checkpointing.save(state, str(temporary), async_sharded_save=True)
+            sums: dict[str, int] = {}
+            request = with_check_sums(request, sums, self.background_seconds)
+            request.add_finalize_fn(lambda: self._complete(step, sums))
+            if in_background:
+                self._queue.schedule_async_request(request)
+                self._writing = step
+            else:
+                request.execute_sync()
+        return earlier
+
+    def finish(self, wait: bool) -> int | None:
+        """If what ``begin`` started has been written by all ranks, make it a checkpoint; its step, else None.
+
+        ``wait`` until it is. Raises ``UserError`` as ``save`` does.
+        """
+        step, self._writing = self._writing, None
+        if step is None:
+            return None
+        with self._refusals(step):
+            done = self._queue.maybe_finalize_async_calls(blocking=wait)
+        if not done:
+            self._writing = step
+            return None
+        return step
+
+    def _complete(self, step: int, sums: dict[str, int]) -> None:
+        """All files are written: add what is ours, give the directory its name, delete what is too old."""
+        gathered: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(gathered, sums)
+        temporary, final = self._path(step, ".incomplete"), self._path(step)
+        with raised_by_all(), self._refusals(step):
+            if dist.get_rank() == 0:
+                copy_model_files(self.trainer.model.hf, temporary)
+                known = {name: value for part in gathered for name, value in part.items()}
+                files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
+                names = [path.relative_to(temporary).as_posix() for path in files]
+                known |= {name: crc32(path) for name, path in zip(names, files, strict=True) if name not in known}
+                place = {"world_size": dist.get_world_size(), "device": cpu.device().type}
+                write_facts(
+                    temporary, {"step": step, **place, "fused_experts": self.trainer.model.hf.fused_experts}, known
+                )
+                sync_to_disk(temporary)
+                self._set_aside(final)
+                os.rename(temporary, final)
+                sync_directory(self.directory)
+                older = [path for other, path in complete_checkpoints(self.directory) if other <= step]
+                for path in older[: -self.keep_last]:
+                    doomed = path.rename(path.with_name(path.name + ".incomplete"))  # half deleted is not whole either
+                    shutil.rmtree(doomed)
+
+    def _set_aside(self, path: Path) -> None:
+        """Make room for a checkpoint of the same step: one was there that could not be loaded. It is kept."""
+        if path.exists():
+            names = [path.with_name(f"{path.name}.damaged{suffix}") for suffix in ("", *map(str, range(2, 1000)))]
+            path.rename(next(name for name in names if not name.exists()))
+
+    def _path(self, step: int, suffix: str = "") -> Path:
+        return self.directory / f"step_{step:08d}{suffix}"
+
+    @contextmanager
+    def _refusals(self, step: int) -> Iterator[None]:
+        """What the disk refuses in the block is a ``UserError`` that names the checkpoint and the cause.
+
+        Of an error in the ranks' files all of them learn; what only rank 0 writes at the end (.metadata) it alone finds.
+        """
         try:
-            dist_checkpointing.save(self._sharded_state(is_loading=False, with_rng=True), str(temporary))
+            yield
         except CheckpointException as error:  # on every rank, but only rank 0 is told why
             reason = [reason_of(error) if dist.get_rank() == 0 else None]
             dist.broadcast_object_list(reason, src=0)
-            remedy = "make room; the checkpoints before it are intact, and the same command resumes"
-            raise UserError(f"checkpoint {final}", f"cannot be written ({reason[0]})", remedy) from error
-        dist.barrier()
-        if dist.get_rank() == 0:
-            place = {"world_size": dist.get_world_size(), "device": cpu.device().type}
-            copy_model_files(self.trainer.model.hf, temporary)
-            write_facts(temporary, {"step": step, **place, "fused_experts": self.trainer.model.hf.fused_experts})
-            sync_to_disk(temporary)
-            shutil.rmtree(final, ignore_errors=True)  # only ever the same step of an earlier, resumed attempt
-            os.rename(temporary, final)
-            sync_directory(self.directory)
-            for _, path in complete_checkpoints(self.directory)[: -self.keep_last]:
-                doomed = path.rename(path.with_name(path.name + ".incomplete"))  # half deleted is not whole either
-                shutil.rmtree(doomed)
-        dist.barrier()
+            raise self._unwritable(step, reason[0]) from error
+        except OSError as error:
+            raise self._unwritable(step, reason_of(error)) from error
+
+    def _unwritable(self, step: int, reason: str) -> UserError:
+        remedy = "make room; the checkpoints before it are intact, and the same command resumes"
+        return UserError(f"checkpoint {self._path(step)}", f"cannot be written ({reason})", remedy)
+
+    # ---- loading ---------------------------------------------------------------------------------------------------
 
     def load_latest(self) -> int:
-        """Restore the newest complete checkpoint (collective); its step, or 0 when there is none."""
-        if dist.get_rank() == 0:
-            for path in self.directory.glob("*.incomplete"):
+        """Restore the newest checkpoint that is whole (collective); its step, or 0 when there is none at all.
+
+        Damaged ones are left as they are and named in ``damaged``. Raises ``UserError`` when all are.
+        """
+        with raised_by_all():
+            if dist.get_rank() == 0:
+                self._remove_leftovers()
+        found = [complete_checkpoints(self.directory)]
+        dist.broadcast_object_list(found, src=0)
+        for step, path in reversed(found[0]):
+            problem = self._problem_of(path)
+            if problem is None:
+                self._load(path)
+                return step
+            self.damaged.append(problem)
+        if self.damaged:
+            where, what = self.damaged[0]
+            raise UserError(where, f"{what}, and no other one is whole", "restore one, or choose another output_dir")
+        return 0
+
+    def _remove_leftovers(self) -> None:
+        for path in self.directory.glob("*.incomplete"):
+            try:
                 shutil.rmtree(path)
-        found = complete_checkpoints(self.directory)
-        if not found:
-            return 0
-        step, path = found[-1]
+            except OSError as error:
+                reason = f"cannot be removed ({error.strerror})"
+                raise UserError(str(path), reason, "it is left from an interrupted save: remove it") from error
+
+    def _problem_of(self, path: Path) -> tuple[str, str] | None:
+        """Why the checkpoint cannot be used, or None; every rank reads its share of the files (collective)."""
+        try:
+            check_contents(path, checked_facts(path), dist.get_rank(), dist.get_world_size())
+            mine = None
+        except UserError as error:
+            mine = (error.where, error.found)
+        problems: list[tuple[str, str] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, mine)
+        return next(filter(None, problems), None)
+
+    def _load(self, path: Path) -> None:
         facts = checked_facts(path)
         # another world has other ranks, another device another generator; nothing random depends on it (sampling is keyed)
         with_rng = facts["world_size"] == dist.get_world_size() and facts.get("device") == cpu.device().type
@@ -125,32 +243,22 @@ class Checkpointer:
         load_chunks(chunks, {name: state[name] for name in sharded_weights(chunks, self.trainer.model.groups)})
         load_optimizer_state(self.trainer.optimizer, state["optimizer"])
         self.trainer.scheduler.load_state_dict(state["scheduler"])
+        self.trainer.bad_in_a_row = state.get("bad_in_a_row", 0)  # older checkpoints have none
         if with_rng:
             torch.set_rng_state(state["rng"]["torch"])
             tensor_parallel.get_cuda_rng_tracker().set_states(state["rng"]["tracker"])
-        return step
 
 
-def _write_without_other_processes() -> None:
-    """Keep Megatron-Core's save inside this process: what it starts for speed outlives a killed run.
+class _CommonState(TorchCommonSaveStrategy):
+    """Rank 0 writes what is the same everywhere; when it cannot, all ranks know."""
 
-    Its default queue has a manager process of its own, and each file is written by a forked process, which would still
-    be writing while the next run resumes (and forking a process with CUDA and threads is a risk of its own).
-    """
-    filesystem_async._results_queue = queue.Queue()
-    FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_buckets)
-
-
-def _write_buckets(transforms: list, use_msc: bool, rank: int, buckets: list, results: queue.Queue) -> None:
-    """Same contract as ``write_preloaded_data_multiproc``: {bucket index: what was written} or an exception."""
-    written: dict | Exception = {}
-    for i, bucket in enumerate(buckets):
-        outcome, open_buckets = queue.Queue(), queue.Queue()
-        open_buckets.put(i)
-        FileSystemWriterAsync.write_preloaded_data(transforms, i, bucket, outcome, open_buckets, use_fsync=True)
-        _, entries = outcome.get()
-        if isinstance(entries, Exception):
-            written = entries
-            break
-        written[i] = entries
-    results.put(written)
+    def save_common(self, common_state_dict: dict, checkpoint_dir: str | Path) -> None:
+        file = Path(checkpoint_dir) / COMMON_STATE_FNAME
+        with raised_by_all():
+            if dist.get_rank() == 0:
+                content = io.BytesIO()
+                torch.save(common_state_dict, content)
+                try:
+                    file.write_bytes(content.getvalue())
+                except OSError as error:
+                    raise unwritable(file, error) from error

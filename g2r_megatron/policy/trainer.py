@@ -163,6 +163,7 @@ class PolicyTrainer:
         wrap_for_training(model, config.optimizer)
         self.optimizer = build_optimizer(model, config.optimizer)
         self.scheduler = build_scheduler(self.optimizer, config.optimizer, config.steps)
+        self.bad_in_a_row = 0  # optimizer steps that were skipped since the last one that was not
         model.train()
 
     @property
@@ -238,27 +239,38 @@ class PolicyTrainer:
             totals = {name: totals[name] for name in ("tokens", "policy", "ratio", "clipped")}
         return loss_metrics(totals, {"ratio": maxima.item()})
 
-    def step(self) -> float:
-        """Apply the gradients; the global gradient norm before clipping. Raises ``UserError`` if it is not finite."""
-        _, grad_norm, _ = self.optimizer.step()
-        if not math.isfinite(grad_norm):
-            raise UserError(
-                "optimizer.lr",
-                f"{self.learning_rate:g} led to a gradient norm of {grad_norm}",
-                "lower it, or check the data; the last checkpoint is intact",
-            )
-        return float(grad_norm)
+    def step(self, loss: float) -> tuple[float, bool]:
+        """Apply the gradients, if they and the loss are finite on every rank.
+
+        Returns their global norm before clipping, and whether they were applied: if not, weights and optimizer state are
+        as they were. (Megatron-Core looks for infinities only in fp16.)
+        """
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        bad = torch.tensor(int(not (math.isfinite(loss) and math.isfinite(grad_norm))), device=cpu.device())
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        if bad.item():
+            self.bad_in_a_row += 1
+            return grad_norm, False
+        self.bad_in_a_row = 0
+        self.optimizer.step()
+        return grad_norm, True
 
     def update(self, sequences, mini_batches, advantages, old, reference) -> dict[str, float]:
-        """One training step: an optimizer step a mini-batch, then the schedule. Metrics are means over mini-batches."""
-        collected = []
+        """One training step: an optimizer step a mini-batch, then the schedule. Metrics are means over mini-batches.
+
+        The schedule is a function of the training step: it goes on also where optimizer steps were skipped.
+        """
+        collected, skipped = [], 0
         for mini_batch in mini_batches:
             metrics = self.gradients(sequences, mini_batch, advantages, old, reference)
-            metrics["optimizer/grad_norm"] = self.step()
+            metrics["optimizer/grad_norm"], applied = self.step(metrics["loss/policy"] + metrics.get("loss/kl", 0.0))
+            skipped += not applied
             collected.append(metrics)
         means = {name: sum(m[name] for m in collected) / len(collected) for name in collected[0]}
         means["ratio/max"] = max(m["ratio/max"] for m in collected)
         means["ratio/first"] = collected[0]["ratio/mean"]
         means["optimizer/lr"] = self.learning_rate
+        means["optimizer/skipped_steps"] = float(skipped)
         self.scheduler.step(increment=1)
         return means

@@ -2,12 +2,12 @@
 
 import json
 import math
-import os
 from pathlib import Path
 
 from g2r_megatron.config import LogConfig
 from g2r_megatron.config_check import check_packages
-from g2r_megatron.errors import UserError
+from g2r_megatron.errors import UserError, unwritable
+from g2r_megatron.records.files import make_directory, replace_text
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -29,7 +29,7 @@ class MetricsLog:
         """
         check_packages(log)
         self.output_dir = Path(output_dir)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        make_directory(self.output_dir)
         self._wants_tensorboard = log.tensorboard
         self._tensorboard = None  # opened by the first log: only then is it known from which step on to purge
         self._wandb = _start_wandb(self.output_dir, log.wandb_project, config_dict) if log.wandb else None
@@ -55,7 +55,8 @@ class MetricsLog:
         for name in (METRICS_FILE, SAMPLES_FILE):
             path = self.output_dir / name
             if path.exists():
-                _replace(path, [record for record in read_jsonl(path) if record["step"] <= step])
+                kept = [record for record in read_jsonl(path) if record["step"] <= step]
+                replace_text(path, "".join(map(_line, kept)), sync=True)
 
     def close(self) -> None:
         """Flush and close TensorBoard and W&B."""
@@ -118,17 +119,11 @@ def _existing(run_dir: str | Path, name: str) -> Path:
 
 
 def _append(path: Path, record: dict) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(_line(record))
-
-
-def _replace(path: Path, records: list[dict]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(map(_line, records))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(_line(record))
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 def _line(record: dict) -> str:

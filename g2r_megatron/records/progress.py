@@ -13,6 +13,7 @@ from rich.progress import Progress as RichProgress
 SHOWN = (
     ("reward/mean", "reward", "{:.3f}"),
     ("reward/true_mean", "true", "{:.3f}"),
+    ("loss/policy", "loss", "{:.2e}"),
     ("eval/true_score", "eval true", "{:.3f}"),
     ("eval/judge_score", "eval judge", "{:.3f}"),
     ("response/length_mean", "tokens", "{:.0f}"),

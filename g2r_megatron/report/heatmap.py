@@ -133,6 +133,8 @@ def _token(token: str, kind: str, shade: float, tip: str) -> str:
 
 
 def _verdict(item: dict) -> str:
+    if item["verdict"] is None:
+        return f"score {item['score']:+.3f}"
     verdict = "True" if item["verdict"] else "False"
     agrees = ""
     if item["truth"] is not None:
@@ -148,4 +150,4 @@ def _unattributed(items: list[dict]) -> str:
     rows = "".join(
         f"<li>{visible(item['criterion'])} <span class='fine'>{_verdict(item)}</span></li>" for item in items
     )
-    return f'<div class="rest"><p class="fine">No attribution (judged False, or nothing to tell the group apart):</p><ul>{rows}</ul></div>'
+    return f'<div class="rest"><p class="fine">No attribution (judged False or below the group, or nothing to tell the group apart):</p><ul>{rows}</ul></div>'

@@ -1,5 +1,6 @@
 """The final table: what each preset reached, at what price, for the terminal and for the page."""
 
+import time
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from g2r_megatron.records.heartbeat import described, read_heartbeat
 from g2r_megatron.report.runs import TARGET_SCORE, WINDOW, Group, Score, choose_score, load_groups
 
 NOTHING = "–"
@@ -105,6 +107,9 @@ def summary_table(run_dirs: list[Path]) -> str:
     )
     if truth:
         console.print(f"steps to {TARGET_SCORE}: {target_note()}")
+    for run in (run for group in groups for run in group.runs):
+        if said := read_heartbeat(run.path):
+            console.print(f"{run.path}: {described(said, time.time())}", markup=False, soft_wrap=True)
     return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines()) + "\n"
 
 

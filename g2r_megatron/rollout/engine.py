@@ -58,11 +58,12 @@ class MegatronRolloutEngine:
         requests: Sequence[Request],
         temperature: float | None = None,
         on_progress: Callable[[int], None] = lambda n: None,
+        between_batches: Callable[[], None] = lambda: None,
     ) -> list[tuple[list[int], bool]]:
         """(token ids with the stop token, finished) of every request, in order, on every rank.
 
         ``temperature`` overrides the config's (0: greedy). ``on_progress`` is called with finished sequences of
-        this rank.
+        this rank, ``between_batches`` at the same times on every rank, and may raise.
         """
         temperature = self.config.temperature if temperature is None else temperature
         groups, mine = self.model.groups, {}
@@ -72,6 +73,7 @@ class MegatronRolloutEngine:
         self.model.train(False)
         with without_sequence_parallel(self.model):
             for first in range(0, len(shares[0]), self.config.batch_size):
+                between_batches()
                 batches = [share[first : first + self.config.batch_size] for share in shares]
                 batch = batches[groups.dp_rank]
                 if groups.replicas_share_experts:  # all replicas take the same steps, also one that has nothing to do

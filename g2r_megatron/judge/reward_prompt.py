@@ -1,0 +1,106 @@
+"""A reward model's input: conversation and response in its own chat template, with the exact span of the response."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from transformers import PreTrainedTokenizerFast
+
+from g2r_megatron.config import JudgeConfig
+from g2r_megatron.data.tokenizer import chat_parts, data_continues, encode_parts
+from g2r_megatron.data.types import Query
+from g2r_megatron.errors import UserError
+from g2r_megatron.judge.prompt import JudgePrompt, ResponseReader
+from g2r_megatron.judge.types import JudgeInput
+from g2r_megatron.model.hf import HFModel
+
+CACHED_CONVERSATIONS = 1024
+# Options of a judge that reads a prompt and says True or False.
+OF_VERDICTS = ("template", "chat_template", "true_words", "false_words", "verdict", "pooling")
+PROBE = ({"role": "user", "content": "a"},)
+
+
+class RewardPrompt(ResponseReader):
+    """Builds the one input of a (conversation, response). Content is data, and the response stands there as it does in
+    ``JudgePrompt``: its own token ids, untouched but for special ids, or the text they spell.
+
+    The chat template sees no blanks around the response, so one that trims contents does not trim it.
+    """
+
+    true_ids: Sequence[int] = ()  # a score has no spellings
+    false_ids: Sequence[int] = ()
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        config: JudgeConfig,
+        policy_tokenizer: PreTrainedTokenizerFast | None = None,
+        pad_id: int | None = None,
+    ):
+        """``pad_id``: the model's ``pad_token_id``; its score is read at the last other token, as transformers does.
+
+        Raises ``UserError`` for a tokenizer without chat template, or options that only a judge of verdicts has.
+        """
+        super().__init__(tokenizer, config, policy_tokenizer)
+        _refuse_options_of_verdicts(config)
+        if not tokenizer.chat_template:
+            raise UserError(
+                "judge.model",
+                "the reward model's tokenizer has no chat template",
+                "give it the one that the model was trained with (chat_template.jinja, or in tokenizer_config.json)",
+            )
+        self.pad_id = pad_id
+        before, _ = self._parts(PROBE, "judge.model")
+        self._response_continues = data_continues(tokenizer, before[-1][0])
+        self._sides = lru_cache(maxsize=CACHED_CONVERSATIONS)(self._sides_uncached)
+
+    def build_items(self, query: Query, response_ids: Sequence[int]) -> list[JudgeInput]:
+        """The input of a response: ``response_ids`` are the T body tokens, without the stop token (T may be 0).
+
+        Raises ``UserError`` naming the query when the sequence is longer than ``judge.max_length``, or when the chat
+        template rejects its conversation.
+        """
+        conversation = tuple((message["role"], message["content"]) for message in query.messages)
+        before, after = self._sides(conversation, query.id)
+        response, _ = self.response(response_ids)
+        input_ids = [*before, *response, *after]
+        self.check_length(query, len(input_ids))
+        start = len(before)
+        return [JudgeInput(input_ids, start, start + len(response), self.score_position(input_ids))]
+
+    def score_position(self, input_ids: Sequence[int]) -> int:
+        """Of the rightmost token that is not padding by its id (0 if all are): where transformers reads the score."""
+        return next((i for i in reversed(range(len(input_ids))) if input_ids[i] != self.pad_id), 0)
+
+    def _sides_uncached(self, conversation: tuple, id: str) -> tuple[list[int], list[int]]:
+        messages = [{"role": role, "content": content} for role, content in conversation]
+        before, after = self._parts(messages, f"query {id!r}")
+        return encode_parts(self.tokenizer, before), encode_parts(self.tokenizer, after, continues=True)
+
+    def _parts(self, messages: Sequence[dict], where: str) -> tuple[list, list]:
+        """What stands before and after the response, as ``encode_parts`` takes it."""
+        answered = [*messages, {"role": "assistant", "content": "x"}]
+        *before, _, after = chat_parts(self.tokenizer, answered, where, generation_prompt=False)
+        return before, [after]
+
+
+def _refuse_options_of_verdicts(config: JudgeConfig) -> None:
+    defaults = JudgeConfig()
+    for name in OF_VERDICTS:
+        if getattr(config, name) != getattr(defaults, name):
+            raise UserError(
+                f"judge.{name}",
+                "set, but judge.model is a reward model",
+                "leave it out: a reward model reads the conversation in its own chat template and gives a score",
+            )
+
+
+def judge_prompt(
+    hf: HFModel,
+    tokenizer: PreTrainedTokenizerFast,
+    config: JudgeConfig,
+    policy_tokenizer: PreTrainedTokenizerFast | None = None,
+) -> JudgePrompt | RewardPrompt:
+    """The prompt that the judge ``hf`` with ``tokenizer`` needs; ``policy_tokenizer``: see ``ResponseReader``."""
+    if hf.geometry.is_reward_model:
+        return RewardPrompt(tokenizer, config, policy_tokenizer, hf.config.pad_token_id)
+    return JudgePrompt(tokenizer, config, policy_tokenizer)

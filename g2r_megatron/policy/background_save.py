@@ -1,0 +1,116 @@
+"""Megatron-Core's asynchronous save, with a thread where it would fork.
+
+A forked process outlives a killed run and would still be writing while the next one resumes; it copies gloo's and CUDA's
+threads in whatever state they are; and Megatron-Core's other one, which is spawned, needs CUDA. A thread ends with its
+process. Most of its work releases Python's lock: writing, fsync, check sums.
+"""
+
+import queue
+import threading
+import time
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCaller, AsyncCallsQueue, AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+from g2r_megatron.model.torch_dist import crc32
+
+
+class ThreadCaller(AsyncCaller):
+    """Runs one request's writes in a thread; the queue asks whether those of all ranks are done."""
+
+    def __init__(self):
+        self._thread: threading.Thread | None = None
+
+    def schedule_async_call(self, async_req: AsyncRequest) -> None:
+        if async_req.async_fn is None:  # nothing to write on this rank
+            return
+        arguments = list(async_req.async_fn_args)
+        arguments[1] = snapshot(arguments[1], async_req.preload_fn())
+        self._thread = threading.Thread(target=async_req.async_fn, args=arguments, kwargs=async_req.async_fn_kwargs)
+        self._thread.daemon = True  # a run that fails does not wait for it
+        self._thread.start()
+
+    def is_current_async_call_done(self, blocking: bool = False, no_dist: bool = False) -> bool:
+        if blocking:
+            self.close()
+        is_alive = self._thread is not None and self._thread.is_alive()
+        return not is_alive if no_dist else self.sync_all_async_calls(int(is_alive))
+
+    def close(self, abort: bool = False) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def __del__(self):
+        """Nothing to end: Megatron-Core's own raises here."""
+
+
+class ThreadQueue(AsyncCallsQueue):
+    """Megatron-Core's queue of saves that are being written, by threads."""
+
+    def _get_async_caller(self) -> AsyncCaller:
+        return ThreadCaller()
+
+
+def snapshot(buckets: list, preloaded: list) -> list:
+    """``preloaded`` (the host copies of ``buckets``) with a copy also of each tensor that was on the host already.
+
+    Training goes on and would change it. Some are copies of their own (gathered optimizer state): copied once more, as
+    nothing tells them from the weights.
+    """
+    result = []
+    for (_, _, (_, before)), (path, key, (data, after)) in zip(buckets, preloaded, strict=True):
+        pairs = zip(before, after, strict=True)
+        result.append((path, key, (data, [(item, t.clone() if t is old else t) for (_, old), (item, t) in pairs])))
+    return result
+
+
+def with_check_sums(request: AsyncRequest, sums: dict[str, int], seconds: list[float]) -> AsyncRequest:
+    """The request, that also puts the check sum of each file it wrote into ``sums``, and how long it took."""
+    if request.async_fn is None:
+        return request
+
+    def write(rank: int, buckets: list, results: queue.Queue, **options) -> None:
+        start = time.perf_counter()
+        request.async_fn(rank, buckets, results, **options)
+        for path in (Path(bucket[0]) for bucket in buckets):
+            if path.is_file():  # if not, the results say why
+                sums[path.name] = crc32(path)
+        seconds.append(time.perf_counter() - start)
+
+    return request._replace(async_fn=write)
+
+
+def write_in_this_process() -> None:
+    """Have Megatron-Core write in the thread that asks for it (call before each save).
+
+    Its own queue has a manager process, and each file is written by a forked one: see above.
+    """
+    filesystem_async._results_queue = queue.Queue()
+    FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_buckets)
+
+
+@torch.no_grad()
+def _write_buckets(transforms: list, use_msc: bool, rank: int, buckets: list, results: queue.Queue) -> None:
+    """Same contract as ``write_preloaded_data_multiproc``: {bucket index: what was written} or an exception."""
+    written: dict | Exception = {}
+    for i, bucket in enumerate(buckets):
+        outcome, open_buckets = queue.Queue(), queue.Queue()
+        open_buckets.put(i)
+        FileSystemWriterAsync.write_preloaded_data(transforms, i, bucket, outcome, open_buckets, use_fsync=True)
+        _, entries = outcome.get()
+        if isinstance(entries, Exception):
+            written = _disk_error(entries)
+            break
+        written[i] = entries
+    results.put(written)
+
+
+def _disk_error(error: BaseException) -> BaseException:
+    """What the disk said, where torch's writer, which failed for it, says only that it did."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause or error

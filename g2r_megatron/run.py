@@ -1,0 +1,138 @@
+"""A training run as it is seen from outside: what it shows, writes, saves and says of itself."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from g2r_megatron import experience
+from g2r_megatron.config import TrainConfig
+from g2r_megatron.errors import RunError
+from g2r_megatron.experience import Experience
+from g2r_megatron.policy.checkpoint import Checkpointer
+from g2r_megatron.records.bad_steps import DIRECTORY, write_bad_step
+from g2r_megatron.records.files import replace_text
+from g2r_megatron.records.heartbeat import Heartbeat
+from g2r_megatron.records.metrics import MetricsLog
+from g2r_megatron.records.progress import Progress
+from g2r_megatron.workers import Inputs
+
+CONFIG_FILE = "config.yaml"
+
+
+class Run:
+    """Progress, records, heartbeat and checkpoints of one start of a run. Only rank 0 writes and shows anything."""
+
+    def __init__(self, config: TrainConfig, output: Path, done: int, heartbeat: Heartbeat, checkpointer: Checkpointer):
+        """``done``: the last finished step, whose checkpoint has been loaded; 0 for none."""
+        self.config, self.output, self.heartbeat, self.checkpointer = config, output, heartbeat, checkpointer
+        self.done = self.saved = done
+        self.is_writer = dist.get_rank() == 0
+        self.progress = Progress(config.steps, enabled=self.is_writer)
+        self.records = None
+        self._save_times: dict[str, float] = {}  # for the next line of metrics
+        if self.is_writer:
+            plain = asdict(config)
+            self.records = MetricsLog(output, config.log, plain)
+            replace_text(output / CONFIG_FILE, yaml.safe_dump(plain, sort_keys=False), sync=True)
+            self.records.truncate_after(done if done else -1)
+
+    def __enter__(self) -> "Run":
+        self.progress.__enter__()
+        self.heartbeat.beat(state="running", step=self.done, saved_step=self.saved)
+        for where, problem in self.checkpointer.damaged:
+            self.progress.message(f"warning: {where}: {problem}; it is left as it is, and an earlier one is used")
+        if self.done >= self.config.steps:
+            self.progress.message(f"finished already, at step {self.done}")
+        elif self.done:
+            self.progress.message(f"resuming after step {self.done}")
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.progress.__exit__(*error)
+        if self.records is not None:
+            self.records.close()
+
+    def phase(self, name: str) -> None:
+        """What happens now: sample, judge, update, eval, save."""
+        self.progress.phase(name)
+        self.heartbeat.beat(phase=name)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """``step`` is finished (collective). ``time/save`` is the time that training has waited for saves since the last."""
+        if self.records is not None and metrics:
+            self.records.log(step, metrics | self._save_times)
+        self._save_times = {}
+        self.progress.step(step, metrics)
+        self.done = step
+        self.heartbeat.beat(step=step)
+        self.finish_save(wait=False)
+
+    def sample(self, step: int, batch: Experience, inputs: Inputs) -> None:
+        """Keep a few of the step's responses for the report: the first of each of the first groups."""
+        every = self.config.log.samples_every
+        if self.records is None or not every or (step - 1) % every:
+            return
+        for group in batch.groups[: self.config.log.samples_per_step]:
+            self.records.sample(experience.sample_record(batch, inputs, group.start, step))
+
+    # ---- checkpoints (collective) ----------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """A checkpoint of the last finished step, in the background if so configured."""
+        self.phase("save")
+        in_background, start = self.config.checkpoint.asynchronous, time.perf_counter()
+        earlier = self.checkpointer.begin(self.done, in_background)
+        if earlier is not None or not in_background:
+            self._has_saved(earlier if in_background else self.done)
+        self._waited_since(start)
+
+    def finish_save(self, wait: bool) -> None:
+        """Make a checkpoint of what has been written in the background, when all ranks are done or ``wait``."""
+        start = time.perf_counter()
+        step = self.checkpointer.finish(wait)
+        if step is not None:
+            self._has_saved(step)
+            self._waited_since(start)
+
+    def leave(self) -> None:
+        """All ranks have agreed to leave: the last finished step is saved."""
+        self.finish_save(wait=True)
+        if self.done > self.saved:
+            self.save()
+            self.finish_save(wait=True)
+        self.progress.message(f"asked to leave: saved after step {self.done}")
+        self.heartbeat.beat(state="preempted")
+
+    def _has_saved(self, step: int) -> None:
+        self.saved = step
+        self.heartbeat.beat(saved_step=step)
+        if self.config.checkpoint.asynchronous and self.checkpointer.background_seconds:
+            self._save_times["time/save_background"] = self.checkpointer.background_seconds[-1]
+
+    def _waited_since(self, start: float) -> None:
+        torch.cuda.synchronize()
+        self._save_times["time/save"] = self._save_times.get("time/save", 0.0) + time.perf_counter() - start
+
+    # ---- steps whose loss or gradients are not finite --------------------------------------------------------------
+
+    def keep_bad_step(self, step: int, batch: Experience, old: list, reference: list | None, metrics: dict) -> None:
+        """Write the batch of a step that was skipped, and say so."""
+        if self.is_writer:
+            path = write_bad_step(self.output, step, batch, old, reference, metrics)
+            self.progress.message(
+                f"warning: step {step}: loss {metrics['loss/policy']:g}, gradient norm {metrics['optimizer/grad_norm']:g}: "
+                f"{metrics['optimizer/skipped_steps']:.0f} optimizer steps skipped; the batch is in {path}"
+            )
+
+    def stop_after_bad_steps(self, in_a_row: int) -> None:
+        """Raise ``RunError`` on every rank; what was being saved is finished first."""
+        self.finish_save(wait=True)
+        raise RunError(
+            f"optimizer.max_bad_steps: {in_a_row} optimizer steps in a row were skipped, up to step {self.done}, because "
+            f"loss or gradients were not finite; look at the batches in {self.output / DIRECTORY}, lower optimizer.lr or "
+            f"correct the data; the last checkpoint is of step {self.saved}"
+        )

@@ -1,0 +1,124 @@
+"""Runs of ``g2r train`` in processes of their own, which can be signalled, stopped and killed. Not a test."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from g2r_megatron.records.heartbeat import HEARTBEAT_FILE
+
+ROOT = Path(__file__).parents[1]
+TASK = ROOT / "examples" / "quickstart"
+STEPS, SAVE_EVERY = 6, 2
+PATIENCE = 200.0  # seconds for anything to happen on a busy machine
+MARK = "G2R_TEST_RUN"  # in the environment of every process of a run, whatever it calls itself
+
+
+def quickstart_options(data: Path) -> list[str]:
+    """The quickstart's task and model with a few prompts, kept in ``data``: a step takes half a second."""
+    for name, rows in (("train", 8), ("eval", 2)):
+        lines = (TASK / "data" / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        (data / f"{name}.jsonl").write_text("".join(lines[:rows]))
+    return [
+        *("--config", str(TASK / "config.yaml"), "--policy.model", str(TASK / "model")),
+        *("--data.train", f'["{data}/train.jsonl"]', "--data.eval", f'["{data}/eval.jsonl"]'),
+        *("--steps", str(STEPS), "--eval_every", "3", "--checkpoint.save_every", str(SAVE_EVERY)),
+        *("--checkpoint.keep_last", "2", "--log.samples_every", "1", "--log.tensorboard", "false"),
+        *("--rollout.prompts_per_step", "2", "--rollout.responses_per_prompt", "4"),
+        *("--rollout.max_response_tokens", "20", "--grpo.preset", "paper"),
+    ]
+
+
+def processes_of(run: Path, rank: int | None = None) -> list[int]:
+    """Living processes of the runs in ``run``: launcher, ranks and all they started; or those of one rank."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                environment = (entry / "environ").read_bytes().split(b"\0")
+            except OSError:  # ended meanwhile
+                continue
+            of_rank = rank is None or f"RANK={rank}".encode() in environment
+            if f"{MARK}={run}".encode() in environment and of_rank:
+                found.append(int(entry.name))
+    return found
+
+
+def send(run: Path, number: signal.Signals) -> None:
+    """To all processes of the run, until no new one is found."""
+    reached: set[int] = set()
+    while new := set(processes_of(run)) - reached:
+        for pid in new:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+        reached |= new
+
+
+def start(run: Path, options: list[str], ranks: int, launcher: Sequence[str] = ()) -> subprocess.Popen:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *launcher]
+    torchrun = torchrun if ranks > 1 else []
+    command = [sys.executable, *torchrun, "-m", "g2r_megatron.cli", "train", *options, "--output_dir", str(run)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", MARK: str(run)}
+    with open(f"{run}.log", "ab") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def log_of(run: Path) -> str:
+    return Path(f"{run}.log").read_text()
+
+
+def wait_for(happened: Callable[[], bool], process: subprocess.Popen, run: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not happened():
+        assert process.poll() is None, f"ended before it could be killed:\n{log_of(run)}"
+        assert time.monotonic() < deadline, f"nothing happened:\n{log_of(run)}"
+        time.sleep(0.002)
+
+
+def finish(run: Path, options: list[str]) -> None:
+    process = start(run, options, ranks=1)
+    try:
+        assert process.wait(PATIENCE) == 0, log_of(run)
+    finally:
+        send(run, signal.SIGKILL)
+
+
+def nothing_is_left_of(run: Path) -> bool:
+    deadline = time.monotonic() + 10.0
+    while processes_of(run) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not processes_of(run)
+
+
+def last_recorded(run: Path) -> int:
+    file = run / "metrics.jsonl"
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    return json.loads(lines[-1])["step"] if lines else -1
+
+
+def checkpoints(run: Path) -> list[str]:
+    directory = run / "checkpoints"
+    return sorted(p.name for p in directory.iterdir()) if directory.exists() else []
+
+
+def heartbeat(run: Path) -> dict:
+    return json.loads((run / HEARTBEAT_FILE).read_text())
+
+
+def records(run: Path, name: str) -> list[dict]:
+    """The lines of a file of the run without the times."""
+    lines = [json.loads(line) for line in (run / name).read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+
+
+def assert_same_run(run: Path, reference: Path) -> None:
+    assert (run / "hf" / "model.safetensors").read_bytes() == (reference / "hf" / "model.safetensors").read_bytes()
+    assert records(run, "metrics.jsonl") == records(reference, "metrics.jsonl")
+    assert records(run, "samples.jsonl") == records(reference, "samples.jsonl")
+    assert len(checkpoints(run)) == 2 and checkpoints(run)[-1] == checkpoints(reference)[-1] == "step_00000006"
