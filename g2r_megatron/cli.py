@@ -24,6 +24,8 @@ USAGE = """usage: g2r COMMAND [options]
 commands:
   train   train a policy on its judge's gradients        g2r train --config FILE [--policy.layout.tp 2 ...]
   judge   judge responses of a file, token by token      g2r judge --judge.model DIR --input FILE --output FILE
+  plan    memory and time of a job before it is queued   g2r plan --config FILE --nodes 2 [--suggest] [options of train]
+  doctor  what is installed, and what is missing         g2r doctor
   report  compare runs: a table and a self-contained page  g2r report RUN_DIR [RUN_DIR ...] --output report.html
 
 "g2r COMMAND --help" lists every option. Several ranks: torchrun --nproc-per-node N -m g2r_megatron.cli COMMAND ...
@@ -50,6 +52,17 @@ def judge_command(argv: list[str]) -> None:
     judge_file(config)
 
 
+def plan_command(argv: list[str]) -> int:
+    """``g2r plan``."""
+    from g2r_megatron.plan.options import PlanConfig
+
+    config = resolve_preset(options.parse(PlanConfig, "g2r plan", argv))
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # models are built on no device at all, also where there is a GPU
+    from g2r_megatron.plan.command import run_plan
+
+    return run_plan(config)
+
+
 class OneLineParser(argparse.ArgumentParser):
     """argparse, with mistakes raised as ``UserError``."""
 
@@ -70,9 +83,20 @@ def report_command(argv: list[str]) -> None:
     print(f"report: {arguments.output}")
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
+def doctor_command(argv: list[str]) -> int:
+    """``g2r doctor``."""
+    parser = OneLineParser("g2r doctor", description="What is installed and used, and what is missing for what.")
+    parser.parse_args(argv)
+    from g2r_megatron.doctor import examine
+
+    return examine()
+
+
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "train": train_command,
     "judge": judge_command,
+    "plan": plan_command,
+    "doctor": doctor_command,
     "report": report_command,
 }
 
@@ -88,8 +112,20 @@ def exit_code(command: Callable[[], int | None]) -> int:
 
     Its own (0 for None); 2 and one line for bad input; 75 for a run that has saved and wants to be started again; 1 for
     one that cannot go on; 130 for Ctrl-C. Any other exception is raised, with its traceback.
+
+    torchrun answers 1 whatever code its ranks end with, and takes 75 for a failure, for which it ends the other ranks
+    with a page of text. So with G2R_EXIT_CODES, a directory, each rank leaves its code there for the script that
+    started it all, and 75 becomes 0.
     """
     _silence_libraries()
+    code = _exit_code(command)
+    if directory := os.environ.get("G2R_EXIT_CODES"):
+        Path(directory, f"rank_{os.environ.get('RANK', 0)}").write_text(f"{code}\n")
+        return 0 if code == preemption.EXIT_CODE else code
+    return code
+
+
+def _exit_code(command: Callable[[], int | None]) -> int:
     try:
         code = command()
     except Preempted:

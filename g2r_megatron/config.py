@@ -307,7 +307,11 @@ class OfflineJudgeConfig:
     input: str = ""
     """rows (jsonl or parquet): a query in any format plus "response" """
     output: str = ""
-    """output jsonl; must not exist"""
+    """output jsonl; must not exist. What a killed process has done of it is kept, and the same command goes on from there"""
+    shards: int = 1
+    """jobs that share the rows, each run with its own `shard`; the last one to finish writes `output`"""
+    shard: int = 0
+    """which of the `shards` this is, from 0; one that is finished already ends at once"""
     dump_inputs: bool = False
     """also write per item input_ids, response_start, response_end, verdict_position (or score_position), true_ids, false_ids"""
     batch_rows: int = 64

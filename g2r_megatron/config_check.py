@@ -58,7 +58,13 @@ JUDGE_RANGES = {
     "judge.smear_gamma": BELOW_ONE,
     "judge.flat_threshold": POSITIVE_FRACTION,
 }
-OFFLINE_JUDGE_RANGES = {**JUDGE_RANGES, "batch_rows": COUNT, "seed": SEED}
+OFFLINE_JUDGE_RANGES = {
+    **JUDGE_RANGES,
+    "batch_rows": COUNT,
+    "seed": SEED,
+    "shards": Range(1, 99999),  # as many digits as the parts' names have
+    "shard": NOT_NEGATIVE,
+}
 TRAIN_RANGES = {
     **JUDGE_RANGES,
     "steps": COUNT,
@@ -128,7 +134,12 @@ def check_judge_config(config: OfflineJudgeConfig, world_size: int) -> None:
                 "leave it out: all ranks are the judge's, and no policy waits",
             )
     _check_judge(config.judge, world_size)
-    _check_new_file("output", config.output)
+    if config.shard >= config.shards:
+        raise UserError("shard", f"{config.shard} of {config.shards} shards", "shards are counted from 0")
+    if config.shards == 1 and Path(config.output).exists():
+        remedy = "give a new file, or remove it: results are never overwritten"
+        raise UserError("output", f"{config.output} exists", remedy)
+    _check_file_can_be_made("output", config.output)
 
 
 def _require_given(option: str, value, remedy: str) -> None:
@@ -257,11 +268,9 @@ def _check_run_directory(path: str) -> None:
         )
 
 
-def _check_new_file(option: str, path: str) -> None:
-    """``path`` does not exist and can be made in an existing directory."""
+def _check_file_can_be_made(option: str, path: str) -> None:
+    """``path`` can be made in an existing directory."""
     file = Path(path)
-    if file.exists():
-        raise UserError(option, f"{path} exists", "give a new file, or remove it: results are never overwritten")
     if not file.parent.is_dir():
         raise UserError(option, f"{path}: no directory {file.parent}", "create the directory, or give another file")
     if not os.access(file.parent, os.W_OK | os.X_OK):

@@ -244,6 +244,16 @@ FILES = {
     "a verdict of several tokens": (None, ["--judge.true_words", "[Affirmative]"], ["judge.true_words", "Affirmative"]),
     "batch_rows 0": (None, ["--batch_rows", "0"], ["batch_rows", "0", "at least 1"]),
     "a layout for more ranks": (None, ["--judge.layout.tp", "2"], ["judge.layout", "2 ranks", "start 2 processes"]),
+    "a shard too many": (None, ["--shards", "2", "--shard", "2"], ["shard", "2 of 2", "from 0"]),
+    "more shards than rows": (None, ["--shards", "2"], ["shards", "2 for 1 rows", "at most"]),
+    "parts of other shards": (
+        lambda case: (
+            (case.directory / "out.jsonl.parts").mkdir(),
+            (case.directory / "out.jsonl.parts/00001-of-00003.jsonl").touch(),
+        ),
+        ["--shards", "2"],
+        ["shards", "holds parts of 3", "remove"],
+    ),
 }
 TOKENIZERS = {
     "no tokenizer": (

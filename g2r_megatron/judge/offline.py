@@ -7,17 +7,16 @@ over the T tokens of the response. What the judge computed in fp32 is written wi
 an fp32 number; a value that is not finite is null.
 """
 
-import json
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Self, TextIO
+from typing import Self
 
 import torch.distributed as dist
 from rich.console import Console
@@ -32,12 +31,21 @@ from g2r_megatron.data.tokenizer import encode_text, token_texts
 from g2r_megatron.data.types import Query
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.frozen import FrozenJudge
+from g2r_megatron.judge.output_file import (
+    PartialFile,
+    check_parts,
+    job_key,
+    join_parts,
+    part_path,
+    partial_file,
+    share_of,
+)
 from g2r_megatron.judge.prompt import JudgePrompt
 from g2r_megatron.judge.reward_prompt import RewardPrompt, judge_prompt
 from g2r_megatron.judge.stage import JudgeStage
 from g2r_megatron.judge.types import JudgeInput, Judgement, backward_passes
 from g2r_megatron.model.build import build_model
-from g2r_megatron.model.hf import load_model_tokenizer, open_hf_model
+from g2r_megatron.model.hf import HFModel, load_model_tokenizer, open_hf_model
 from g2r_megatron.parallel import groups
 from g2r_megatron.records.progress import format_seconds
 
@@ -79,38 +87,82 @@ class GradientHealth:
 
 
 def judge_file(config: OfflineJudgeConfig) -> None:
-    """Judge every row of ``config.input`` and write ``config.output`` (collective; rank 0 writes).
+    """Judge the rows of ``config.input``, or this job's share of them, and write them (collective; rank 0 writes).
 
     ``config`` is resolved (no None among the options that follow the preset) and has passed ``check_judge_config``.
     Raises ``UserError`` for bad rows, models, tokenizers or layouts before the weights are read. The output has its
-    name only when it is complete.
+    name only when it is complete; until then it is continued by the next attempt (judge/output_file.py).
     """
+    output = Path(config.output)
+    path = part_path(output, config.shard, config.shards)
+    if config.shards > 1:
+        check_parts(output, config.shards)
+        if output.exists() or path.exists():
+            finish(config, f"{output if output.exists() else path}: finished already")
+            return
     hf = open_hf_model(config.judge.model, "judge.model")
-    tokenizer = load_model_tokenizer(hf)
-    prompt = judge_prompt(hf, tokenizer, config.judge)
-    rows = read_rows(config, prompt)
+    prompt = judge_prompt(hf, load_model_tokenizer(hf), config.judge)
+    rows = own_rows(config, read_rows(config, prompt))
     groups.initialize(config.seed)
+    key, ids = job_key(config, [row.query for row in rows]), [row.query.id for row in rows]
+    writes = dist.get_rank() == 0
+    with partial_file(path, key, ids, config.batch_rows) if writes else nullcontext() as file:
+        done = shared(len(file.rewards) if writes else None)
+        health = judge_and_write(config, hf, prompt, rows, done, file)
+        if writes:
+            file.complete()
+            before = f" ({done} of them before)" if done else ""
+            line = f"{path}: {len(rows)} rows{before}, mean reward {fmean(file.rewards):.3f}"
+            finish(config, f"{line}, {health.passes} backward passes")
+            if warning := health.warning():
+                print(f"g2r: warning: {warning}", file=sys.stderr, flush=True)
+
+
+def judge_and_write(
+    config: OfflineJudgeConfig, hf: HFModel, prompt: JudgePrompt, rows: list[Row], done: int, file: PartialFile | None
+) -> GradientHealth:
+    """Judge ``rows[done:]`` a batch at a time (collective); ``file``: on rank 0 what they are appended to."""
     layout = groups.build_groups("judge", config.judge.layout)
     model = build_model("judge", hf, layout, config.judge.precision, config.judge.recompute, config.judge.spec)
     judge = FrozenJudge(model, config.judge, prompt.true_ids, prompt.false_ids)
     stage = JudgeStage(judge, prompt, config.judge)
-    writes, health, rewards = dist.get_rank() == 0, GradientHealth(), []
-    with RowProgress(len(rows), writes) as progress, _complete_or_absent(Path(config.output), writes) as file:
-        for first in range(0, len(rows), config.batch_rows):
+    health = GradientHealth()
+    with RowProgress(len(rows), done, enabled=file is not None) as progress:
+        for first in range(done, len(rows), config.batch_rows):
             batch = rows[first : first + config.batch_rows]
+            records = []
             for row, inputs, judgements in judge_rows(stage, batch, config.seed):
                 health.count(row, judgements)
-                record = output_record(stage, row, judgements)
+                records.append(output_record(stage, row, judgements))
                 if config.dump_inputs:
-                    add_inputs(record, inputs, prompt)
-                rewards.append(record["reward"])
-                if file is not None:
-                    file.write(json.dumps(record, allow_nan=False) + "\n")
+                    add_inputs(records[-1], inputs, prompt)
+            if file is not None:
+                file.write(records)
             progress.done(first + len(batch))
-    if writes:
-        print(f"{config.output}: {len(rows)} rows, mean reward {fmean(rewards):.3f}, {health.passes} backward passes")
-        if warning := health.warning():
-            print(f"g2r: warning: {warning}", file=sys.stderr, flush=True)
+    return health
+
+
+def finish(config: OfflineJudgeConfig, line: str) -> None:
+    """Say ``line``, and join the parts if this was the last one (rank 0)."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(line, flush=True)
+        before = Path(config.output).exists()
+        if config.shards > 1 and join_parts(Path(config.output), config.shards) and not before:
+            print(f"{config.output}: complete, {config.shards} parts joined", flush=True)
+
+
+def shared(count: int | None) -> int:
+    """Rank 0's ``count`` on every rank (collective)."""
+    box = [count]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def own_rows(config: OfflineJudgeConfig, rows: list[Row]) -> list[Row]:
+    """This job's share. Raises ``UserError`` if there are fewer rows than shares."""
+    if len(rows) < config.shards:
+        raise UserError("shards", f"{config.shards} for {len(rows)} rows", "give at most as many as there are rows")
+    return [rows[i] for i in share_of(len(rows), config.shard, config.shards)]
 
 
 def read_rows(config: OfflineJudgeConfig, prompt: JudgePrompt | RewardPrompt) -> list[Row]:
@@ -205,30 +257,12 @@ def _numbers(values: Sequence[float]) -> list[float | None]:
     return [_number(value) for value in values]
 
 
-@contextmanager
-def _complete_or_absent(path: Path, writes: bool) -> Iterator[TextIO | None]:
-    """A file to write that gets its name at the end and disappears on any failure; None where ``writes`` is false."""
-    if not writes:
-        yield None
-        return
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise UserError("output", f"{path} cannot be written ({error.strerror})", "check the disk") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 class RowProgress:
     """Rows done and the time left, on stderr: a bar on a terminal, elsewhere one plain line a batch."""
 
-    def __init__(self, total: int, enabled: bool):
-        self.total, self._enabled, self._start = total, enabled, time.monotonic()
+    def __init__(self, total: int, before: int, enabled: bool):
+        """``before``: rows of ``total`` that an earlier process has judged."""
+        self.total, self.before, self._enabled, self._start = total, before, enabled, time.monotonic()
         self._bar: RichProgress | None = None
         if enabled and sys.stderr.isatty():
             columns = (
@@ -239,7 +273,7 @@ class RowProgress:
                 TimeRemainingColumn(),
             )
             self._bar = RichProgress(*columns, console=Console(stderr=True))
-            self._task = self._bar.add_task("", total=total)
+            self._task = self._bar.add_task("", total=total, completed=before)
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -255,5 +289,5 @@ class RowProgress:
         if self._bar is not None:
             self._bar.update(self._task, completed=rows)
         elif self._enabled:
-            seconds = (time.monotonic() - self._start) / rows * (self.total - rows)
+            seconds = (time.monotonic() - self._start) / (rows - self.before) * (self.total - rows)
             print(f"judged {rows}/{self.total} rows  ETA {format_seconds(seconds)}", file=sys.stderr, flush=True)

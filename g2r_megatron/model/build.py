@@ -115,6 +115,17 @@ def spec_backend(name: str, spec: str, dtype: str) -> BackendSpecProvider:
     return TreeTESpecProvider()
 
 
+def check_precision_options(name: str, precision: Precision, spec: str) -> None:
+    """Raise ``UserError`` for FP8 options that no machine can run."""
+    if precision.fp8 == "none":
+        return
+    where = f"{name}.precision.fp8"
+    if precision.dtype != "bf16":
+        raise UserError(where, f"{precision.fp8} with dtype {precision.dtype}", f"set {name}.precision.dtype to bf16")
+    if spec == "torch":
+        raise UserError(where, f"{precision.fp8} with {name}.spec torch", "FP8 needs Transformer Engine; set spec te")
+
+
 def check_precision(name: str, precision: Precision, spec: str) -> None:
     """Raise ``UserError`` for a precision that this machine or these layers cannot run."""
     if precision.fp8 == "none":
@@ -122,8 +133,7 @@ def check_precision(name: str, precision: Precision, spec: str) -> None:
     where = f"{name}.precision.fp8"
     if cpu.on_cpu():
         raise UserError(where, f"{precision.fp8} without a CUDA device", "FP8 needs a GPU; use none")
-    if precision.dtype != "bf16":
-        raise UserError(where, f"{precision.fp8} with dtype {precision.dtype}", f"set {name}.precision.dtype to bf16")
+    check_precision_options(name, precision, spec)
     if isinstance(spec_backend(name, spec, precision.dtype), TorchSpecProvider):
         raise UserError(
             where, f"{precision.fp8} with plain torch layers", "FP8 needs Transformer Engine; install the gpu extra"

@@ -1,0 +1,268 @@
+"""`g2r doctor`: what is installed and used, what is missing for what, and whether something needed here is broken.
+
+Every package is imported in a process of its own: one that raises, or kills the interpreter, is a line of the report.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+from rich.console import Console
+from rich.text import Text
+
+State = Literal["ok", "note", "missing", "broken"]
+GIB = 1024**3
+IMPORT_SECONDS = 180.0
+PROGRAM_SECONDS = 30.0
+SHM_GIB, OPEN_FILES, FREE_DISK_GIB = 8, 4096, 50
+STYLES = {"ok": "green", "note": "yellow", "missing": "yellow", "broken": "bold red"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. ``broken`` is what makes the exit code 1; ``what`` says what is there, or is to be done."""
+
+    name: str
+    state: State
+    what: str
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package to import: ``needed`` "always", "gpu" (on a machine with GPUs) or "no"; ``purpose`` for its absence."""
+
+    module: str
+    distribution: str
+    needed: Literal["always", "gpu", "no"]
+    purpose: str
+
+
+PACKAGES = (
+    Package("megatron.core", "megatron-core", "always", "the models themselves"),
+    Package("transformers", "transformers", "always", "configs and tokenizers"),
+    Package("safetensors.torch", "safetensors", "always", "weights of Hugging Face models"),
+    Package("sentencepiece", "sentencepiece", "always", "tokenizer.model files"),
+    Package(
+        "transformer_engine.pytorch", "transformer-engine", "gpu", "fused layers, FP8 and the fused optimizer on GPUs"
+    ),
+    Package(
+        "flash_attn", "flash-attn", "no", "a further attention kernel of Transformer Engine (cuDNN's is used without)"
+    ),
+    Package("vllm", "vllm", "no", "sampling with vLLM"),
+    Package("wandb", "wandb", "no", "log.wandb"),
+)
+# What an interpreter of its own prints of a module: its version, or what the import raised.
+PROBE = """
+import importlib, json, sys, warnings
+warnings.simplefilter("ignore")
+try:
+    module = importlib.import_module(sys.argv[1])
+    print("\\n" + json.dumps({"version": str(getattr(module, "__version__", ""))}))
+except BaseException as error:
+    print("\\n" + json.dumps({"error": f"{type(error).__name__}: {error}", "absent": getattr(error, "name", None)}))
+"""
+TORCH_PROBE = """
+import json, torch
+found = {"version": torch.__version__, "cuda": torch.version.cuda, "gpus": [], "nccl": None, "error": None}
+try:
+    found["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if torch.version.cuda else None
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        found["gpus"].append(f"{p.name}, {p.total_memory / 1024**3:.0f} GiB, sm_{p.major}{p.minor}")
+    if found["gpus"]:
+        torch.ones(2, device="cuda").sum().item()
+except Exception as error:
+    found["error"] = f"{type(error).__name__}: {error}"
+print("\\n" + json.dumps(found))
+"""
+
+
+def run_probe(code: str, *arguments: str) -> dict:
+    """The JSON object that ``code`` prints last; {"error": why} when the interpreter gives none."""
+    command = [sys.executable, "-c", code, *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return {"error": f"no answer in {IMPORT_SECONDS:.0f} s"}
+    lines = done.stdout.strip().splitlines()
+    try:
+        return json.loads(lines[-1])
+    except (IndexError, ValueError):
+        said = done.stderr.strip().splitlines()
+        return {"error": f"the interpreter ended with {done.returncode}" + (f": {said[-1]}" if said else "")}
+
+
+def run_program(*command: str) -> str | None:
+    """First line a program prints, None if there is none of that name or it fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROGRAM_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return None
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None
+
+
+def one_line(text: str, limit: int = 200) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def installed_version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# ---- what is looked at ------------------------------------------------------------------------------------------------
+
+
+def check_python() -> Finding:
+    """Its version and place; pip installs this project on no older one than it supports."""
+    return Finding("Python", "ok", f"{platform.python_version()} at {sys.executable}")
+
+
+def check_torch(has_gpu: bool) -> list[Finding]:
+    """torch, CUDA and NCCL. ``has_gpu``: the driver shows GPUs, so torch must be able to use them."""
+    found = run_probe(TORCH_PROBE)
+    if "version" not in found:
+        return [Finding("torch", "broken", f"cannot be imported ({one_line(found['error'])}); reinstall it")]
+    lines = [
+        Finding("torch", "ok", f"{found['version']}, " + (f"CUDA {found['cuda']}" if found["cuda"] else "CPU build"))
+    ]
+    if found["error"]:
+        lines.append(Finding("CUDA", "broken", f"{one_line(found['error'])}; driver and torch's CUDA must fit"))
+    elif found["gpus"]:
+        for i, gpu in enumerate(found["gpus"]):
+            lines.append(Finding(f"GPU {i}", "ok", gpu))
+        lines.append(
+            Finding("NCCL", "ok" if found["nccl"] else "broken", found["nccl"] or "torch was built without it")
+        )
+    elif has_gpu:
+        reason = "torch's CPU build is installed" if not found["cuda"] else "torch sees none (CUDA_VISIBLE_DEVICES?)"
+        lines.append(
+            Finding(
+                "GPU", "broken", f"the driver shows GPUs, but {reason}; tools/install_gpu.sh installs the GPU build"
+            )
+        )
+    else:
+        lines.append(Finding("GPU", "note", "none: models run on the CPU, over gloo"))
+    return lines
+
+
+def check_driver() -> tuple[bool, Finding]:
+    """(GPUs are there, driver's line), as nvidia-smi says."""
+    line = run_program("nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader")
+    if line is None:
+        return False, Finding("NVIDIA driver", "note", "no nvidia-smi, or it fails: no GPU here")
+    return True, Finding("NVIDIA driver", "ok", line)
+
+
+def check_package(package: Package, has_gpu: bool) -> Finding:
+    """Imported, absent, or there and raising."""
+    version = installed_version(package.distribution)
+    needed = package.needed == "always" or (package.needed == "gpu" and has_gpu)
+    found = run_probe(PROBE, package.module)
+    if "error" not in found:
+        return Finding(package.distribution, "ok", version or found["version"] or "imported")
+    absent = version is None and found.get("absent") in (package.module, package.module.partition(".")[0])
+    if absent:
+        return Finding(package.distribution, "broken" if needed else "missing", f"not installed; for {package.purpose}")
+    problem = f"{version or 'there'}, but its import raises {one_line(found['error'])}; for {package.purpose}"
+    # Megatron-Core imports Transformer Engine wherever it finds it: a broken one is in the way also without a GPU
+    harmful = needed or package.module.startswith("transformer_engine")
+    return Finding(package.distribution, "broken" if harmful else "note", problem + "; reinstall or remove it")
+
+
+def check_apex() -> Finding:
+    """NVIDIA's Apex has ``apex.optimizers`` and the compiled ``amp_C``; ``apex`` of PyPI is a Pyramid toolkit."""
+    version = installed_version("apex")
+    top = run_probe(PROBE, "apex")
+    if "error" in top and top.get("absent") == "apex" and version is None:
+        return Finding(
+            "NVIDIA Apex", "missing", "not installed; optional: fused kernels that Transformer Engine does not have"
+        )
+    optimizers, kernels = run_probe(PROBE, "apex.optimizers"), run_probe(PROBE, "amp_C")
+    if optimizers.get("absent") in ("apex", "apex.optimizers"):
+        return Finding(
+            "NVIDIA Apex",
+            "broken",
+            f"apex {version or ''} is PyPI's unrelated package of that name, which Megatron-Core takes for NVIDIA's: "
+            "pip uninstall apex (tools/install_gpu.sh builds NVIDIA's)".replace("  ", " "),
+        )
+    if "error" in optimizers or "error" in top:
+        error = optimizers.get("error") or top["error"]
+        return Finding("NVIDIA Apex", "broken", f"its import raises {one_line(error)}; rebuild or remove it")
+    if "error" in kernels:
+        return Finding("NVIDIA Apex", "note", "built without --cuda_ext (no amp_C): rebuild with tools/install_gpu.sh")
+    return Finding("NVIDIA Apex", "ok", version or "imported")
+
+
+def check_machine() -> list[Finding]:
+    """Slurm, memory, shared memory, limits, disk."""
+    import psutil
+
+    slurm = run_program("sinfo", "--version")
+    lines = [Finding("Slurm", "ok" if slurm else "missing", slurm or "no sinfo here; for sbatch slurm/*.sh")]
+    memory = psutil.virtual_memory()
+    lines.append(
+        Finding(
+            "memory",
+            "ok",
+            f"{memory.available / GIB:.0f} of {memory.total / GIB:.0f} GiB available, {os.cpu_count()} CPUs",
+        )
+    )
+    if os.path.isdir("/dev/shm"):
+        size = shutil.disk_usage("/dev/shm").total / GIB
+        small = (
+            f"; NCCL and data workers may want {SHM_GIB}: docker run --shm-size={SHM_GIB}g" if size < SHM_GIB else ""
+        )
+        lines.append(Finding("/dev/shm", "note" if small else "ok", f"{size:.1f} GiB{small}"))
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    low = files != resource.RLIM_INFINITY and files < OPEN_FILES
+    lines.append(
+        Finding("open files", "note" if low else "ok", f"{files}" + (f"; ulimit -n {OPEN_FILES}" if low else ""))
+    )
+    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    text = (
+        "unlimited"
+        if locked == resource.RLIM_INFINITY
+        else f"{locked / GIB:.3f} GiB; InfiniBand wants ulimit -l unlimited"
+    )
+    lines.append(Finding("locked memory", "ok" if text == "unlimited" else "note", text))
+    free = shutil.disk_usage(".").free / GIB
+    few = f"; checkpoints of large models want more than {FREE_DISK_GIB}" if free < FREE_DISK_GIB else ""
+    lines.append(Finding("disk here", "note" if few else "ok", f"{free:.0f} GiB free in {os.getcwd()}{few}"))
+    return lines
+
+
+def findings() -> list[Finding]:
+    """The whole report, in order."""
+    has_gpu, driver = check_driver()
+    with ThreadPoolExecutor() as threads:  # each import waits in a process of its own
+        torch, apex = threads.submit(check_torch, has_gpu), threads.submit(check_apex)
+        packages = list(threads.map(check_package, PACKAGES, [has_gpu] * len(PACKAGES)))
+        return [check_python(), driver, *torch.result(), *packages, apex.result(), *check_machine()]
+
+
+def examine() -> int:
+    """Print the report: 1 if something that this kind of machine needs is broken, else 0."""
+    out = Console(highlight=False, soft_wrap=True)
+    report = findings()
+    width = max(len(finding.name) for finding in report)
+    for finding in report:
+        line = Text(f"{finding.name:<{width}}  ")
+        line.append(f"{finding.state:<7}", style=STYLES[finding.state] if out.is_terminal else "")
+        out.print(line.append(f"  {finding.what}"))
+    broken = [finding.name for finding in report if finding.state == "broken"]
+    out.print(f"broken: {', '.join(broken)}" if broken else "nothing that is needed here is broken")
+    return 1 if broken else 0

@@ -1,0 +1,188 @@
+"""The file that ``g2r judge`` writes: whole or absent, continued after any kind of death, and made by several jobs.
+
+While it is written it is ``.NAME.partial``, whose first line says what job it belongs to. What a killed process left
+there is kept up to the last whole batch, so a continued file is the one an uninterrupted process writes, bit for bit.
+Several jobs each write a share of the rows: ``OUTPUT.parts/00003-of-00016.jsonl``; the last one to finish joins them.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from g2r_megatron.config import OfflineJudgeConfig
+from g2r_megatron.data.types import Query
+from g2r_megatron.errors import UserError
+
+# Options that may differ between two attempts at one file: they change no number by more than rounding.
+FREE = ("input", "output", "batch_rows")  # the rows themselves count, not where they are
+
+
+def share_of(count: int, shard: int, shards: int) -> range:
+    """The rows of one of ``shards`` shares of ``count`` rows: consecutive, sizes equal but for one row."""
+    return range(shard * count // shards, (shard + 1) * count // shards)
+
+
+def part_path(output: Path, shard: int, shards: int) -> Path:
+    """Where a share is written: ``output`` itself if there is only one."""
+    return output if shards == 1 else parts_directory(output) / f"{shard:05d}-of-{shards:05d}.jsonl"
+
+
+def parts_directory(output: Path) -> Path:
+    return output.with_name(output.name + ".parts")
+
+
+def job_key(config: OfflineJudgeConfig, queries: Sequence[Query]) -> str:
+    """A digest of everything that decides what the file holds: the options and the rows themselves."""
+    options = {name: value for name, value in asdict(config).items() if name not in FREE}
+    described = json.dumps([options, [asdict(query) for query in queries]], sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()
+
+
+@dataclass
+class PartialFile:
+    """A file on its way to ``path``; ``rewards`` are those of the rows it holds so far."""
+
+    path: Path
+    file: BinaryIO
+    rewards: list[float]
+
+    def write(self, records: Sequence[dict]) -> None:
+        """Append a batch; it is on the disk when this returns. Raises ``UserError`` if that fails."""
+        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+        with _named_errors(self.path):
+            self.file.write(lines.encode())
+            _to_disk(self.file)
+        self.rewards += [record["reward"] for record in records]
+
+    def complete(self) -> None:
+        """Give the file its name, without the first line. Raises ``UserError`` if another process has taken over."""
+        partial, whole = partial_path(self.path), self.path.with_name(f".{self.path.name}.{_process()}.whole")
+        with _named_errors(self.path):
+            if not partial.exists() or os.fstat(self.file.fileno()).st_ino != partial.stat().st_ino:
+                raise UserError("output", f"{self.path} is being written by another process", "leave it to that one")
+            with partial.open("rb") as source, whole.open("wb") as target:
+                source.readline()
+                shutil.copyfileobj(source, target)
+                _to_disk(target)
+            whole.replace(self.path)
+            partial.unlink()
+
+
+def partial_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+@contextmanager
+def partial_file(path: Path, key: str, ids: Sequence[str], batch: int) -> Iterator[PartialFile]:
+    """Continue ``path``'s partial file, or begin it. ``ids``: of the rows it will hold, in order.
+
+    Whole batches of ``batch`` rows are kept. They are copied into a new file that takes the old one's name: a process
+    that still has the old one open (on a node that Slurm has given up) can no longer write into ours. Raises
+    ``UserError`` if the partial file is another job's, or cannot be written.
+    """
+    partial, fresh = partial_path(path), path.with_name(f".{path.name}.{_process()}.new")
+    with _named_errors(path):
+        path.parent.mkdir(exist_ok=True)
+        with fresh.open("wb") as target:
+            target.write(json.dumps({"job": key}).encode() + b"\n")
+            rewards = copy_whole_batches(partial, target, key, ids, batch) if partial.exists() else []
+            _to_disk(target)
+        fresh.replace(partial)
+        file = partial.open("ab")
+    result = PartialFile(path, file, rewards)
+    try:
+        with file:
+            yield result
+    finally:
+        if not result.rewards:  # a mistake found before the first row: nothing to go on from
+            partial.unlink(missing_ok=True)
+
+
+def copy_whole_batches(partial: Path, target: BinaryIO, key: str, ids: Sequence[str], batch: int) -> list[float]:
+    """Copy the lines of ``partial`` that need not be made again, without the first; the rewards of their rows.
+
+    A line cut short by a crash, or one that is not its row's, ends what is kept.
+    """
+    rewards: list[float] = []
+    with partial.open("rb") as file:
+        if _record(file.readline()).get("job") != key:
+            Path(target.name).unlink()
+            remedy = "repeat that command, or remove the file to begin anew"
+            raise UserError("output", f"{partial} was begun with other options or rows", remedy)
+        while len(rewards) < len(ids):
+            wanted = ids[len(rewards) : len(rewards) + batch]
+            lines = [file.readline() for _ in wanted]
+            records = [_record(line) for line in lines]
+            if [record.get("id") for record in records] != list(wanted):
+                break
+            target.writelines(lines)
+            rewards += [record["reward"] for record in records]
+    return rewards
+
+
+def join_parts(output: Path, shards: int) -> bool:
+    """Write ``output`` from its parts if all are there, then remove them; whether ``output`` is there now.
+
+    Any number of jobs may do this at once: each writes the same bytes under a name of its own and renames it.
+    """
+    parts = [part_path(output, shard, shards) for shard in range(shards)]
+    if not output.exists() and not all(part.exists() for part in parts):
+        return False
+    whole = output.with_name(f".{output.name}.{_process()}.whole")
+    with _named_errors(output):
+        try:
+            if not output.exists():
+                with whole.open("wb") as target:
+                    for part in parts:
+                        with part.open("rb") as source:
+                            shutil.copyfileobj(source, target)
+                    _to_disk(target)
+                whole.replace(output)
+        except FileNotFoundError:  # another job has joined and removed them meanwhile
+            whole.unlink(missing_ok=True)
+        shutil.rmtree(parts_directory(output), ignore_errors=True)
+    return True
+
+
+def check_parts(output: Path, shards: int) -> None:
+    """Raise ``UserError`` if ``output`` was begun with another number of shares."""
+    found = [file.name.lstrip(".") for file in parts_directory(output).glob("*-of-*")]
+    others = sorted({name.partition("-of-")[2][:5] for name in found} - {f"{shards:05d}"})
+    if others:
+        directory = parts_directory(output)
+        remedy = "give the same number again, or remove the directory to begin anew"
+        raise UserError("shards", f"{shards}, but {directory} holds parts of {int(others[0])}", remedy)
+
+
+def _process() -> str:
+    """A name that no other process on the file system has."""
+    return f"{os.uname().nodename}.{os.getpid()}"
+
+
+def _record(line: bytes) -> dict:
+    """The object of a line; empty if the line is not whole or not an object."""
+    try:
+        record = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:  # cut short, or blocks that never reached the disk
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _to_disk(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        remedy = "check the disk; the same command goes on from what is written"
+        raise UserError("output", f"{path} cannot be written ({error.strerror})", remedy) from error

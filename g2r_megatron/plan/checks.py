@@ -1,0 +1,102 @@
+"""What training would refuse, found before it is queued: every problem, where training stops at the first."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from g2r_megatron.config import Precision
+from g2r_megatron.config_check import check_train_config
+from g2r_megatron.errors import UserError
+from g2r_megatron.model.hf import CHECKPOINT_FACTS, HFModel, open_hf_model
+from g2r_megatron.plan.options import PlanConfig
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+class Problems(list[UserError]):
+    """Errors collected instead of raised; the same one once."""
+
+    def catch(self, check: Callable, *args):
+        """``check(*args)``, or None when it raises a ``UserError``."""
+        try:
+            return check(*args)
+        except UserError as error:
+            if str(error) not in map(str, self):
+                self.append(error)
+            return None
+
+
+def check_config(config: PlanConfig, problems: Problems) -> tuple[HFModel | None, HFModel | None]:
+    """Everything but memory: options, world, models' configs, layouts, precisions. Returns (policy, judge) if readable."""
+    world = config.nodes * config.gpus_per_node
+    problems.catch(_check_place, config)
+    if problems:
+        return None, None
+    # what is not there yet is no mistake in a plan (``missing_files``)
+    data = replace(config.data, train=config.data.train or ["-"], eval=config.data.eval or ["-"])
+    checked = replace(config, data=data, output_dir=config.output_dir or ".")
+    problems.catch(check_train_config, checked, world)
+    if not config.policy.model:
+        return None, None
+    policy = problems.catch(open_hf_model, config.policy.model, "policy.model")
+    judge = policy
+    if config.judge.model is not None:
+        judge = problems.catch(open_hf_model, config.judge.model, "judge.model")
+    for name, hf, section in (("policy", policy, config.policy), ("judge", judge, config.judge)):
+        if hf is not None:
+            problems.catch(_check_model, name, hf, section)
+    return policy, judge
+
+
+def _check_place(config: PlanConfig) -> None:
+    for option in ("nodes", "gpus_per_node", "rubric_items", "criterion_tokens"):
+        if getattr(config, option) < 1:
+            raise UserError(option, str(getattr(config, option)), "must be at least 1")
+    if not 0 <= config.attributed_share <= 1:
+        raise UserError("attributed_share", str(config.attributed_share), "must be between 0 and 1")
+    for field in dataclasses.fields(config.hardware):
+        value = getattr(config.hardware, field.name)
+        if not 0 < value < float("inf") and field.name not in ("reserve_gib", "layer_us"):
+            raise UserError(f"hardware.{field.name}", str(value), "must be more than 0")
+
+
+def _check_model(name: str, hf: HFModel, section) -> None:
+    from g2r_megatron.model.build import check_model, check_precision_options
+
+    check_model(name, hf, section.layout, Precision(dtype=section.precision.dtype), "torch")
+    check_precision_options(name, section.precision, section.spec)
+
+
+def missing_files(config: PlanConfig) -> list[str]:
+    """What training will need and is not there yet, one line each."""
+    lines = []
+    if not config.output_dir:
+        lines.append("output_dir is not given")
+    if not config.data.train:
+        lines.append("data.train is not given")
+    lines += [f"data file {file} is not there" for file in (*config.data.train, *config.data.eval) if not _there(file)]
+    models = {"policy.model": config.policy.model, "judge.model": config.judge.model}
+    for option, path in models.items():
+        if path is None or (Path(path) / CHECKPOINT_FACTS).is_file() or (Path(path) / ".metadata").is_file():
+            continue
+        if not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+            lines.append(f"{option}: {path} has no tokenizer")
+        if not any(Path(path).glob("*.safetensors")):
+            lines.append(f"{option}: {path} has no *.safetensors")
+    return lines
+
+
+def _there(file: str) -> bool:
+    return Path(file).is_file()
+
+
+def check_inputs(config: PlanConfig, problems: Problems) -> None:
+    """Tokenizers, template and every data row, as training reads them. All files must be there."""
+    from g2r_megatron.workers import read_inputs
+
+    # what the machine must be able to run is not this machine's business
+    plain = Precision()
+    policy = replace(config.policy, precision=replace(plain, dtype=config.policy.precision.dtype), spec="torch")
+    judge = replace(config.judge, precision=replace(plain, dtype=config.judge.precision.dtype), spec="torch")
+    problems.catch(read_inputs, replace(config, policy=policy, judge=judge))

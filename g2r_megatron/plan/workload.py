@@ -1,0 +1,174 @@
+"""What a training step computes: the passes of each phase, from the config's limits on tokens.
+
+Every prompt has ``rollout.max_prompt_tokens`` tokens and every response ``rollout.max_response_tokens``: what has to
+fit, and the longest that a step takes. Real steps are as much faster as their responses are shorter.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+from g2r_megatron.config import Layout
+from g2r_megatron.parallel.layout import data_parallel_size
+from g2r_megatron.parallel.microbatches import padded
+from g2r_megatron.plan.options import PlanConfig
+
+CHARACTERS_PER_TOKEN = 4
+CHAT_TOKENS = 24  # of a chat template around the judge's prompt
+FP8_TOKENS = {"none": 1, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}  # as model/build.py
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Work of one phase on one data-parallel replica.
+
+    ``micro_batches`` of ``tokens`` tokens each, padding included; a token attends to ``context`` positions on average;
+    ``logit_rows``: positions of a micro-batch whose logits are built.
+    """
+
+    micro_batches: int
+    tokens: int
+    context: float
+    logit_rows: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sizes of a training step, in tokens unless they are counts."""
+
+    responses: int
+    prompt: int
+    response: int
+    items: int  # of a response
+    attributed: float  # items of a response that need a backward pass
+    criterion: int
+    template: int
+    shares_prefix: bool  # the criterion comes last: the items of a response share what stands before it
+    pooled: bool  # one backward pass a response
+    parts: int  # sampled and judged one after the other
+
+    @property
+    def sequence(self) -> int:
+        return self.prompt + self.response
+
+    @property
+    def judge_prefix(self) -> int:
+        return self.prompt + self.template + self.response
+
+    @property
+    def judge_input(self) -> int:
+        """One item alone."""
+        return self.judge_prefix + self.criterion
+
+    @property
+    def judge_tree(self) -> int:
+        """All items of a response, as they run together."""
+        return self.judge_prefix + self.items * self.criterion if self.shares_prefix else self.judge_input
+
+
+def workload(config: PlanConfig) -> Workload:
+    """The step that ``config`` (with its preset resolved) asks for."""
+    template = config.judge.template
+    text = len(template) - sum(len("{" + name + "}") for name in ("conversation", "response", "criterion"))
+    attributes = config.grpo.advantage != "sequence" and config.grpo.mix > 0
+    share = config.attributed_share * config.grpo.top_items if attributes else 0.0
+    return Workload(
+        responses=config.rollout.prompts_per_step * config.rollout.responses_per_prompt,
+        prompt=config.rollout.max_prompt_tokens,
+        response=config.rollout.max_response_tokens,
+        items=config.rubric_items,
+        attributed=share * config.rubric_items,
+        criterion=config.criterion_tokens,
+        template=math.ceil(text / CHARACTERS_PER_TOKEN) + (CHAT_TOKENS if config.judge.chat_template else 0),
+        shares_prefix=template.index("{criterion}") > template.index("{response}"),
+        pooled=config.judge.pooling == "response",
+        parts=config.judge.parts,
+    )
+
+
+def _passes(
+    layout: Layout, ranks: int, count: int, length: int, budget: int, fp8: str, context: float, rows: int
+) -> Passes:
+    """``count`` sequences of ``length`` tokens, ``rows`` logits each, dealt over the replicas and cut by the budget."""
+    dp = data_parallel_size(layout, ranks)
+    multiple = FP8_TOKENS[fp8] * (layout.tp if layout.sp else 1) * layout.cp  # as model/build.py
+    together = max(1, budget // padded(length, multiple))
+    micro_batches = math.ceil(math.ceil(count / dp) / together)
+    if layout.vpp:
+        micro_batches = padded(micro_batches, layout.pp)
+    return Passes(micro_batches, padded(together * length, multiple), context, together * rows)
+
+
+def policy_passes(work: Workload, config: PlanConfig, ranks: int) -> Passes:
+    """Old log-probs (forward) and each mini-batch of the update (forward and backward), all mini-batches together."""
+    p = config.policy
+    count, mini_batches = math.ceil(work.responses / config.grpo.mini_batches), config.grpo.mini_batches
+    one = _passes(
+        p.layout, ranks, count, work.sequence, p.micro_batch_tokens, p.precision.fp8, work.sequence / 2, work.response
+    )
+    return replace(one, micro_batches=one.micro_batches * mini_batches)
+
+
+def reference_passes(work: Workload, config: PlanConfig, ranks: int) -> Passes:
+    """Log-probs under the frozen initial policy; self-judging, that is the judge on its own layout."""
+    c = config.judge if config.judge.model is None and not config.judge.ranks else config.policy
+    budget = config.policy.micro_batch_tokens
+    return _passes(
+        c.layout, ranks, work.responses, work.sequence, budget, c.precision.fp8, work.sequence / 2, work.response
+    )
+
+
+def verdict_passes(work: Workload, config: PlanConfig, ranks: int) -> Passes:
+    """One tree a response, cut where it is longer than ``judge.max_length``; without sharing one sequence an item."""
+    c = config.judge
+    if not work.shares_prefix:
+        return _judge_passes(config, ranks, work.responses * work.items, work.judge_input, work.judge_input / 2, 1)
+    room = max(1, (c.max_length - work.judge_prefix) // work.criterion)
+    items = min(work.items, room)
+    parts = math.ceil(work.items / items)
+    length = work.judge_prefix + items * work.criterion
+    return _judge_passes(config, ranks, work.responses * parts, length, _tree_context(work, items), items)
+
+
+def attribution_passes(work: Workload, config: PlanConfig, ranks: int) -> Passes:
+    """One sequence an attributed item, or one tree of them a response (``judge.pooling=response``)."""
+    if work.pooled:
+        items = math.ceil(work.attributed)
+        length = work.judge_prefix + items * work.criterion
+        count = work.responses if items else 0
+        return _judge_passes(config, ranks, count, length, _tree_context(work, items), items)
+    count = math.ceil(work.responses * work.attributed)
+    return _judge_passes(config, ranks, count, work.judge_input, work.judge_input / 2, 1)
+
+
+def _tree_context(work: Workload, items: int) -> float:
+    prefix, branches = work.judge_prefix, items * work.criterion
+    return (prefix * prefix / 2 + branches * (prefix + work.criterion / 2)) / (prefix + branches)
+
+
+def _judge_passes(config: PlanConfig, ranks: int, count: int, length: int, context: float, rows: int) -> Passes:
+    c, parts = config.judge, config.judge.parts
+    one = _passes(
+        c.layout, ranks, math.ceil(count / parts), length, c.micro_batch_tokens, c.precision.fp8, context, rows
+    )
+    return replace(one, micro_batches=one.micro_batches * parts)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Sampling on one replica: ``batches`` of ``sequences`` decoded together, ``steps`` tokens each."""
+
+    batches: int
+    sequences: int
+    prompt: int
+    steps: int
+
+    @property
+    def length(self) -> int:
+        return self.prompt + self.steps
+
+
+def rollout(work: Workload, config: PlanConfig, ranks: int) -> Rollout:
+    size = config.rollout.batch_size
+    share = math.ceil(math.ceil(work.responses / work.parts) / data_parallel_size(config.policy.layout, ranks))
+    sequences = padded(min(share, size), FP8_TOKENS[config.policy.precision.fp8])
+    return Rollout(work.parts * math.ceil(share / size), sequences, work.prompt, work.response)

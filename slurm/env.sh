@@ -1,0 +1,27 @@
+# What is particular to your site: read by every script of this directory, on the first node, before anything starts.
+# Options of Slurm (partition, account, time, QoS) go on the command line of sbatch or into SBATCH_* variables:
+#   export SBATCH_PARTITION=gpu SBATCH_ACCOUNT=myproject
+# Nothing here is needed if the repository's `make install` has made .venv and the nodes have a working network.
+
+# --- Software ---------------------------------------------------------------------------------------------------------
+# module load cuda/12.8
+
+# A virtual environment on a file system that all nodes see ...
+G2R_VENV=${G2R_VENV:-$G2R_HOME/.venv}
+if [ -d "$G2R_VENV/bin" ]; then PATH=$G2R_VENV/bin:$PATH; fi
+
+# ... or a container. G2R_SRUN: further options of srun. G2R_EXEC: what stands before every command on every node.
+G2R_SRUN=()   # pyxis:     G2R_SRUN=(--container-image=/images/g2r.sqsh --container-mounts="$G2R_HOME,/scratch" --container-workdir="$G2R_HOME")
+G2R_EXEC=()   # apptainer: G2R_EXEC=(apptainer exec --nv --bind /scratch /images/g2r.sif)
+
+# --- Network ----------------------------------------------------------------------------------------------------------
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0    # the interface between the nodes, where NCCL picks a wrong one
+# export NCCL_IB_HCA=mlx5                                 # the InfiniBand adapters
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+
+# --- Caches -----------------------------------------------------------------------------------------------------------
+# Compiled kernels: on the node's own disk, not in a home directory that all ranks of all nodes lock.
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-$UID}
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-/tmp/inductor-$UID}
+# Models are read from the directories you give; nothing is downloaded.
+export HF_HUB_OFFLINE=1

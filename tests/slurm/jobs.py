@@ -1,0 +1,98 @@
+"""Jobs of the scripts in slurm/ on the test cluster: submitted, watched, hurt. Not a test."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from copy import copy
+from pathlib import Path
+
+from cluster import ENVIRONMENT, ask
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 900.0  # seconds for anything to happen on a busy machine
+# A rank a node, of a CPU; --exclusive gives a job all GPUs of its nodes, so the number of ranks is told by itself.
+SMALL = {
+    "G2R_VENV": sys.prefix,
+    "GPUS_PER_NODE": "1",
+    "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "PYTHONPATH": str(ROOT),
+}
+
+SUBMITTED: list[str] = []  # ids of all jobs
+
+
+class Job:
+    """A submitted job; its Slurm log is ``DIRECTORY/NAME-ID.log``, its attempts' logs are under logs/ of its home."""
+
+    def __init__(self, script: str, options: list[str], home: Path, *sbatch: str, **environment: str):
+        """``home`` stands for the repository's root: what the job writes goes there, what it reads is linked."""
+        for name in ("slurm", "examples", "tools", "g2r_megatron"):
+            if not (home / name).exists():
+                (home / name).symlink_to(ROOT / name)
+        self.home, self.log = home, home / f"{script}.log"
+        command = ["sbatch", "--parsable", f"--output={self.log}", *sbatch, f"slurm/{script}.sh", *options]
+        settings = {**ENVIRONMENT, **SMALL, **environment}
+        done = subprocess.run(command, cwd=home, env=settings, capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == 0, done.stderr
+        self.id = done.stdout.strip()
+        SUBMITTED.append(self.id)
+
+    def task(self, number: int) -> "Job":
+        """A task of an array; its log is ``NAME-NUMBER.log``."""
+        task = copy(self)
+        task.id, task.log = f"{self.id}_{number}", self.log.with_name(f"{self.log.stem}-{number}.log")
+        return task
+
+    def field(self, name: str) -> str:
+        """A field of ``scontrol show job``, e.g. JobState."""
+        shown = ask("scontrol", "show", "job", "-o", self.id)
+        return next(word.partition("=")[2] for word in shown.split() if word.startswith(f"{name}="))
+
+    def text(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def ended(self) -> bool:
+        """It waits, runs and completes no more. (On its way back into the queue JobState may tell of an end.)"""
+        return not ask("squeue", "-h", "-j", self.id)
+
+    def wait(self, happened: Callable[[], bool], may_end: bool = False) -> None:
+        """Until ``happened()``; fails when the job ends before, unless that ``may_end`` it."""
+        deadline = time.monotonic() + PATIENCE
+        while not happened():
+            assert may_end or not self.ended(), f"ended before:\n{self.text()}"
+            assert time.monotonic() < deadline, f"nothing happened:\n{self.text()}"
+            time.sleep(0.1)
+
+    def end(self) -> str:
+        """Wait until the job is over; its state and exit code, e.g. ``COMPLETED 0:0``."""
+        self.wait(self.ended, may_end=True)
+        return f"{self.field('JobState')} {self.field('ExitCode')}"
+
+    def attempt(self) -> int:
+        return int(self.field("Restarts")) + 1
+
+    def nodes(self) -> list[str]:
+        """Those it runs on, the batch shell's first."""
+        return ask("scontrol", "show", "hostnames", self.field("NodeList")).split()
+
+    def ranks(self, number: int) -> list[int]:
+        """Pids of the rank with that number, on whichever node."""
+        wanted = {f"RANK={number}".encode(), f"SLURM_JOB_ID={self.field('JobId')}".encode()}
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    if wanted <= set((entry / "environ").read_bytes().split(b"\0")):
+                        found.append(int(entry.name))
+                except OSError:  # ended meanwhile
+                    continue
+        return found
+
+    def kill_rank(self, number: int) -> None:
+        pids = self.ranks(number)
+        assert pids
+        for pid in pids:
+            os.kill(pid, 9)
