@@ -8,7 +8,7 @@ from collections.abc import Callable
 from copy import copy
 from pathlib import Path
 
-from cluster import ENVIRONMENT, ask
+from cluster import DIRECTORY, ENVIRONMENT, ask
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 900.0  # seconds for anything to happen on a busy machine
@@ -86,13 +86,14 @@ class Job:
         attempt = self.attempt()
         ask("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
         try:
-            self.wait(lambda: self.attempt() > attempt and not self.processes(f"SLURMD_NODENAME={node}"))
+            steps = DIRECTORY / f"spool.{node}"  # slurmd's sockets to the job's steps that live
+            self.wait(lambda: self.attempt() > attempt and not list(steps.glob(f"{node}_{self.id}.*")))
         finally:
             ask("scontrol", "update", f"nodename={node}", "state=resume")
 
-    def processes(self, *settings: str) -> list[int]:
-        """Pids of the job's processes, on any node, with these settings (``NAME=value``) in their environment."""
-        wanted = {setting.encode() for setting in (f"SLURM_JOB_ID={self.field('JobId')}", *settings)}
+    def ranks(self, number: int) -> list[int]:
+        """Pids of the rank with that number, on whichever node."""
+        wanted = {f"RANK={number}".encode(), f"SLURM_JOB_ID={self.field('JobId')}".encode()}
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
@@ -102,10 +103,6 @@ class Job:
                 except OSError:  # ended meanwhile
                     continue
         return found
-
-    def ranks(self, number: int) -> list[int]:
-        """Pids of the rank with that number, on whichever node."""
-        return self.processes(f"RANK={number}")
 
     def kill_rank(self, number: int) -> None:
         pids = self.ranks(number)
