@@ -46,7 +46,7 @@ def hurt(job: Job, kind: str, rng: random.Random) -> None:
     elif kind == SIGNAL:
         ask("scancel", "--batch", "--signal=USR1", job.id)
     else:
-        job.take_node_down(rng.choice(job.nodes()))
+        job.lose_node(rng.choice(job.nodes()))
 
 
 def soak(job: Job, run: Path, kinds: list[str], rng: random.Random) -> list[tuple[str, float]]:

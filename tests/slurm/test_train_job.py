@@ -46,7 +46,7 @@ def test_time_limit_dead_rank_dead_node_and_cancelled(options, worlds, tmp_path)
     reached = last_recorded(run)
     job.wait(lambda: last_recorded(run) > reached)
 
-    job.take_node_down(job.nodes()[1])
+    job.lose_node(job.nodes()[1])
     assert job.attempt() == 4 and "NODE FAILURE" in job.text()
     job.wait(lambda: heartbeat(run)["state"] == "running" and heartbeat(run)["attempt"] == 4)
 
