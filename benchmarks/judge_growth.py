@@ -5,7 +5,7 @@
 A random model judges random tokens: a conversation of 400 tokens, a response, criteria of 110 tokens, all judged True. CPU
 seconds of the process are the least of the repetitions. Memory is what a pass adds to the process at its peak, beside
 what judge/memory.py says of it; the largest real HealthBench rubric (33 criteria) on a response of 4096 tokens must stay
-within MARGIN of it. Writes judge_growth.md and judge_growth.svg.
+within 0.7 to 1.1 of it. Writes judge_growth.md and judge_growth.svg.
 """
 
 import argparse

@@ -28,12 +28,13 @@ def judge_activation_bytes(
     window: bool = False,
     rows: int = 1,
 ) -> int:
-    """Peak bytes of one rank while the judge runs a row of ``row_tokens``, above weights: an upper estimate.
+    """Peak bytes of one rank while the judge runs a row of ``row_tokens``, above weights.
 
     ``layers`` on this rank (of all its virtual stages), ``verdicts`` in the row, ``bytes_per_number`` of activations (4
     fp32, 2 bf16), ``recompute`` as in the config ("selective" is counted as "none"), ``backward``: the attribution pass,
     else the verdict pass, ``window``: some layers have a sliding window, ``rows``: micro-batches in flight
-    (``rows_in_flight``). The formula is explained in judge/packing.py and held to measurements by
+    (``rows_in_flight``). The formula is explained in judge/packing.py; measured peaks of the
+    attribution are 0.8 to 1 of it, of the verdict pass, which is far smaller, up to 1.25. Held to measurements by
     tests/test_judge_memory.py and benchmarks/judge_growth.py.
     """
     g, tokens = geometry, -(-row_tokens // cp)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import secrets
 from pathlib import Path
 
 from g2r_megatron.config import LogConfig
@@ -147,7 +148,7 @@ def _start_wandb(output_dir: Path, project: str, config_dict: dict):
 
     id_file = output_dir / WANDB_ID_FILE
     if not id_file.exists():
-        id_file.write_text(wandb.util.generate_id())
+        id_file.write_text(secrets.token_hex(4))
     return wandb.init(
         project=project,
         name=output_dir.name,
