@@ -53,10 +53,10 @@ def _norm_keeps(width: float, kind: Kind) -> float:
 
 def _attention_keeps(g: Geometry, layout: Layout, kind: Kind) -> float:
     a, q, k = kind.a, g.heads * g.head_dim / layout.tp, g.kv_heads * g.head_dim / layout.tp
-    # values (in Transformer Engine's layers a view that keeps the whole QKV product), rotated queries and keys, the
-    # result, and its log-sum-exp
-    kept = a * ((q + 2 * k if kind.te else k) + (q + k) + q) + FP32 * q / g.head_dim
-    kept += _norm_keeps(g.hidden * _shard(layout), kind)
+    # Transformer Engine: the QKV product, of which the values are a part; plain torch: a copy of the values alone
+    values = q + 2 * k if kind.te else k
+    # rotated queries and keys, the result, and its log-sum-exp
+    kept = _norm_keeps(g.hidden * _shard(layout), kind) + a * (values + (q + k) + q) + FP32 * q / g.head_dim
     return kept + 4 * a * g.head_dim  # cosines and sines, for queries and keys
 
 
