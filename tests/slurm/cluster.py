@@ -125,6 +125,16 @@ def launch_node(name: str) -> None:
     launch(f"slurmd.{name}", [*(own_hostname if allowed else []), *command])
 
 
+def restart_node(name: str) -> None:
+    """Kill the node's slurmd and start it anew."""
+    pid = int((DIRECTORY / f"slurmd.{name}.started").read_text())
+    os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + PATIENCE
+    while pid in processes() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    launch_node(name)
+
+
 def launch(name: str, command: list[str]) -> None:
     """Start a daemon in a session of its own and note its pid."""
     with open(DIRECTORY / f"{name}.log", "ab") as log:

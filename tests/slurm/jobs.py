@@ -8,7 +8,7 @@ from collections.abc import Callable
 from copy import copy
 from pathlib import Path
 
-from cluster import ENVIRONMENT, ask
+from cluster import DIRECTORY, ENVIRONMENT, ask, restart_node
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 900.0  # seconds for anything to happen on a busy machine
@@ -78,9 +78,24 @@ class Job:
         """Those it runs on, the batch shell's first."""
         return ask("scontrol", "show", "hostnames", self.field("NodeList")).split()
 
-    def ranks(self, number: int) -> list[int]:
-        """Pids of the rank with that number, on whichever node."""
-        wanted = {f"RANK={number}".encode(), f"SLURM_JOB_ID={self.field('JobId')}".encode()}
+    def lose_node(self, node: str) -> None:
+        """The node goes down with all that runs on it, and starts anew when the job is back in the queue.
+
+        Slurm is told that the node is down instead of finding out after SlurmdTimeout. Its slurmd starts anew, as after a
+        reboot: the old one would refuse the job it still knows, and the node be drained.
+        """
+        attempt = self.attempt()
+        ask("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+        for pid in self.processes(f"SLURMD_NODENAME={node}"):
+            os.kill(pid, 9)
+        steps = DIRECTORY / f"spool.{node}"  # slurmd's sockets to the job's steps that live
+        self.wait(lambda: self.attempt() > attempt and not list(steps.glob(f"{node}_{self.id}.*")))
+        restart_node(node)
+        ask("scontrol", "update", f"nodename={node}", "state=resume")
+
+    def processes(self, *settings: str) -> list[int]:
+        """Pids of the job's processes, on any node, with these settings (``NAME=value``) in their environment."""
+        wanted = {setting.encode() for setting in (f"SLURM_JOB_ID={self.field('JobId')}", *settings)}
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
@@ -90,6 +105,10 @@ class Job:
                 except OSError:  # ended meanwhile
                     continue
         return found
+
+    def ranks(self, number: int) -> list[int]:
+        """Pids of the rank with that number, on whichever node."""
+        return self.processes(f"RANK={number}")
 
     def kill_rank(self, number: int) -> None:
         pids = self.ranks(number)

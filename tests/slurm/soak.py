@@ -46,10 +46,7 @@ def hurt(job: Job, kind: str, rng: random.Random) -> None:
     elif kind == SIGNAL:
         ask("scancel", "--batch", "--signal=USR1", job.id)
     else:
-        node, attempt = rng.choice(job.nodes()), job.attempt()
-        ask("scontrol", "update", f"nodename={node}", "state=down", "reason=soak")
-        job.wait(lambda: job.attempt() > attempt)
-        ask("scontrol", "update", f"nodename={node}", "state=resume")
+        job.lose_node(rng.choice(job.nodes()))
 
 
 def soak(job: Job, run: Path, kinds: list[str], rng: random.Random) -> list[tuple[str, float]]:

@@ -46,13 +46,8 @@ def test_time_limit_dead_rank_dead_node_and_cancelled(options, worlds, tmp_path)
     reached = last_recorded(run)
     job.wait(lambda: last_recorded(run) > reached)
 
-    node = job.nodes()[1]
-    ask("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
-    try:
-        job.wait(lambda: job.attempt() == 4)
-        assert "NODE FAILURE" in job.text()
-    finally:
-        ask("scontrol", "update", f"nodename={node}", "state=resume")
+    job.lose_node(job.nodes()[1])
+    assert job.attempt() == 4 and "NODE FAILURE" in job.text()
     job.wait(lambda: heartbeat(run)["state"] == "running" and heartbeat(run)["attempt"] == 4)
 
     ask("scancel", job.id)
