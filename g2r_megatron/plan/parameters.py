@@ -3,7 +3,6 @@
 The formula is tested to give what the real model has, for every config and layout of the tests.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,8 +44,6 @@ def fake_world(rank: int, ranks: int) -> Iterator[None]:
 
     from g2r_megatron.parallel.groups import initialize
 
-    world_size = os.environ.get("WORLD_SIZE")
-    os.environ["WORLD_SIZE"] = str(ranks)  # Megatron-Core's grids read it
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
         initialize(seed=1)
@@ -54,10 +51,6 @@ def fake_world(rank: int, ranks: int) -> Iterator[None]:
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-        if world_size is None:
-            del os.environ["WORLD_SIZE"]
-        else:
-            os.environ["WORLD_SIZE"] = world_size
 
 
 def built_stages(name: str, hf: HFModel, layout: Layout, dtype: str, ranks: int) -> list[Stage]:
