@@ -153,7 +153,7 @@ def test_config_file_that_is_missing():
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], ["command", "missing", "train, judge, plan"]),
+        ([], ["command", "missing", "train, judge, plan, doctor, report"]),
         (["trian"], ["command", "'trian'", "train"]),
         (["report"], ["RUN_DIR", "g2r report --help"]),
         (["report", "/nowhere"], ["/nowhere", "no such run directory"]),

@@ -87,11 +87,11 @@ def save_as_megatron_does(path: str, output: str) -> None:
     from g2r_megatron.model.build import build_model
     from g2r_megatron.model.hf import open_hf_model
     from g2r_megatron.model.torch_dist import sharded_weights
-    from g2r_megatron.policy.checkpoint import _write_without_other_processes
+    from g2r_megatron.policy.background_save import write_in_this_process
 
     groups = groups_of(Layout())
     model = build_model("policy", open_hf_model(path, "policy.model"), groups, Precision(dtype="fp32"))
-    _write_without_other_processes()
+    write_in_this_process()
     dist_checkpointing.save(sharded_weights(model.chunks, groups), output)
 
 

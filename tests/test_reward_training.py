@@ -61,14 +61,17 @@ def task(tiny_hf, judge, tmp_path_factory) -> list[str]:
 
 def step_of(arguments: list[str]) -> dict:
     """The first training step: what was sampled, its scores and credit, and whether the KL reference is the judge."""
-    from g2r_megatron.train import Run, train_step
+    from g2r_megatron.records.heartbeat import Heartbeat
+    from g2r_megatron.run import Run
+    from g2r_megatron.train import train_step
     from g2r_megatron.workers import build_workers, read_inputs
 
     config = resolve_preset(options.parse(TrainConfig, "g2r train", arguments))
     inputs = read_inputs(config)
     workers = build_workers(config, inputs)
     kept = []
-    run = Run(config, Path(config.output_dir), 0)
+    output = Path(config.output_dir)
+    run = Run(config, output, 0, Heartbeat(output, config.steps), checkpointer=None)  # a step saves nothing
     run.sample = lambda step, batch, inputs: kept.append(batch)
     metrics = train_step(config, inputs, workers, run, 1)
     (batch,) = kept

@@ -1,7 +1,8 @@
 """torch.distributed start-up and the process groups of one layout."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -117,6 +118,17 @@ def _subgroup(rank_lists: Iterable[list[int]]) -> dist.ProcessGroup | None:
     return _subgroup_of(dist.group.WORLD, tuple(tuple(ranks) for ranks in rank_lists))
 
 
+@contextmanager
+def _without_world_size() -> Iterator[None]:
+    """HyperCommGrid believes the environment before torch.distributed, whose world may be one side of the job only."""
+    before = os.environ.pop("WORLD_SIZE", None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["WORLD_SIZE"] = before
+
+
 def build_groups(name: str, layout: Layout) -> ModelGroups:
     """The process groups of one model over the whole world (collective: every rank calls it).
 
@@ -127,9 +139,9 @@ def build_groups(name: str, layout: Layout) -> ModelGroups:
     check_layout(name, layout, world)
     dp = data_parallel_size(layout, world)
     expert_dp = world // (layout.etp * layout.ep * layout.pp)
-    os.environ.setdefault("WORLD_SIZE", str(world))  # HyperCommGrid reads it; absent in a world of one
-    dense = HyperCommGrid([layout.tp, layout.cp, dp, layout.pp], ["tp", "cp", "dp", "pp"])
-    expert = HyperCommGrid([layout.etp, layout.ep, expert_dp, layout.pp], ["tp", "ep", "dp", "pp"])
+    with _without_world_size():
+        dense = HyperCommGrid([layout.tp, layout.cp, dp, layout.pp], ["tp", "cp", "dp", "pp"])
+        expert = HyperCommGrid([layout.etp, layout.ep, expert_dp, layout.pp], ["tp", "ep", "dp", "pp"])
     pgs = ProcessGroupCollection()
     for attribute, grid, dims in (
         ("tp", dense, ["tp"]),

@@ -53,8 +53,10 @@ def _norm_keeps(width: float, kind: Kind) -> float:
 
 def _attention_keeps(g: Geometry, layout: Layout, kind: Kind) -> float:
     a, q, k = kind.a, g.heads * g.head_dim / layout.tp, g.kv_heads * g.head_dim / layout.tp
-    # the QKV product (the values are a part of it), rotated queries and keys, the result, and its log-sum-exp
-    kept = _norm_keeps(g.hidden * _shard(layout), kind) + a * ((q + 2 * k) + (q + k) + q) + FP32 * q / g.head_dim
+    # Transformer Engine: the QKV product, of which the values are a part; plain torch: a copy of the values alone
+    values = q + 2 * k if kind.te else k
+    # rotated queries and keys, the result, and its log-sum-exp
+    kept = _norm_keeps(g.hidden * _shard(layout), kind) + a * (values + (q + k) + q) + FP32 * q / g.head_dim
     return kept + 4 * a * g.head_dim  # cosines and sines, for queries and keys
 
 

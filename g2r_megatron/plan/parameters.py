@@ -3,7 +3,6 @@
 The formula is tested to give what the real model has, for every config and layout of the tests.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,8 +44,6 @@ def fake_world(rank: int, ranks: int) -> Iterator[None]:
 
     from g2r_megatron.parallel.groups import initialize
 
-    world_size = os.environ.get("WORLD_SIZE")
-    os.environ["WORLD_SIZE"] = str(ranks)  # Megatron-Core's grids read it
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
         initialize(seed=1)
@@ -54,19 +51,32 @@ def fake_world(rank: int, ranks: int) -> Iterator[None]:
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-        if world_size is None:
-            del os.environ["WORLD_SIZE"]
-        else:
-            os.environ["WORLD_SIZE"] = world_size
 
 
 def built_stages(name: str, hf: HFModel, layout: Layout, dtype: str, ranks: int) -> list[Stage]:
     """The model's stages on ``ranks`` ranks, each counted in the model that training builds, without its memory.
 
     Raises ``UserError`` where training would. The layers are the plain torch ones: Transformer Engine's have the same
-    parameters.
+    parameters. Stages with the same layers are built once.
     """
-    return [_built_stage(name, hf, layout, dtype, ranks, stage * (ranks // layout.pp)) for stage in range(layout.pp)]
+    stages: list[Stage] = []
+    built: dict[tuple, Stage] = {}
+    for stage in range(layout.pp):
+        kind = ()  # of the first stage, which finds what is wrong with the layout
+        if stage:
+            layers = [hf.geometry.is_moe(i) for i in _layers_of_stage(hf, layout, stage)]
+            chunks = stage_layers(layout, hf.geometry.layers)[stage :: layout.pp]
+            kind = (stage == layout.pp - 1, *layers, *chunks)
+        if kind not in built:
+            built[kind] = _built_stage(name, hf, layout, dtype, ranks, stage * (ranks // layout.pp))
+        stages.append(built[kind])
+    return stages
+
+
+def _layers_of_stage(hf: HFModel, layout: Layout, stage: int) -> list[int]:
+    """Numbers of the layers of a pipeline rank, of all its virtual stages."""
+    split = stage_layers(layout, hf.geometry.layers)
+    return [i for n in range(stage, len(split), layout.pp) for i in range(sum(split[:n]), sum(split[: n + 1]))]
 
 
 def _built_stage(name: str, hf: HFModel, layout: Layout, dtype: str, ranks: int, rank: int) -> Stage:
@@ -113,8 +123,7 @@ def expected_stages(hf: HFModel, layout: Layout, ranks: int) -> list[Stage]:
     split = stage_layers(layout, g.layers)
     stages = []
     for p in range(layout.pp):
-        numbers = range(p, len(split), layout.pp)
-        layers = [i for n in numbers for i in range(sum(split[:n]), sum(split[: n + 1]))]
+        layers = _layers_of_stage(hf, layout, p)
         moe = sum(g.is_moe(i) for i in layers)
         first, last = p == 0, p == layout.pp - 1
         copies = first + last - (first and last and g.tied)
@@ -123,7 +132,7 @@ def expected_stages(hf: HFModel, layout: Layout, ranks: int) -> list[Stage]:
                 dense=len(layers) * attention + moe * sparse_mlp + (len(layers) - moe) * dense_mlp + last * g.hidden,
                 vocabulary=copies * rows * g.hidden,
                 experts=moe * experts,
-                layers=tuple(split[n] for n in numbers),
+                layers=tuple(split[p :: layout.pp]),
                 moe_layers=moe,
             )
         )

@@ -14,7 +14,7 @@ from g2r_megatron.plan.models import Job
 from g2r_megatron.plan.options import PlanConfig
 from g2r_megatron.plan.planner import count_stages_as_built, count_stages_by_formula, fits, try_job
 
-SHOWN = 3  # of each place of the judge
+SHOWN = 2  # of each place of the judge
 TRIED = 300  # pairs of layouts whose memory is looked at, for each place of the judge
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 
