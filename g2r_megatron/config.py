@@ -282,6 +282,8 @@ class TrainConfig:
     """training steps in all"""
     seed: int = 1234
     """of the order of the data, the sampling and the sampled verdicts"""
+    deterministic: bool = False
+    """the same job gives the same bits on a GPU too, with slower kernels (on a CPU it does anyway)"""
     eval_every: int = 0
     """steps between evaluations on data.eval; 0: only before and after training"""
     eval_responses: int = 1

@@ -5,7 +5,6 @@ that are the judge's alone, see judge/own_ranks.py); what is sharded, and over w
 in ``Workers``.
 """
 
-import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,7 +21,8 @@ from g2r_megatron.experience import Experience
 from g2r_megatron.failures import reported
 from g2r_megatron.grpo.advantages import mix_at
 from g2r_megatron.judge.own_ranks import own_ranks, serve
-from g2r_megatron.parallel.groups import initialize
+from g2r_megatron.parallel import cpu
+from g2r_megatron.parallel.groups import initialize, make_deterministic
 from g2r_megatron.parallel.sides import on_judge_side
 from g2r_megatron.policy.checkpoint import Checkpointer
 from g2r_megatron.policy.export import export_policy
@@ -57,6 +57,8 @@ def train(config: TrainConfig) -> None:
     heartbeat, ranks = Heartbeat(output, config.steps), config.judge.ranks
     with reported(heartbeat):
         heartbeat.beat(state="starting")
+        if config.deterministic:
+            make_deterministic()
         initialize(config.seed, ranks, config.timeout_minutes)
         if on_judge_side(ranks):
             heartbeat.beat(phase="judge")  # said of this rank when it fails
@@ -196,13 +198,12 @@ def warn_about_gradients(progress: Progress, step: int, metrics: dict[str, float
 
 @contextmanager
 def timed(metrics: dict[str, float], name: str, run: Run | None = None):
-    """Add the wall seconds of the block to ``metrics[name]``; shows the phase."""
+    """Add the seconds of the block to ``metrics[name]``; shows the phase."""
     if run is not None:
         run.phase(name.removeprefix("time/"))
-    start = time.perf_counter()
+    seconds = cpu.stopwatch()
     yield
-    torch.cuda.synchronize()
-    metrics[name] = metrics.get(name, 0.0) + time.perf_counter() - start
+    metrics[name] = metrics.get(name, 0.0) + seconds()
 
 
 @contextmanager

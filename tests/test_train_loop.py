@@ -8,6 +8,7 @@ exactness of each part (test_parity_*.py).
 import contextlib
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,20 @@ def train_here(arguments: list[str]) -> str:
     with contextlib.redirect_stdout(printed):
         train_command(arguments)
     return printed.getvalue()
+
+
+def train_deterministically(arguments: list[str]) -> bool:
+    """``g2r train --deterministic true``; whether the switches were on. They are off again afterwards."""
+    changed = {"CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "NVTE_ALLOW_NONDETERMINISTIC_ALGO"}
+    before = {name: os.environ.get(name) for name in changed}
+    try:
+        train_here([*arguments, "--deterministic", "true"])
+        return torch.are_deterministic_algorithms_enabled() and os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ.update({name: value} if value is not None else {})
 
 
 def models_of(arguments: list[str]) -> dict:
@@ -127,6 +142,19 @@ def test_every_hazard_is_a_metric_of_every_step(one_process):
         assert line["ratio/first"] == 1.0 and line["attribution/zero_or_nonfinite"] == 0.0
     assert steps[-1].keys() >= EVALUATION and not EVALUATION & steps[0].keys()
     assert steps[0]["judge/agreement"] > 0.9  # what the committed model was made for
+
+
+def test_deterministic_algorithms_change_nothing_on_the_cpu(worlds, task, one_process, tmp_path):
+    """All that a step does has a deterministic form, and the run is the same; what it is for takes a GPU."""
+    run = tmp_path / "run"
+    assert worlds[1].run(train_deterministically, [*task, "--grpo.preset", "robust", "--output_dir", str(run)]) == [
+        True
+    ]
+    for now, then in zip(metrics_of(run), metrics_of(one_process("robust")), strict=True):
+        same = {name for name in then if not name.startswith("time/")}
+        assert {name: now[name] for name in same} == pytest.approx(
+            {name: then[name] for name in same}, rel=1e-4, abs=1e-6
+        )
 
 
 @pytest.mark.parametrize("preset", ["robust", "paper"])

@@ -273,6 +273,7 @@ def transformer_config(
         perform_initialization=False,  # every weight is read from the checkpoint
         gradient_accumulation_fusion=False,
         deallocate_pipeline_outputs=True,
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),  # groups.make_deterministic
         **_moe_options(hf, layout, backend),
         **_window_options(hf),
         **_recompute_options(recompute),

@@ -8,7 +8,9 @@ import contextlib
 import functools
 import importlib
 import os
+import time
 import types
+from collections.abc import Callable
 
 import psutil
 import torch
@@ -51,6 +53,23 @@ def free_bytes() -> int:
         return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     free, _ = torch.cuda.mem_get_info()
     return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
+def stopwatch() -> Callable[[], float]:
+    """Starts now; what it returns gives the seconds since, on a GPU by events in its stream, with all work before them."""
+    if on_cpu():
+        began = time.perf_counter()
+        return lambda: time.perf_counter() - began
+    start = torch.cuda.Event(enable_timing=True)
+    start.record()
+
+    def seconds() -> float:
+        end = torch.cuda.Event(enable_timing=True)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000  # it says milliseconds
+
+    return seconds
 
 
 def _without_cuda(factory):

@@ -97,6 +97,18 @@ def initialize(seed: int, judge_ranks: int = 0, timeout_minutes: float | None = 
     seed_all(seed)
 
 
+def make_deterministic() -> None:
+    """From here on a job repeated on the same machines gives the same bits; an operation that cannot raises an error.
+
+    Call it before CUDA starts: cuBLAS, Transformer Engine and NCCL read the environment. Models built from now on take
+    Megatron-Core's ``deterministic_mode`` (model/build.py).
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    torch.use_deterministic_algorithms(True)
+
+
 def seed_all(seed: int) -> None:
     """Seed torch and the model-parallel RNG tracker alike on every rank (models here have no dropout)."""
     torch.manual_seed(seed)
