@@ -14,7 +14,7 @@ quickstart: install
 	$(VENV)/bin/python examples/quickstart/run.py $(ARGS)
 
 test: install
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 lint: install
 	$(VENV)/bin/ruff check .

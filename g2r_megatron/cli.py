@@ -32,11 +32,18 @@ commands:
 """
 
 
+def _import_megatron() -> None:
+    from g2r_megatron.parallel.cpu import import_megatron
+
+    import_megatron()
+
+
 def train_command(argv: list[str]) -> None:
     """``g2r train``."""
     config = resolve_preset(options.parse(TrainConfig, "g2r train", argv))
     check_train_config(config, _world_size())
     with preemption.listening():
+        _import_megatron()
         from g2r_megatron.train import train
 
         train(config)
@@ -47,6 +54,7 @@ def judge_command(argv: list[str]) -> None:
     config = options.parse(OfflineJudgeConfig, "g2r judge", argv)
     config.judge = fill_from_preset(config.judge, PRESETS[config.preset]["judge"])
     check_judge_config(config, _world_size())
+    _import_megatron()
     from g2r_megatron.judge.offline import judge_file
 
     judge_file(config)
@@ -58,6 +66,7 @@ def plan_command(argv: list[str]) -> int:
 
     config = resolve_preset(options.parse(PlanConfig, "g2r plan", argv))
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # models are built on no device at all, also where there is a GPU
+    _import_megatron()
     from g2r_megatron.plan.command import run_plan
 
     return run_plan(config)

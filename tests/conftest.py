@@ -32,3 +32,10 @@ def worlds():
     worlds = Worlds()
     yield worlds
     worlds.close()
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One process runs a whole file, whose tests share worlds and runs, and one all that share the Slurm cluster."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("slurm" if item.get_closest_marker("slurm") else item.path.stem))

@@ -174,11 +174,11 @@ def test_two_ranks_one_killed_then_one_stuck_then_all_killed_in_a_save(worlds, o
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_killed_at_any_moment(options, uninterrupted, tmp_path):
-    """Ten kills, the first ones before anything is saved, spread over start, steps, saves and export."""
+    """Five kills, the first ones before anything is saved, spread over start, steps, saves and export."""
     run, rng = tmp_path / "run", random.Random(1)
     kill_in_training(run, options, 1, after_step=1)
     assert not checkpoints(run)
-    for _ in range(10):
+    for _ in range(5):
         process, since = start(run, options, 1), time.monotonic()
         begun = len(log_of(run))
         wait_for(lambda at=begun: len(log_of(run)) > at, process, run)  # the resumed training has begun

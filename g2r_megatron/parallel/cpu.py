@@ -222,6 +222,21 @@ def _redirect_groups() -> None:
     state.create_group = create_group
 
 
+def import_megatron() -> None:
+    """Import Megatron-Core; on CPU with its functions as they are written. To be called before any other import of it.
+
+    Megatron-Core decorates with torch.compile, which imports the compiler: a second or two of a command's start. None of
+    these functions is worth compiling for a CPU, and a laptop may have no C++ compiler.
+    """
+    if not on_cpu():
+        return
+    compiled, torch.compile = torch.compile, lambda function: function
+    try:
+        importlib.import_module("megatron.core.jit").disable_jit_fuser()
+    finally:
+        torch.compile = compiled
+
+
 def install() -> None:
     """Redirect what Megatron-Core needs of CUDA; once a process, a no-op where CUDA exists."""
     global _installed

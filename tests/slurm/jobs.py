@@ -64,7 +64,7 @@ class Job:
         while not happened():
             assert may_end or not self.ended(), f"ended before:\n{self.text()}"
             assert time.monotonic() < deadline, f"nothing happened:\n{self.text()}"
-            time.sleep(0.1)
+            time.sleep(0.3)  # each look is a process
 
     def end(self) -> str:
         """Wait until the job is over; its state and exit code, e.g. ``COMPLETED 0:0``."""
