@@ -157,11 +157,10 @@ def test_deterministic_algorithms_change_nothing_on_the_cpu(worlds, task, one_pr
         )
 
 
-@pytest.mark.parametrize("preset", ["robust", "paper"])
 @pytest.mark.parametrize(
-    ("policy", "judge"),
-    [(Layout(), Layout(tp=2, pp=2, sp=True)), (Layout(tp=2, pp=2), Layout(pp=2))],
-    ids=["policy dp4, judge tp2 pp2 sp", "policy tp2 pp2, judge pp2 dp2"],
+    ("preset", "policy", "judge"),
+    [("robust", Layout(), Layout(tp=2, pp=2, sp=True)), ("paper", Layout(tp=2, pp=2), Layout(pp=2))],
+    ids=["robust, policy dp4, judge tp2 pp2 sp", "paper, policy tp2 pp2, judge pp2 dp2"],
 )
 def test_four_ranks_train_as_one_does(worlds, task, one_process, tmp_path, preset, policy, judge):
     """Same responses, verdicts and credit; what comes of sums of floats, to rounding."""
