@@ -27,10 +27,10 @@ def options(tmp_path_factory) -> list[str]:
 
 
 def trained_in(job: Job, run: Path, attempt: int) -> int:
-    """Wait until this attempt has trained a step; the last one that it has."""
+    """Wait until this attempt has trained a step and there is a checkpoint; the last step that it has trained."""
     job.wait(lambda: last_recorded(run) >= 0 and heartbeat(run)["attempt"] == attempt)
     reached = last_recorded(run)
-    job.wait(lambda: last_recorded(run) > reached)
+    job.wait(lambda: last_recorded(run) > reached and heartbeat(run)["saved_step"] > 0)
     return last_recorded(run)
 
 
