@@ -343,16 +343,9 @@ def test_log_probs_equal_transformers(worlds, reference, layout, family):
 @pytest.mark.parametrize(
     ("layout", "family", "distributed"),
     [
-        *(
-            pytest.param(*case, True, id="-".join([*case, "distributed_optimizer"]))
-            for case in CASES
-            if case[1] != "mixtral" or "ep2" in case[0]
-        ),
-        *(
-            pytest.param(*case, False, id="-".join([*case, "plain_optimizer"]))
-            for case in CASES
-            if case[1] == "qwen2" or case in (("ep2", "qwen3_moe"), ("tp2sp_ep2_etp2", "qwen3_moe"))
-        ),
+        *((*case, True) for case in CASES if case[1] != "mixtral" or "ep2" in case[0]),
+        *((*case, False) for case in CASES if case[1] == "qwen2"),
+        *((layout, "qwen3_moe", False) for layout in ("ep2", "tp2sp_ep2_etp2")),
     ],
 )
 def test_update_equals_hugging_face_and_adamw(worlds, reference, layout, family, distributed):

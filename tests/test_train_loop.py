@@ -10,6 +10,7 @@ import io
 import json
 import os
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer
 from g2r_megatron import options
 from g2r_megatron.cli import main
 from g2r_megatron.config import Layout, TrainConfig, resolve_preset
+from real_runs import records
 
 ROOT = Path(__file__).parents[1]
 TASK = ROOT / "examples" / "quickstart"
@@ -53,16 +55,13 @@ def train_here(arguments: list[str]) -> str:
 
 def train_deterministically(arguments: list[str]) -> bool:
     """``g2r train --deterministic true``; whether the switches were on. They are off again afterwards."""
-    changed = {"CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "NVTE_ALLOW_NONDETERMINISTIC_ALGO"}
-    before = {name: os.environ.get(name) for name in changed}
-    try:
-        train_here([*arguments, "--deterministic", "true"])
-        return torch.are_deterministic_algorithms_enabled() and os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0"
-    finally:
-        torch.use_deterministic_algorithms(False)
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            os.environ.update({name: value} if value is not None else {})
+    with patch.dict(os.environ):
+        try:
+            train_here([*arguments, "--deterministic", "true"])
+            allowed = os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"]
+            return torch.are_deterministic_algorithms_enabled() and allowed == "0"
+        finally:
+            torch.use_deterministic_algorithms(False)
 
 
 def models_of(arguments: list[str]) -> dict:
@@ -150,11 +149,9 @@ def test_deterministic_algorithms_change_nothing_on_the_cpu(worlds, task, one_pr
     assert worlds[1].run(train_deterministically, [*task, "--grpo.preset", "robust", "--output_dir", str(run)]) == [
         True
     ]
-    for now, then in zip(metrics_of(run), metrics_of(one_process("robust")), strict=True):
-        same = {name for name in then if not name.startswith("time/")}
-        assert {name: now[name] for name in same} == pytest.approx(
-            {name: then[name] for name in same}, rel=1e-4, abs=1e-6
-        )
+    expected = records(one_process("robust"), "metrics.jsonl")
+    for now, then in zip(records(run, "metrics.jsonl"), expected, strict=True):
+        assert now == pytest.approx(then, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize(
