@@ -129,9 +129,7 @@ def restart_node(name: str) -> None:
     """Kill the node's slurmd and start it anew."""
     pid = int((DIRECTORY / f"slurmd.{name}.started").read_text())
     os.kill(pid, signal.SIGKILL)
-    deadline = time.monotonic() + PATIENCE
-    while pid in processes() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: pid not in processes(), f"{name} without its old slurmd")
     launch_node(name)
 
 

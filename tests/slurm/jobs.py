@@ -1,10 +1,12 @@
 """Jobs of the scripts in slurm/ on the test cluster: submitted, watched, hurt. Not a test."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from copy import copy
 from pathlib import Path
 
@@ -22,6 +24,12 @@ SMALL = {
 }
 
 SUBMITTED: list[str] = []  # ids of all jobs
+
+
+def kill(pids: list[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):  # ended meanwhile
+            os.kill(pid, signal.SIGKILL)
 
 
 class Job:
@@ -86,8 +94,7 @@ class Job:
         """
         attempt = self.attempt()
         ask("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
-        for pid in self.processes(f"SLURMD_NODENAME={node}"):
-            os.kill(pid, 9)
+        kill(self.processes(f"SLURMD_NODENAME={node}"))
         steps = DIRECTORY / f"spool.{node}"  # slurmd's sockets to the job's steps that live
         self.wait(lambda: self.attempt() > attempt and not list(steps.glob(f"{node}_{self.id}.*")))
         restart_node(node)
@@ -113,5 +120,4 @@ class Job:
     def kill_rank(self, number: int) -> None:
         pids = self.ranks(number)
         assert pids
-        for pid in pids:
-            os.kill(pid, 9)
+        kill(pids)
