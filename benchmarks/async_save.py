@@ -24,11 +24,11 @@ import torch.distributed as dist
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from g2r_megatron.cli import exit_code
-from g2r_megatron.config import Layout, OptimizerConfig, PolicyConfig, Precision, TrainConfig
+from g2r_megatron.config.options import Layout, OptimizerConfig, PolicyConfig, Precision, TrainConfig
+from g2r_megatron.device import on_cpu
 from g2r_megatron.model.build import build_model
 from g2r_megatron.model.hf import open_hf_model
 from g2r_megatron.model.torch_dist import check_contents, checked_facts
-from g2r_megatron.parallel import cpu
 from g2r_megatron.parallel.groups import build_groups, initialize
 from g2r_megatron.policy.checkpoint import Checkpointer
 from g2r_megatron.policy.log_probs import TokenSequence
@@ -133,7 +133,7 @@ def table(found: dict[str, list[float]]) -> str:
         ("load_latest, check sums included", found["load"]),
     ]
     where = f"{os.cpu_count()} cores, {platform.platform(terse=True)}, torch {torch.__version__}"
-    where = where if cpu.on_cpu() else f"{torch.cuda.get_device_name()}, {where}"
+    where = where if on_cpu() else f"{torch.cuda.get_device_name()}, {where}"
     lines = [
         f"`{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`, {dist.get_world_size()} ranks, {where}; "
         f"a checkpoint of {found['bytes'][0] / 1e9:.2f} GB",

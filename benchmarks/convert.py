@@ -59,7 +59,7 @@ def make_checkpoint(directory: Path, gigabytes: float) -> None:
     """Write the Hugging Face directory, a block of rows at a time."""
     import torch
 
-    from g2r_megatron.convert.parameters import row_blocks
+    from g2r_megatron.convert.tensor_table import row_blocks
     from g2r_megatron.model.hf import open_hf_model
     from g2r_megatron.model.safetensors_files import SafetensorsWriter
     from g2r_megatron.model.weights import hf_shapes

@@ -35,10 +35,11 @@ from machine import machine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from g2r_megatron.config import JudgeConfig, Layout, Precision
+from g2r_megatron.config.options import JudgeConfig, Layout, Precision
 from g2r_megatron.data.readers import read_queries
 from g2r_megatron.data.tokenizer import encode_text, load_tokenizer
 from g2r_megatron.data.types import Query, RubricItem
+from g2r_megatron.device import local_device, on_cpu
 from g2r_megatron.judge.frozen import FrozenJudge
 from g2r_megatron.judge.packing import tree_tokens
 from g2r_megatron.judge.prompt import JudgePrompt
@@ -145,7 +146,7 @@ class Judged:
     def hugging_face(self, way: str):
         """function(rows) for ways a and b."""
         self.model = model = (
-            AutoModelForCausalLM.from_pretrained(self.directory, dtype=torch.float32).to(cpu.device()).eval()
+            AutoModelForCausalLM.from_pretrained(self.directory, dtype=torch.float32).to(local_device()).eval()
         )
 
         def naive(rows) -> None:
@@ -198,7 +199,7 @@ class Judged:
 
 def memory(reset: bool = False) -> int:
     """Peak bytes of this process (of its GPU memory) so far; ``reset`` makes the present size the peak."""
-    if not cpu.on_cpu():
+    if not on_cpu():
         if reset:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
@@ -264,7 +265,7 @@ def rounds(args: argparse.Namespace, directory: str):
 
 def table(results: dict[str, dict]) -> str:
     """Ratios are of CPU seconds where there is no GPU."""
-    clock = "CPU seconds" if cpu.on_cpu() else "seconds"
+    clock = "CPU seconds" if on_cpu() else "seconds"
     rows = [
         f"| way | s | CPU s | MiB | backward passes | {clock} / a | memory / a | {clock} / b |",
         "|---|---|---|---|---|---|---|---|",
@@ -278,7 +279,7 @@ def table(results: dict[str, dict]) -> str:
 
 
 def targets(results: dict[str, dict]) -> str:
-    clock = "CPU seconds" if cpu.on_cpu() else "seconds"
+    clock = "CPU seconds" if on_cpu() else "seconds"
     a, b, d, e = (results[way] for way in "abde")
     goals = [
         ("d at most half of a's time", d[clock] / a[clock], 0.5),

@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from g2r_megatron.config import JudgeConfig, Layout, Precision
+from g2r_megatron.config.options import JudgeConfig, Layout, Precision
+from g2r_megatron.device import local_device, on_cpu
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.frozen import FrozenJudge, Pass
 from g2r_megatron.judge.types import JudgeInput
 from g2r_megatron.model.build import MegatronModel, build_model
 from g2r_megatron.model.hf import open_hf_model
-from g2r_megatron.parallel import cpu
 from g2r_megatron.parallel.groups import build_groups, initialize
 
 FORMATS = {  # name -> (layers, FP8 recipe, recompute)
@@ -52,7 +52,7 @@ def write_random_model(args: argparse.Namespace, directory: str) -> None:
         tie_word_embeddings=True,
     )
     torch.manual_seed(1)
-    with cpu.device():
+    with local_device():
         model = Qwen3ForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(directory)
 
@@ -69,7 +69,7 @@ def random_inputs(args: argparse.Namespace) -> list[JudgeInput]:
 def timed(function, repetitions: int) -> tuple[float, float, object]:
     """(best seconds, peak GiB allocated, last result) after one warm-up."""
     function()
-    on_gpu = not cpu.on_cpu()
+    on_gpu = not on_cpu()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     seconds = []
@@ -115,7 +115,7 @@ def installed(package: str) -> str:
 
 
 def machine() -> dict[str, str]:
-    gpu = "none" if cpu.on_cpu() else torch.cuda.get_device_name()
+    gpu = "none" if on_cpu() else torch.cuda.get_device_name()
     packages = ("torch", "megatron-core", "transformer-engine", "transformers")
     return {"gpu": gpu, "cuda": str(torch.version.cuda), "python": platform.python_version()} | {
         name: installed(name) for name in packages

@@ -4,7 +4,7 @@
 
 A random model judges random tokens: a conversation of 400 tokens, a response, criteria of 110 tokens, all judged True. CPU
 seconds of the process are the least of the repetitions. Memory is what a pass adds to the process at its peak, beside
-what judge/memory.py says of it; the largest real HealthBench rubric (33 criteria) on a response of 4096 tokens must stay
+what judge/activation_memory.py says of it; the largest real HealthBench rubric (33 criteria) on a response of 4096 tokens must stay
 within 0.7 to 1.1 of it. Writes judge_growth.md and judge_growth.svg.
 """
 
@@ -21,9 +21,9 @@ import torch
 from judge_cost import memory, write_model
 from machine import machine
 
-from g2r_megatron.config import JudgeConfig, Layout, Precision
+from g2r_megatron.config.options import JudgeConfig, Layout, Precision
+from g2r_megatron.judge.activation_memory import judge_activation_bytes
 from g2r_megatron.judge.frozen import FrozenJudge, Pass
-from g2r_megatron.judge.memory import judge_activation_bytes
 from g2r_megatron.judge.types import JudgeInput
 from g2r_megatron.model.build import build_model
 from g2r_megatron.model.hf import open_hf_model

@@ -19,10 +19,11 @@ from statistics import fmean, median
 import torch
 from machine import machine
 
-from g2r_megatron import experience, options
-from g2r_megatron.config import TrainConfig, resolve_preset
+from g2r_megatron import experience
+from g2r_megatron.config import parsing
+from g2r_megatron.config.options import TrainConfig, resolve_preset
+from g2r_megatron.credit.advantages import mix_at
 from g2r_megatron.data.order import epoch_batch
-from g2r_megatron.grpo.advantages import mix_at
 from g2r_megatron.judge.types import backward_passes
 from g2r_megatron.train import update
 from g2r_megatron.workers import Inputs, Workers, build_workers, read_inputs
@@ -109,7 +110,7 @@ def main() -> None:
     runs = {}
     for name, given in RUNS.items():
         common = ["--config", "examples/quickstart/config.yaml", "--output_dir", "unused", "--seed", str(args.seed)]
-        config = options.parse(TrainConfig, "step_share", [*common, *given])
+        config = parsing.parse(TrainConfig, "step_share", [*common, *given])
         config = replace(resolve_preset(config), steps=args.steps)
         inputs = read_inputs(config)
         runs[name] = config, inputs, build_workers(config, inputs)

@@ -12,12 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from g2r_megatron import options, preemption
-from g2r_megatron.config import PRESETS, OfflineJudgeConfig, TrainConfig, fill_from_preset, resolve_preset
-from g2r_megatron.config_check import check_judge_config, check_train_config
+from g2r_megatron.config import parsing
+from g2r_megatron.config.checks import check_judge_config, check_train_config
+from g2r_megatron.config.options import PRESETS, OfflineJudgeConfig, TrainConfig, fill_from_preset, resolve_preset
 from g2r_megatron.errors import RunError, UserError
-from g2r_megatron.failures import announce, is_announced
-from g2r_megatron.preemption import Preempted
+from g2r_megatron.parallel import preemption
+from g2r_megatron.parallel.preemption import Preempted
+from g2r_megatron.records.failures import announce, is_announced
 
 USAGE = """usage: g2r COMMAND [options]
 
@@ -40,7 +41,7 @@ def _import_megatron() -> None:
 
 def train_command(argv: list[str]) -> None:
     """``g2r train``."""
-    config = resolve_preset(options.parse(TrainConfig, "g2r train", argv))
+    config = resolve_preset(parsing.parse(TrainConfig, "g2r train", argv))
     check_train_config(config, _world_size())
     with preemption.listening():
         _import_megatron()
@@ -51,7 +52,7 @@ def train_command(argv: list[str]) -> None:
 
 def judge_command(argv: list[str]) -> None:
     """``g2r judge``."""
-    config = options.parse(OfflineJudgeConfig, "g2r judge", argv)
+    config = parsing.parse(OfflineJudgeConfig, "g2r judge", argv)
     config.judge = fill_from_preset(config.judge, PRESETS[config.preset]["judge"])
     check_judge_config(config, _world_size())
     _import_megatron()
@@ -62,9 +63,9 @@ def judge_command(argv: list[str]) -> None:
 
 def plan_command(argv: list[str]) -> int:
     """``g2r plan``."""
-    from g2r_megatron.plan.options import PlanConfig
+    from g2r_megatron.plan.config import PlanConfig
 
-    config = resolve_preset(options.parse(PlanConfig, "g2r plan", argv))
+    config = resolve_preset(parsing.parse(PlanConfig, "g2r plan", argv))
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # models are built on no device at all, also where there is a GPU
     _import_megatron()
     from g2r_megatron.plan.command import run_plan
@@ -96,7 +97,7 @@ def doctor_command(argv: list[str]) -> int:
     """``g2r doctor``."""
     parser = OneLineParser("g2r doctor", description="What is installed and used, and what is missing for what.")
     parser.parse_args(argv)
-    from g2r_megatron.doctor import examine
+    from g2r_megatron.plan.doctor import examine
 
     return examine()
 

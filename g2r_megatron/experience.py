@@ -5,25 +5,25 @@ from dataclasses import dataclass, field
 
 import torch
 
-from g2r_megatron import grading
-from g2r_megatron.config import TrainConfig
-from g2r_megatron.data.tokenizer import token_texts
-from g2r_megatron.data.types import Query
-from g2r_megatron.grpo.advantages import group_advantages
-from g2r_megatron.grpo.metrics import (
+from g2r_megatron.config.options import TrainConfig
+from g2r_megatron.credit import grading
+from g2r_megatron.credit.advantages import group_advantages
+from g2r_megatron.credit.hazards import (
     advantage_metrics,
     attribution_metrics,
     key_token_metrics,
     response_metrics,
     reward_metrics,
 )
-from g2r_megatron.grpo.truth import key_token_mask, true_reward
+from g2r_megatron.credit.truth import key_token_mask, true_reward
+from g2r_megatron.data.tokenizer import token_texts
+from g2r_megatron.data.types import Query
 from g2r_megatron.judge.own_ranks import OwnRanks
 from g2r_megatron.judge.parts import Part, SharedRanks
 from g2r_megatron.judge.stage import item_alphas
 from g2r_megatron.judge.types import Judgement, backward_passes
 from g2r_megatron.policy.log_probs import TokenSequence
-from g2r_megatron.rollout.engine import MegatronRolloutEngine, Request
+from g2r_megatron.rollout.megatron import MegatronRolloutEngine, Request
 from g2r_megatron.rollout.types import Response
 from g2r_megatron.workers import Inputs
 

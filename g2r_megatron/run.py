@@ -9,15 +9,15 @@ import torch.distributed as dist
 import yaml
 
 from g2r_megatron import experience
-from g2r_megatron.config import TrainConfig
+from g2r_megatron.config.options import TrainConfig
 from g2r_megatron.errors import RunError
 from g2r_megatron.experience import Experience
 from g2r_megatron.policy.checkpoint import Checkpointer
 from g2r_megatron.records.bad_steps import DIRECTORY, write_bad_step
 from g2r_megatron.records.files import replace_text
 from g2r_megatron.records.heartbeat import Heartbeat
-from g2r_megatron.records.metrics import MetricsLog
-from g2r_megatron.records.progress import Progress
+from g2r_megatron.records.metrics_log import MetricsLog
+from g2r_megatron.records.progress_bar import Progress
 from g2r_megatron.workers import Inputs
 
 CONFIG_FILE = "config.yaml"

@@ -1,6 +1,6 @@
 """The training loop: sample -> judge -> attribute -> update -> log -> save.
 
-Algorithm 1 of Grad2Reward (arXiv 2602.01791) with the options of config.py. Every rank runs this same code (but for ranks
+Algorithm 1 of Grad2Reward (arXiv 2602.01791) with the options of config/options.py. Every rank runs this same code (but for ranks
 that are the judge's alone, see judge/own_ranks.py); what is sharded, and over which ranks, is the business of the objects
 in ``Workers``.
 """
@@ -13,22 +13,23 @@ from pathlib import Path
 import torch
 import yaml
 
-from g2r_megatron import experience, preemption
-from g2r_megatron.config import TrainConfig, resolve_preset
+from g2r_megatron import experience
+from g2r_megatron.config.options import TrainConfig, resolve_preset
+from g2r_megatron.credit.advantages import mix_at
 from g2r_megatron.data.order import epoch_batch
+from g2r_megatron.device import stopwatch
 from g2r_megatron.errors import UserError
 from g2r_megatron.experience import Experience
-from g2r_megatron.failures import reported
-from g2r_megatron.grpo.advantages import mix_at
 from g2r_megatron.judge.own_ranks import own_ranks, serve
-from g2r_megatron.parallel import cpu
+from g2r_megatron.parallel import preemption
 from g2r_megatron.parallel.groups import initialize, make_deterministic
 from g2r_megatron.parallel.sides import on_judge_side
 from g2r_megatron.policy.checkpoint import Checkpointer
 from g2r_megatron.policy.export import export_policy
 from g2r_megatron.policy.log_probs import plan_micro_batches, response_log_probs
+from g2r_megatron.records.failures import reported
 from g2r_megatron.records.heartbeat import Heartbeat
-from g2r_megatron.records.progress import Progress
+from g2r_megatron.records.progress_bar import Progress
 from g2r_megatron.run import CONFIG_FILE, Run
 from g2r_megatron.workers import Inputs, Workers, build_judge, build_workers, read_inputs
 
@@ -48,7 +49,7 @@ FIXED = (
 def train(config: TrainConfig) -> None:
     """Train to ``config.steps``, resuming from the newest checkpoint under ``config.output_dir`` if there is one.
 
-    Raises ``Preempted`` when a signal has asked to leave and all is saved (preemption.py).
+    Raises ``Preempted`` when a signal has asked to leave and all is saved (parallel/preemption.py).
     """
     config = resolve_preset(config)
     output = Path(config.output_dir)
@@ -201,7 +202,7 @@ def timed(metrics: dict[str, float], name: str, run: Run | None = None):
     """Add the seconds of the block to ``metrics[name]``; shows the phase."""
     if run is not None:
         run.phase(name.removeprefix("time/"))
-    seconds = cpu.stopwatch()
+    seconds = stopwatch()
     yield
     metrics[name] = metrics.get(name, 0.0) + seconds()
 

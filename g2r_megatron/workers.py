@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerFast
 
-from g2r_megatron.config import TrainConfig
+from g2r_megatron.config.options import TrainConfig
 from g2r_megatron.data.order import epoch_batch
 from g2r_megatron.data.readers import read_queries
 from g2r_megatron.data.tokenizer import render_prompt, stop_token_ids
@@ -22,7 +22,7 @@ from g2r_megatron.model.hf import HFModel, load_model_tokenizer, open_hf_model
 from g2r_megatron.model.offload import HostWeights
 from g2r_megatron.parallel.groups import ModelGroups, build_groups
 from g2r_megatron.policy.trainer import PolicyTrainer
-from g2r_megatron.rollout.engine import MegatronRolloutEngine
+from g2r_megatron.rollout.megatron import MegatronRolloutEngine
 
 
 @dataclass

@@ -20,7 +20,7 @@ from multiprocessing.forkserver import ensure_running
 
 import torch
 
-from g2r_megatron.config import Layout
+from g2r_megatron.config.options import Layout
 
 SLOWEST_CASE = 120.0  # seconds
 GRACE = 1.0  # seconds for the other ranks to report what went wrong with them
@@ -77,7 +77,7 @@ def fits(layout: str, *, layers: int, moe: bool) -> bool:
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
-    ["g2r_megatron.judge.stage", "g2r_megatron.policy.trainer", "g2r_megatron.rollout.engine", "transformers"]
+    ["g2r_megatron.judge.stage", "g2r_megatron.policy.trainer", "g2r_megatron.rollout.megatron", "transformers"]
 )
 
 

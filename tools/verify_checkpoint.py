@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--text", help="what --logits runs on (default: a paragraph in several languages)")
     arguments = parser.parse_args(argv)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the work is the CPU's and the disk's, in any number of processes
-    from g2r_megatron.convert.report import verify
+    from g2r_megatron.convert.comparison import verify
 
     return verify((arguments.a, arguments.b), arguments.hashes, arguments.logits, arguments.text)
 

@@ -19,7 +19,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from g2r_megatron.config import JudgeConfig
+from g2r_megatron.config.options import JudgeConfig
 from g2r_megatron.data.tokenizer import load_tokenizer, render_prompt
 from g2r_megatron.data.types import RubricItem
 from g2r_megatron.judge.prompt import JudgePrompt

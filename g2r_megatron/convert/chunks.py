@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from g2r_megatron.convert.parameters import Parameter
+from g2r_megatron.convert.tensor_table import Parameter
 from g2r_megatron.errors import UserError, unwritable
 
 METADATA = ".metadata"

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from g2r_megatron.config import Layout, Precision
+from g2r_megatron.config.options import Layout, Precision
+from g2r_megatron.device import local_device
 from g2r_megatron.errors import UserError
 from g2r_megatron.model.build import build_model
 from g2r_megatron.model.hf import HFModel, load_model_tokenizer
-from g2r_megatron.parallel import cpu
 from g2r_megatron.parallel.groups import build_groups
 
 TOLERANCE = 1e-5  # of the largest logit
@@ -64,7 +64,7 @@ def _logits(hf: HFModel, ids: list[int]) -> torch.Tensor:
     """[tokens, vocabulary], or [tokens, 1] of a reward model's scores; fp32, on the CPU."""
     model = build_model("verify", hf, build_groups("verify", Layout()), Precision(dtype="fp32"))
     model.freeze()
-    tokens = torch.tensor([ids], device=cpu.device())  # [1, s]
+    tokens = torch.tensor([ids], device=local_device())  # [1, s]
     with torch.no_grad():
         output = model.modules[0](tokens, None, None)  # [1, s, padded vocabulary or 1]
     return output[0, :, : hf.geometry.vocab].float().cpu()

@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from g2r_megatron.convert.byte_progress import CopyProgress
 from g2r_megatron.convert.chunks import METADATA, CheckpointReader
-from g2r_megatron.convert.output import check_output, new_directory
-from g2r_megatron.convert.parameters import NamedTensors, model_parameters, read_ahead, row_blocks, share
-from g2r_megatron.convert.progress import CopyProgress
+from g2r_megatron.convert.output_directory import check_output, new_directory
+from g2r_megatron.convert.tensor_table import NamedTensors, model_parameters, read_ahead, row_blocks, share
 from g2r_megatron.errors import UserError, unwritable
-from g2r_megatron.model.export import copy_other_files
 from g2r_megatron.model.hf import CHECKPOINT_FACTS, HFModel, open_hf_model, read_json
 from g2r_megatron.model.safetensors_files import SafetensorsWriter
 from g2r_megatron.model.torch_dist import carried_files
+from g2r_megatron.model.write_hf import copy_other_files
 from g2r_megatron.parallel.agreement import raised_by_all
 from g2r_megatron.parallel.groups import initialize
 

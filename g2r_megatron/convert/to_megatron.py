@@ -8,15 +8,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from g2r_megatron.convert.byte_progress import CopyProgress
 from g2r_megatron.convert.chunks import ChunkWriter, Stored, write_metadata
-from g2r_megatron.convert.output import (
+from g2r_megatron.convert.output_directory import (
     MARKER,
     check_free_space,
     check_output,
     new_directory,
     write_json,
 )
-from g2r_megatron.convert.parameters import (
+from g2r_megatron.convert.tensor_table import (
     Parameter,
     SafetensorsParameters,
     model_parameters,
@@ -24,7 +25,6 @@ from g2r_megatron.convert.parameters import (
     row_blocks,
     share,
 )
-from g2r_megatron.convert.progress import CopyProgress
 from g2r_megatron.errors import UserError, unwritable
 from g2r_megatron.model.hf import CHECKPOINT_FACTS, HFModel, load_model_tokenizer, open_hf_model
 from g2r_megatron.model.safetensors_files import SafetensorsReader

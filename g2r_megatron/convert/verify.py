@@ -12,8 +12,9 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from g2r_megatron.convert.byte_progress import CopyProgress, format_bytes
 from g2r_megatron.convert.chunks import METADATA, CheckpointReader
-from g2r_megatron.convert.parameters import (
+from g2r_megatron.convert.tensor_table import (
     NamedTensors,
     Parameter,
     SafetensorsParameters,
@@ -21,7 +22,6 @@ from g2r_megatron.convert.parameters import (
     row_blocks,
     share,
 )
-from g2r_megatron.convert.progress import CopyProgress, format_bytes
 from g2r_megatron.convert.to_hf import open_checkpoint
 from g2r_megatron.model.hf import HFModel, open_hf_model, read_json
 from g2r_megatron.model.safetensors_files import SafetensorsReader

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from g2r_megatron.config import JudgeConfig
+from g2r_megatron.config.options import JudgeConfig
+from g2r_megatron.device import local_device
 from g2r_megatron.errors import UserError
-from g2r_megatron.judge.memory import check_memory
+from g2r_megatron.judge.activation_memory import check_memory
 from g2r_megatron.judge.packing import Tree, build_trees, row_structure
 from g2r_megatron.judge.routing import Routing
 from g2r_megatron.judge.targets import ScoreTarget, VerdictTarget
 from g2r_megatron.judge.types import JudgeInput
 from g2r_megatron.model.build import MegatronModel
 from g2r_megatron.model.schedule import TokenBatch, replica_plan, run_schedule
-from g2r_megatron.parallel import cpu
 from g2r_megatron.parallel.microbatches import pack_rows, padded
 
 
@@ -78,7 +78,7 @@ def tree_batch(model: MegatronModel, trees: Sequence[Tree]) -> TreeBatch:
         starts.append(len(ids))
         verdicts += [(len(ids) + at, item) for at, item in zip(tree.verdicts, tree.items, strict=True)]
         ids += tree.ids
-    length, device = padded(max(1, len(ids)), model.length_multiple), cpu.device()
+    length, device = padded(max(1, len(ids)), model.length_multiple), local_device()
     structure = row_structure(trees, length)
     rank, ranks = model.groups.pgs.cp.rank(), model.groups.pgs.cp.size()
     mine = [(at, item) for at, item in verdicts if at % ranks == rank]
@@ -152,7 +152,7 @@ class FrozenJudge:
         with self.routing.recording(trees, everything) as forward:
             batches = self._micro_batches(trees, backward=False)
             results = run_schedule(self.model, batches, forward, collect, backward=False)
-        table = torch.zeros(len(everything), self.target.columns, device=cpu.device())
+        table = torch.zeros(len(everything), self.target.columns, device=local_device())
         if self.model.groups.is_replica_writer:
             for items, values in results:
                 table[items] = values
@@ -182,7 +182,7 @@ class FrozenJudge:
             verdicts += item.verdicts
             weights += item.weights
         lengths = [item.inputs[0].response_end - item.inputs[0].response_start for item in passes]
-        table = torch.zeros(sum(lengths), 4, device=cpu.device())
+        table = torch.zeros(sum(lengths), 4, device=local_device())
         spans = table.split(lengths)  # of each pass
         batches = self._micro_batches(trees, backward=True)
         reduced: list[TreeBatch] = []

@@ -24,8 +24,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 from torch import Tensor
 
-from g2r_megatron import grading
-from g2r_megatron.config import OfflineJudgeConfig
+from g2r_megatron.config.options import OfflineJudgeConfig
+from g2r_megatron.credit import grading
 from g2r_megatron.data.readers import read_queries
 from g2r_megatron.data.tokenizer import encode_text, token_texts
 from g2r_megatron.data.types import Query
@@ -47,7 +47,7 @@ from g2r_megatron.judge.types import JudgeInput, Judgement, backward_passes
 from g2r_megatron.model.build import build_model
 from g2r_megatron.model.hf import HFModel, load_model_tokenizer, open_hf_model
 from g2r_megatron.parallel import groups
-from g2r_megatron.records.progress import format_seconds
+from g2r_megatron.records.progress_bar import format_seconds
 
 SHOWN_ROWS = 20
 

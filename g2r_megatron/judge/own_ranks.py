@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-from g2r_megatron import preemption
-from g2r_megatron.config import GrpoConfig
+from g2r_megatron.config.options import GrpoConfig
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.parts import Judged, Part, judge_part
 from g2r_megatron.judge.stage import JudgeStage
 from g2r_megatron.judge.types import Judgement
+from g2r_megatron.parallel import preemption
 from g2r_megatron.parallel.sides import FIRST_JUDGE, POLICY, from_first_rank, open_channel, packed, unpacked
 
 

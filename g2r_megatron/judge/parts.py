@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from g2r_megatron import grading
-from g2r_megatron.config import GrpoConfig
+from g2r_megatron.config.options import GrpoConfig
+from g2r_megatron.credit import grading
 from g2r_megatron.data.types import Query, RubricItem
 from g2r_megatron.judge.stage import JudgeStage
 from g2r_megatron.judge.types import ItemJudgement, Judgement, ScoreJudgement, backward_passes
@@ -21,7 +21,7 @@ class Part:
     """Responses to judge: ``group_size`` of each query, one group after the other.
 
     ``bodies``: token ids without the stop token; ``keys`` seed sampled verdicts. ``mix``: weight of the attribution in this
-    step (grpo/advantages.py); None asks for verdicts only.
+    step (credit/advantages.py); None asks for verdicts only.
     """
 
     queries: list[Query]

@@ -6,8 +6,9 @@ from functools import lru_cache
 
 from transformers import PreTrainedTokenizerFast
 
-from g2r_megatron.config import JudgeConfig
-from g2r_megatron.config_check import TEMPLATE_FIELDS, check_template
+from g2r_megatron.config.checks import TEMPLATE_FIELDS, check_template
+from g2r_megatron.config.options import JudgeConfig
+from g2r_megatron.credit.alignment import Alignment, align
 from g2r_megatron.data.token_spans import decoded_bounds, encoded_bounds
 from g2r_megatron.data.tokenizer import (
     chat_parts,
@@ -21,7 +22,6 @@ from g2r_megatron.data.tokenizer import (
 )
 from g2r_megatron.data.types import Query, RubricItem
 from g2r_megatron.errors import UserError
-from g2r_megatron.judge.alignment import Alignment, align
 from g2r_megatron.judge.packing import shared_length, tree_tokens
 from g2r_megatron.judge.types import JudgeInput
 

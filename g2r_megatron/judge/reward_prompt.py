@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from transformers import PreTrainedTokenizerFast
 
-from g2r_megatron.config import JudgeConfig
+from g2r_megatron.config.options import JudgeConfig
 from g2r_megatron.data.tokenizer import chat_parts, data_continues, encode_parts
 from g2r_megatron.data.types import Query
 from g2r_megatron.errors import UserError

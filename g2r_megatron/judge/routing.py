@@ -22,11 +22,11 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router_replay import RouterReplayAction
 
+from g2r_megatron.device import local_device
 from g2r_megatron.judge.packing import Tree
 from g2r_megatron.judge.types import JudgeInput
 from g2r_megatron.model.build import MegatronModel
 from g2r_megatron.model.schedule import TokenBatch, forward_tokens
-from g2r_megatron.parallel import cpu
 
 EXCHANGED_BYTES = 2**26  # of the table, on the device at a time
 
@@ -165,7 +165,7 @@ class Routing:
         experts = (turns % self.model.geometry.experts).to(self._dtype).repeat(1, number, 1)
         real = rows >= 0
         experts[real] = self._table[rows[real], first : first + number]
-        return experts.to(cpu.device()).long().unbind(1)
+        return experts.to(local_device()).long().unbind(1)
 
     def _exchange(self, table: torch.Tensor) -> None:
         """Fill ``table`` from all ranks of the stage: each token is another rank's, all others have zeros."""
@@ -174,7 +174,7 @@ class Routing:
             return
         tokens = max(1, EXCHANGED_BYTES // (table[0].numel() * table.element_size()))
         for part in table.split(tokens):
-            total = part.to(cpu.device())
+            total = part.to(local_device())
             dist.all_reduce(total, group=group)
             part.copy_(total)
 

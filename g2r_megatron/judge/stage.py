@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import torch
 
-from g2r_megatron.config import JudgeConfig
+from g2r_megatron.config.options import JudgeConfig
+from g2r_megatron.credit.attribution import alpha_from_attribution, pooled_weights, sentence_ids
 from g2r_megatron.data.tokenizer import token_texts
 from g2r_megatron.data.types import Query
-from g2r_megatron.judge.attribution import alpha_from_attribution, pooled_weights, sentence_ids
 from g2r_megatron.judge.frozen import FrozenJudge, Pass
 from g2r_megatron.judge.prompt import JudgePrompt, ResponseReader
 from g2r_megatron.judge.reward_prompt import RewardPrompt

@@ -12,7 +12,9 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from g2r_megatron.config import Layout, Precision
+from g2r_megatron.config.layout import check_layout_for_model, stage_layers
+from g2r_megatron.config.options import Layout, Precision
+from g2r_megatron.device import local_device, on_cpu
 from g2r_megatron.errors import UserError
 from g2r_megatron.model.gpt import SelectiveGPTModel, block_spec
 from g2r_megatron.model.hf import Geometry, HFModel
@@ -20,9 +22,7 @@ from g2r_megatron.model.reward_model import RewardModel
 from g2r_megatron.model.torch_dist import read_checkpoint_weights
 from g2r_megatron.model.torch_layers import TorchSpecProvider
 from g2r_megatron.model.weights import canonical_name, first_expert, is_expert, mapping_of, read_hf_weights
-from g2r_megatron.parallel import cpu
 from g2r_megatron.parallel.groups import ModelGroups
-from g2r_megatron.parallel.layout import check_layout_for_model, stage_layers
 
 # Rows (tokens) of an FP8 product come in multiples of this: the recipe's block of scales, at least 16.
 FP8_TOKENS = {"tensorwise": 16, "blockwise": 128, "mxfp8": 32}
@@ -98,9 +98,9 @@ def spec_backend(name: str, spec: str, dtype: str) -> BackendSpecProvider:
 
     "auto" keeps fp32 models on plain torch: Transformer Engine multiplies fp32 matrices in TF32.
     """
-    if spec == "torch" or (spec == "auto" and (cpu.on_cpu() or dtype == "fp32")):
+    if spec == "torch" or (spec == "auto" and (on_cpu() or dtype == "fp32")):
         return TorchSpecProvider()
-    if cpu.on_cpu():
+    if on_cpu():
         raise UserError(f"{name}.spec", "te without a CUDA device", "use torch or auto")
     try:
         import transformer_engine  # noqa: F401
@@ -131,7 +131,7 @@ def check_precision(name: str, precision: Precision, spec: str) -> None:
     if precision.fp8 == "none":
         return
     where = f"{name}.precision.fp8"
-    if cpu.on_cpu():
+    if on_cpu():
         raise UserError(where, f"{precision.fp8} without a CUDA device", "FP8 needs a GPU; use none")
     check_precision_options(name, precision, spec)
     if isinstance(spec_backend(name, spec, precision.dtype), TorchSpecProvider):
@@ -266,10 +266,10 @@ def transformer_config(
         variable_seq_lengths=True,  # micro-batches differ in rows and length
         moe_token_dispatcher_type="alltoall",  # checked by variable_seq_lengths in dense models too
         # Virtual stages: each message on its own, as Megatron-LM runs them. Otherwise batched, which gloo cannot.
-        batch_p2p_comm=layout.vpp is None and not cpu.on_cpu(),
+        batch_p2p_comm=layout.vpp is None and not on_cpu(),
         overlap_p2p_comm=layout.vpp is not None,
         calculate_per_token_loss=True,  # the schedule then leaves the loss unscaled
-        use_cpu_initialization=cpu.on_cpu(),
+        use_cpu_initialization=on_cpu(),
         perform_initialization=False,  # every weight is read from the checkpoint
         gradient_accumulation_fusion=False,
         deallocate_pipeline_outputs=True,
@@ -342,7 +342,7 @@ def build_empty_model(
     check_model(name, hf, groups.layout, precision, spec)
     backend = spec_backend(name, spec, precision.dtype)
     config = transformer_config(hf, groups.layout, groups.pgs.pp.rank(), precision, recompute, backend)
-    device = torch.empty(()).device if torch.empty(()).is_meta else cpu.device()
+    device = torch.empty(()).device if torch.empty(()).is_meta else local_device()
     modules, chunks, offsets = [], [], []
     for vp_stage in range(groups.layout.vpp) if groups.layout.vpp else [None]:
         gpt, offset = _build_chunk(hf, config, backend, groups, vp_stage)

@@ -6,8 +6,8 @@ bit for bit. Meanwhile the parameters are empty: whoever uses them gets an error
 
 import torch
 
+from g2r_megatron.device import local_device, on_cpu
 from g2r_megatron.model.build import MegatronModel
-from g2r_megatron.parallel import cpu
 
 
 class HostWeights:
@@ -18,7 +18,7 @@ class HostWeights:
         self._pairs: list[tuple[torch.nn.Parameter, torch.Tensor]] = []  # (parameter, its values on the host)
         for chunk in model.chunks:
             for parameter in chunk.parameters():
-                host = torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=not cpu.on_cpu())
+                host = torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=not on_cpu())
                 self._pairs.append((parameter, host.copy_(parameter.detach())))
             for module in chunk.modules():
                 if hasattr(module, "disable_parameter_transpose_cache"):
@@ -34,7 +34,7 @@ class HostWeights:
     def load(self) -> None:
         """Bring the weights to the device; work that is queued there from now on sees them."""
         for parameter, host in self._pairs:
-            parameter.data = torch.empty(host.shape, dtype=host.dtype, device=cpu.device()).copy_(
+            parameter.data = torch.empty(host.shape, dtype=host.dtype, device=local_device()).copy_(
                 host, non_blocking=True
             )
 

@@ -9,8 +9,8 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 
+from g2r_megatron.device import local_device
 from g2r_megatron.model.build import MegatronModel
-from g2r_megatron.parallel import cpu
 from g2r_megatron.parallel.microbatches import balanced_shards, pack_by_tokens, padded
 
 
@@ -39,7 +39,7 @@ def token_batch(
     # Right padding needs no mask: attention is causal and nothing after a sequence's end is read.
     ids = [list(sequences[i]) + [0] * (length - len(sequences[i])) for i in items] or [[0] * length]
     rows = [row * length + p for row, i in enumerate(items) for p in positions[i]]
-    device = cpu.device()
+    device = local_device()
     return TokenBatch(torch.tensor(ids, device=device), torch.tensor(rows, dtype=torch.int64, device=device), items)
 
 

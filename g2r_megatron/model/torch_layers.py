@@ -13,8 +13,8 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 
+from g2r_megatron.device import local_device
 from g2r_megatron.model.tree_attention import row_attention
-from g2r_megatron.parallel import cpu
 
 
 def layer_window(config, layer_number: int) -> int | None:
@@ -25,7 +25,7 @@ def layer_window(config, layer_number: int) -> int | None:
 
 def _norm_weight(size: int, config) -> torch.nn.Parameter:
     """A replicated norm weight; under sequence parallelism its gradient is summed over the TP ranks."""
-    weight = torch.nn.Parameter(torch.ones(size, dtype=config.params_dtype, device=cpu.device()))
+    weight = torch.nn.Parameter(torch.ones(size, dtype=config.params_dtype, device=local_device()))
     weight.sequence_parallel = config.sequence_parallel
     return weight
 

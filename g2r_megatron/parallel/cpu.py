@@ -1,19 +1,18 @@
 """Megatron-Core 0.16 on machines without CUDA: the few CUDA names it insists on, redirected to the CPU.
 
-Nothing outside this file knows that CUDA may be missing. ``install`` does nothing where a CUDA device exists.
+This file only makes Megatron-Core run on a CPU; which device there is, is asked of device.py. ``install`` does nothing
+where a CUDA device exists.
 Every redirection has its reason beside it; none replaces arithmetic or communication.
 """
 
 import contextlib
 import functools
 import importlib
-import os
-import time
 import types
-from collections.abc import Callable
 
-import psutil
 import torch
+
+from g2r_megatron.device import on_cpu
 
 _CPU = torch.device("cpu")
 _installed = False
@@ -30,46 +29,6 @@ _LITERAL_CUDA_MODULES = (
     "megatron.core.dist_checkpointing.strategies.state_dict_saver",
 )
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "empty_like", "zeros_like")
-
-
-def on_cpu() -> bool:
-    """True where there is no CUDA device and the redirections are (to be) installed."""
-    return not torch.cuda.is_available()
-
-
-def device() -> torch.device:
-    """The device that models and their inputs live on."""
-    return _CPU if on_cpu() else torch.device("cuda", torch.cuda.current_device())
-
-
-def backend() -> str:
-    """torch.distributed backend for model traffic."""
-    return "gloo" if on_cpu() else "nccl"
-
-
-def free_bytes() -> int:
-    """Memory that this rank can still take: of its GPU, or its share of the host's (of the ranks that torchrun started)."""
-    if on_cpu():
-        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    free, _ = torch.cuda.mem_get_info()
-    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-
-
-def stopwatch() -> Callable[[], float]:
-    """Starts now; what it returns gives the seconds since, on a GPU by events in its stream, with all work before them."""
-    if on_cpu():
-        began = time.perf_counter()
-        return lambda: time.perf_counter() - began
-    start = torch.cuda.Event(enable_timing=True)
-    start.record()
-
-    def seconds() -> float:
-        end = torch.cuda.Event(enable_timing=True)
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000  # it says milliseconds
-
-    return seconds
 
 
 def _without_cuda(factory):

@@ -13,9 +13,10 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from g2r_megatron.config import Layout
+from g2r_megatron.config.layout import check_layout, data_parallel_size
+from g2r_megatron.config.options import Layout
+from g2r_megatron.device import collective_backend, on_cpu
 from g2r_megatron.parallel import cpu, sides
-from g2r_megatron.parallel.layout import check_layout, data_parallel_size
 
 _timeout = timedelta(minutes=30)  # how long a rank waits for the others: of every group, set by ``initialize``
 
@@ -75,23 +76,25 @@ def initialize(seed: int, judge_ranks: int = 0, timeout_minutes: float | None = 
     cpu.install()
     if timeout_minutes is not None:
         _timeout = timedelta(minutes=timeout_minutes)
-    if not cpu.on_cpu():
+    if not on_cpu():
         # The watchdog aborts what a dead or stuck peer has blocked, and ends the process (also the default).
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
         # Megatron-Core overlaps communication with products by the order of their launch; read when CUDA starts.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not dist.is_initialized():
         if "RANK" in os.environ:
-            if not cpu.on_cpu():
+            if not on_cpu():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             if judge_ranks:
                 sides.join(judge_ranks, _timeout)
             else:
-                dist.init_process_group(cpu.backend(), timeout=_timeout)
+                dist.init_process_group(collective_backend(), timeout=_timeout)
         else:
-            if not cpu.on_cpu():
+            if not on_cpu():
                 torch.cuda.set_device(0)
-            dist.init_process_group(cpu.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=_timeout)
+            dist.init_process_group(
+                collective_backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=_timeout
+            )
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
     seed_all(seed)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from g2r_megatron.parallel import cpu
+from g2r_megatron.device import collective_backend, local_device
 
 POLICY = 0  # number in the channel of the policy's rank 0; the judge ranks are 1, 2, ...
 FIRST_JUDGE = 1
@@ -52,7 +52,7 @@ def join(judge_ranks: int, timeout: timedelta) -> None:
     rank, policy_ranks = _place(judge_ranks)
     side, first, size = ("judge", policy_ranks, judge_ranks) if rank >= policy_ranks else ("policy", 0, policy_ranks)
     store = dist.PrefixStore(f"g2r/{side}", job_store())
-    dist.init_process_group(cpu.backend(), store=store, rank=rank - first, world_size=size, timeout=timeout)
+    dist.init_process_group(collective_backend(), store=store, rank=rank - first, world_size=size, timeout=timeout)
 
 
 def has_sides() -> bool:
@@ -117,9 +117,9 @@ def unpacked(message: torch.Tensor) -> tuple[Any, torch.Tensor]:
 
 def from_first_rank(message: torch.Tensor | None) -> torch.Tensor:
     """Rank 0's uint8 ``message`` [m] on every rank of this side, on the CPU (collective; None elsewhere)."""
-    size = torch.tensor([0 if message is None else message.numel()], device=cpu.device())
+    size = torch.tensor([0 if message is None else message.numel()], device=local_device())
     dist.broadcast(size, 0)
     content = torch.empty(int(size), dtype=torch.uint8) if message is None else message
-    content = content.to(cpu.device())
+    content = content.to(local_device())
     dist.broadcast(content, 0)
     return content.cpu()

@@ -7,9 +7,9 @@ query heads, all key (or value) heads, feed-forward size; t: tensor parallel siz
 
 from dataclasses import dataclass
 
-from g2r_megatron.config import Layout
+from g2r_megatron.config.options import Layout
 from g2r_megatron.model.hf import Geometry
-from g2r_megatron.plan.parameters import Stage
+from g2r_megatron.plan.stages import Stage
 
 BYTES = {"fp32": 4, "bf16": 2}
 FP32 = 4

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from g2r_megatron.config import Precision
-from g2r_megatron.config_check import check_train_config
+from g2r_megatron.config.checks import check_train_config
+from g2r_megatron.config.options import Precision
 from g2r_megatron.errors import UserError
 from g2r_megatron.model.hf import CHECKPOINT_FACTS, HFModel, open_hf_model
-from g2r_megatron.plan.options import PlanConfig
+from g2r_megatron.plan.config import PlanConfig
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 

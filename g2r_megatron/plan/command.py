@@ -3,12 +3,12 @@
 import sys
 from dataclasses import replace
 
-from g2r_megatron.config import Layout
+from g2r_megatron.config.options import Layout
 from g2r_megatron.plan.checks import Problems, check_config
-from g2r_megatron.plan.options import PlanConfig
-from g2r_megatron.plan.output import console, plan_json, print_plan, print_suggestions, suggestions_json
+from g2r_megatron.plan.config import PlanConfig
 from g2r_megatron.plan.planner import make_plan
 from g2r_megatron.plan.suggest import Suggestion, suggest
+from g2r_megatron.plan.tables import console, plan_json, print_plan, print_suggestions, suggestions_json
 
 
 def run_plan(config: PlanConfig) -> int:

@@ -1,4 +1,4 @@
-"""Work, communication and time of a step's phases, from stated speeds (options.py, ``Hardware``).
+"""Work, communication and time of a step's phases, from stated speeds (config.py, ``Hardware``).
 
 Nothing overlaps with anything but, with ``judge.ranks``, the judge with the policy's sampling and log-probs. Ring
 algorithms: a rank sends (n - 1) / n of a tensor to gather or reduce-scatter it over n ranks, twice that to all-reduce it.
@@ -7,8 +7,8 @@ algorithms: a rank sends (n - 1) / n of a tensor to gather or reduce-scatter it 
 from dataclasses import asdict, dataclass
 
 from g2r_megatron.plan.activations import FP32, kv_cache_bytes
+from g2r_megatron.plan.config import Hardware
 from g2r_megatron.plan.models import Job, PlannedModel
-from g2r_megatron.plan.options import Hardware
 from g2r_megatron.plan.workload import (
     Passes,
     Rollout,

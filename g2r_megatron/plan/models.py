@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from g2r_megatron.config import Layout
+from g2r_megatron.config.layout import data_parallel_size
+from g2r_megatron.config.options import Layout
 from g2r_megatron.model.hf import Geometry, HFModel
-from g2r_megatron.parallel.layout import data_parallel_size
 from g2r_megatron.plan import activations
 from g2r_megatron.plan.activations import Kind
-from g2r_megatron.plan.options import PlanConfig
-from g2r_megatron.plan.parameters import Stage
+from g2r_megatron.plan.config import PlanConfig
+from g2r_megatron.plan.stages import Stage
 
 CountStages = Callable[[str, HFModel, Layout, str, int], list[Stage]]
 

@@ -4,15 +4,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 
+from g2r_megatron.config.layout import check_layout
 from g2r_megatron.errors import UserError
 from g2r_megatron.model.hf import HFModel
-from g2r_megatron.parallel.layout import check_layout
 from g2r_megatron.plan.checks import Problems, check_config, check_inputs, missing_files
+from g2r_megatron.plan.config import PlanConfig
 from g2r_megatron.plan.cost import Phase, step_phases, step_seconds
-from g2r_megatron.plan.memory import GIB, RankMemory, rank_memory
 from g2r_megatron.plan.models import CountStages, Job, plan_job
-from g2r_megatron.plan.options import PlanConfig
-from g2r_megatron.plan.parameters import built_stages, expected_stages
+from g2r_megatron.plan.rank_memory import GIB, RankMemory, rank_memory
+from g2r_megatron.plan.stages import built_stages, expected_stages
 from g2r_megatron.plan.workload import Workload, workload
 
 Change = dict[str, object]  # option -> value
@@ -155,7 +155,7 @@ def _fits_with(config: PlanConfig, change: Change, policy: HFModel, judge: HFMod
 
 def try_job(config: PlanConfig, policy: HFModel, judge: HFModel, count: CountStages) -> Job | None:
     """The job, or None where its layouts do not fit the world or the models."""
-    from g2r_megatron.config import Precision
+    from g2r_megatron.config.options import Precision
     from g2r_megatron.model.build import check_model
 
     world = config.nodes * config.gpus_per_node

@@ -4,15 +4,15 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from g2r_megatron.config import OWN_RANKS_PARTS, Layout
+from g2r_megatron.config.options import OWN_RANKS_PARTS, Layout
 from g2r_megatron.errors import UserError
 from g2r_megatron.model.hf import HFModel
 from g2r_megatron.plan.checks import Problems
+from g2r_megatron.plan.config import PlanConfig
 from g2r_megatron.plan.cost import step_phases, step_seconds
-from g2r_megatron.plan.memory import GIB, rank_memory
 from g2r_megatron.plan.models import Job
-from g2r_megatron.plan.options import PlanConfig
 from g2r_megatron.plan.planner import count_stages_as_built, count_stages_by_formula, fits, try_job
+from g2r_megatron.plan.rank_memory import GIB, rank_memory
 
 SHOWN = 2  # of each place of the judge
 TRIED = 300  # pairs of layouts whose memory is looked at, for each place of the judge

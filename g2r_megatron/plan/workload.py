@@ -7,10 +7,10 @@ fit, and the longest that a step takes. Real steps are as much faster as their r
 import math
 from dataclasses import dataclass, replace
 
-from g2r_megatron.config import Layout
-from g2r_megatron.parallel.layout import data_parallel_size
+from g2r_megatron.config.layout import data_parallel_size
+from g2r_megatron.config.options import Layout
 from g2r_megatron.parallel.microbatches import padded
-from g2r_megatron.plan.options import PlanConfig
+from g2r_megatron.plan.config import PlanConfig
 
 CHARACTERS_PER_TOKEN = 4
 CHAT_TOKENS = 24  # of a chat template around the judge's prompt

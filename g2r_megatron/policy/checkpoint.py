@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.strategies.base import StrategyAction, reg
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonSaveStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
+from g2r_megatron.device import local_device
 from g2r_megatron.errors import UserError, unwritable
 from g2r_megatron.model.torch_dist import (
     check_contents,
@@ -36,7 +37,6 @@ from g2r_megatron.model.torch_dist import (
     sync_to_disk,
     write_facts,
 )
-from g2r_megatron.parallel import cpu
 from g2r_megatron.parallel.agreement import raised_by_all
 from g2r_megatron.policy.background_save import ThreadQueue, with_check_sums, write_in_this_process
 from g2r_megatron.policy.trainer import PolicyTrainer, load_optimizer_state
@@ -151,7 +151,7 @@ class Checkpointer:
                 files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
                 names = [path.relative_to(temporary).as_posix() for path in files]
                 known |= {name: crc32(path) for name, path in zip(names, files, strict=True) if name not in known}
-                place = {"world_size": dist.get_world_size(), "device": cpu.device().type}
+                place = {"world_size": dist.get_world_size(), "device": local_device().type}
                 write_facts(
                     temporary, {"step": step, **place, "fused_experts": self.trainer.model.hf.fused_experts}, known
                 )
@@ -237,7 +237,7 @@ class Checkpointer:
     def _load(self, path: Path) -> None:
         facts = checked_facts(path)
         # another world has other ranks, another device another generator; nothing random depends on it (sampling is keyed)
-        with_rng = facts["world_size"] == dist.get_world_size() and facts.get("device") == cpu.device().type
+        with_rng = facts["world_size"] == dist.get_world_size() and facts.get("device") == local_device().type
         state = load_sharded(path, self._sharded_state(is_loading=True, with_rng=with_rng))
         chunks = self.trainer.model.chunks
         load_chunks(chunks, {name: state[name] for name in sharded_weights(chunks, self.trainer.model.groups)})

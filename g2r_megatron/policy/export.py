@@ -6,7 +6,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from g2r_megatron.model.build import MegatronModel
-from g2r_megatron.model.export import iterate_hf_tensors, save_hf
+from g2r_megatron.model.write_hf import iterate_hf_tensors, save_hf
 
 
 def export_policy(model: MegatronModel, output: Path) -> None:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from g2r_megatron.device import local_device
 from g2r_megatron.model.build import MegatronModel
 from g2r_megatron.model.schedule import TokenBatch, forward_tokens, replica_plan, run_schedule, token_batch
-from g2r_megatron.parallel import cpu
 from g2r_megatron.parallel.vocab import log_probs_at
 
 
@@ -78,7 +78,7 @@ def response_log_probs(
     results = run_schedule(model, batches, forward_tokens, collect, backward=False)
     model.train(training)
     lengths = [len(sequence.response_ids) for sequence in sequences]
-    flat = torch.zeros(sum(lengths), device=cpu.device())
+    flat = torch.zeros(sum(lengths), device=local_device())
     pieces = flat.split(lengths)
     if model.groups.is_replica_writer:
         for items, values in results:

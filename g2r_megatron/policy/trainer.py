@@ -9,12 +9,11 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from g2r_megatron.config import OptimizerConfig, TrainConfig
+from g2r_megatron.config.options import OptimizerConfig, TrainConfig
+from g2r_megatron.device import local_device
 from g2r_megatron.errors import UserError
-from g2r_megatron.grpo.losses import aggregation_weights, loss_metrics, policy_loss
 from g2r_megatron.model.build import MegatronModel
 from g2r_megatron.model.schedule import TokenBatch, forward_tokens, run_schedule
-from g2r_megatron.parallel import cpu
 from g2r_megatron.policy.log_probs import (
     TokenSequence,
     plan_micro_batches,
@@ -22,6 +21,7 @@ from g2r_megatron.policy.log_probs import (
     response_log_probs,
     token_log_probs,
 )
+from g2r_megatron.policy.losses import aggregation_weights, loss_metrics, policy_loss
 
 SUMS = ("tokens", "policy", "ratio", "clipped", "kl", "k1", "k2", "k3")
 
@@ -128,7 +128,7 @@ def _load_state(optimizer, state: dict) -> None:
 def _check_shards(optimizer, options: OptimizerConfig) -> None:
     """Every replica must own a share of a sharded optimizer state, or Megatron-Core cannot checkpoint it."""
     owned = min(sum(len(g["params"]) for g in o.optimizer.param_groups) for o in optimizer.chained_optimizers)
-    smallest = torch.tensor([owned], device=cpu.device())
+    smallest = torch.tensor([owned], device=local_device())
     dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
     if smallest.item() == 0:
         raise UserError(
@@ -204,7 +204,7 @@ class PolicyTrainer:
         self.model.train()
 
         def flat(tensors, batch: TokenBatch):
-            return torch.cat([tensors[i] for i in batch.items]).to(cpu.device())
+            return torch.cat([tensors[i] for i in batch.items]).to(local_device())
 
         def loss(batch: TokenBatch, logits: torch.Tensor):
             log_probs = token_log_probs(self.model, batch, logits, sequences, self.config.rollout.temperature)
@@ -224,8 +224,8 @@ class PolicyTrainer:
 
     def _reduce_metrics(self, outputs: list) -> dict[str, float]:
         """Sum (and maximise) the micro-batches' totals over the world; every rank gets the metrics."""
-        sums, maxima = torch.zeros(len(SUMS), device=cpu.device()), torch.zeros(1, device=cpu.device())
-        present = torch.zeros(1, device=cpu.device())
+        sums, maxima = torch.zeros(len(SUMS), device=local_device()), torch.zeros(1, device=local_device())
+        present = torch.zeros(1, device=local_device())
         if self.model.groups.is_replica_writer:
             for output in outputs:
                 sums += torch.stack([output.sums.get(name, sums.new_zeros(())) for name in SUMS])
@@ -247,7 +247,7 @@ class PolicyTrainer:
         """
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        bad = torch.tensor(int(not (math.isfinite(loss) and math.isfinite(grad_norm))), device=cpu.device())
+        bad = torch.tensor(int(not (math.isfinite(loss) and math.isfinite(grad_norm))), device=local_device())
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         if bad.item():
             self.bad_in_a_row += 1

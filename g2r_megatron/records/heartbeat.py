@@ -8,7 +8,7 @@ from pathlib import Path
 
 from g2r_megatron.errors import UserError
 from g2r_megatron.records.files import make_directory, replace_text
-from g2r_megatron.records.progress import format_seconds
+from g2r_megatron.records.progress_bar import format_seconds
 
 HEARTBEAT_FILE = "heartbeat.json"
 STATES = ("starting", "running", "preempted", "finished", "failed")

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from g2r_megatron.errors import UserError
-from g2r_megatron.records.metrics import SAMPLES_FILE, read_metrics, read_samples
+from g2r_megatron.records.metrics_log import SAMPLES_FILE, read_metrics, read_samples
 
 CONFIG_FILE = "config.yaml"
 TARGET_SCORE = 0.65  # "steps to 0.65": the level the quickstart task is compared at

@@ -7,11 +7,11 @@ Old log-probs and the gradients of an update. Leaves out several ranks
 import pytest
 import torch
 
-from g2r_megatron.config import Layout, Precision, TrainConfig
+from g2r_megatron.config.options import Layout, Precision, TrainConfig
 from g2r_megatron.plan.activations import Kind
-from g2r_megatron.plan.memory import forward_bytes, training_state, update_bytes
 from g2r_megatron.plan.models import PlannedModel
-from g2r_megatron.plan.parameters import expected_stages
+from g2r_megatron.plan.rank_memory import forward_bytes, training_state, update_bytes
+from g2r_megatron.plan.stages import expected_stages
 from g2r_megatron.plan.workload import Passes
 from tiny_models import build_tiny_hf
 

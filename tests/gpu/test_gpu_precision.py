@@ -11,15 +11,15 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
-import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
 import test_checkpoint as checkpoints
 import test_parity_judge as judging
 import test_parity_rollout as rollouts
 import test_parity_update as updates
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from distributed import groups_of
-from g2r_megatron.config import Layout, OptimizerConfig, PolicyConfig, Precision, RolloutConfig, TrainConfig
+from g2r_megatron.config.options import Layout, OptimizerConfig, PolicyConfig, Precision, RolloutConfig, TrainConfig
 from g2r_megatron.data.tokenizer import load_tokenizer
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.prompt import JudgePrompt
@@ -173,7 +173,7 @@ def next_logits(model, prompt: list[int], response: list[int]) -> torch.Tensor:
 @formats
 def test_greedy_rollouts_follow_the_whole_forward(gpu_hf, format):
     """Every token decoded with the KV cache is (nearly) the best of a forward without one; mixed prompt lengths."""
-    from g2r_megatron.rollout.engine import MegatronRolloutEngine
+    from g2r_megatron.rollout.megatron import MegatronRolloutEngine
 
     model = build(gpu_hf("qwen3"), format.spec, fp8=format.fp8)
     engine = MegatronRolloutEngine(model, RolloutConfig(max_response_tokens=12, batch_size=3), {382})

@@ -1,0 +1,284 @@
+"""Cross-checks of a resolved config, before anything heavy is imported and before anything is written.
+
+Here is what the options alone (and the size of the world) decide. Checked where they are opened: models
+(model/hf.py), tokenizers (data/tokenizer.py), layouts against a model (config/layout.py), rows (data/readers.py).
+"""
+
+import math
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from g2r_megatron.config.layout import check_layout
+from g2r_megatron.config.options import (
+    GrpoConfig,
+    JudgeConfig,
+    LogConfig,
+    OfflineJudgeConfig,
+    RolloutConfig,
+    TrainConfig,
+)
+from g2r_megatron.errors import UserError
+
+TEMPLATE_FIELDS = ("conversation", "response", "criterion")
+
+
+@dataclass(frozen=True)
+class Range:
+    """An interval of finite numbers; ``open_low``/``open_high`` leave its ends out."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def holds(self, value: float) -> bool:
+        """False for NaN and the infinities too."""
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return above and below and math.isfinite(value)
+
+    def __str__(self) -> str:
+        low = f"{'more than' if self.open_low else 'at least'} {self.low:g}"
+        if self.high == math.inf:
+            return low
+        return f"{low} and {'less than' if self.open_high else 'at most'} {self.high:g}"
+
+
+COUNT = Range(1)
+COUNT_OR_OFF = Range(0)
+NOT_NEGATIVE = Range(0)
+POSITIVE = Range(0, open_low=True)
+FRACTION = Range(0, 1)
+POSITIVE_FRACTION = Range(0, 1, open_low=True)
+BELOW_ONE = Range(0, 1, open_high=True)
+SEED = Range(0, 2**32 - 1)
+
+JUDGE_RANGES = {
+    "judge.ranks": COUNT_OR_OFF,
+    "judge.parts": COUNT,
+    "judge.micro_batch_tokens": COUNT,
+    "judge.max_length": COUNT,
+    "judge.contraction": POSITIVE_FRACTION,
+    "judge.tau": POSITIVE,
+    "judge.smear_gamma": BELOW_ONE,
+    "judge.flat_threshold": POSITIVE_FRACTION,
+}
+OFFLINE_JUDGE_RANGES = {
+    **JUDGE_RANGES,
+    "batch_rows": COUNT,
+    "seed": SEED,
+    "shards": Range(1, 99999),  # as many digits as the parts' names have
+    "shard": NOT_NEGATIVE,
+}
+TRAIN_RANGES = {
+    **JUDGE_RANGES,
+    "steps": COUNT,
+    "seed": SEED,
+    "eval_every": COUNT_OR_OFF,
+    "eval_responses": COUNT,
+    "timeout_minutes": POSITIVE,
+    "policy.micro_batch_tokens": COUNT,
+    "rollout.prompts_per_step": COUNT,
+    "rollout.responses_per_prompt": COUNT,
+    "rollout.temperature": NOT_NEGATIVE,
+    "rollout.top_p": POSITIVE_FRACTION,
+    "rollout.top_k": COUNT_OR_OFF,
+    "rollout.max_prompt_tokens": COUNT,
+    "rollout.max_response_tokens": COUNT,
+    "rollout.batch_size": COUNT,
+    "grpo.mix": FRACTION,
+    "grpo.mix_anneal": FRACTION,
+    "grpo.top_items": POSITIVE_FRACTION,
+    "grpo.false_scale": NOT_NEGATIVE,
+    "grpo.clip_low": Range(0, 1, open_low=True, open_high=True),
+    "grpo.clip_high": POSITIVE,
+    "grpo.kl_coef": NOT_NEGATIVE,
+    "grpo.mini_batches": COUNT,
+    "optimizer.lr": POSITIVE,
+    "optimizer.min_lr": NOT_NEGATIVE,
+    "optimizer.warmup_steps": COUNT_OR_OFF,
+    "optimizer.weight_decay": NOT_NEGATIVE,
+    "optimizer.beta1": BELOW_ONE,
+    "optimizer.beta2": BELOW_ONE,
+    "optimizer.eps": POSITIVE,
+    "optimizer.clip_grad": NOT_NEGATIVE,
+    "optimizer.max_bad_steps": COUNT,
+    "checkpoint.save_every": COUNT_OR_OFF,
+    "checkpoint.keep_last": COUNT,
+    "log.samples_per_step": COUNT_OR_OFF,
+    "log.samples_every": COUNT,
+}
+
+
+def check_train_config(config: TrainConfig, world_size: int) -> None:
+    """Raise ``UserError`` for the first thing in a resolved ``config`` that cannot work on ``world_size`` ranks."""
+    _require_given("policy.model", config.policy.model, "give the Hugging Face directory the policy starts from")
+    _require_given("data.train", config.data.train, "give at least one .jsonl or .parquet file of queries")
+    _require_given("output_dir", config.output_dir, "give the run directory")
+    _check_ranges(config, TRAIN_RANGES)
+    _check_judge_place(config.judge, config.rollout, world_size)
+    check_layout("policy", config.policy.layout, world_size, config.judge.ranks)
+    _check_judge(config.judge, world_size)
+    _check_grpo(config.grpo, config.rollout)
+    _check_schedule(config)
+    check_packages(config.log)
+    _check_run_directory(config.output_dir)
+
+
+def check_judge_config(config: OfflineJudgeConfig, world_size: int) -> None:
+    """Raise ``UserError`` for the first thing in a resolved ``config`` that cannot work on ``world_size`` ranks."""
+    _require_given("judge.model", config.judge.model, "give the Hugging Face directory of the judge")
+    _require_given("input", config.input, "give the .jsonl or .parquet file of rows to judge")
+    _require_given("output", config.output, "give the .jsonl file to write")
+    _check_ranges(config, OFFLINE_JUDGE_RANGES)
+    for option, default in (("ranks", 0), ("parts", None), ("offload", False)):
+        if (value := getattr(config.judge, option)) != default:
+            raise UserError(
+                f"judge.{option}",
+                f"{value} in g2r judge",
+                "leave it out: all ranks are the judge's, and no policy waits",
+            )
+    _check_judge(config.judge, world_size)
+    if config.shard >= config.shards:
+        raise UserError("shard", f"{config.shard} of {config.shards} shards", "shards are counted from 0")
+    if config.shards == 1 and Path(config.output).exists():
+        remedy = "give a new file, or remove it: results are never overwritten"
+        raise UserError("output", f"{config.output} exists", remedy)
+    _check_file_can_be_made("output", config.output)
+
+
+def _require_given(option: str, value, remedy: str) -> None:
+    if not value:
+        raise UserError(option, "missing", remedy)
+
+
+def _check_ranges(config, ranges: dict[str, Range]) -> None:
+    for option, allowed in ranges.items():
+        value = config
+        for name in option.split("."):
+            value = getattr(value, name)
+        if value is not None and not allowed.holds(value):
+            raise UserError(option, str(value), f"must be {allowed}")
+
+
+def _check_judge_place(judge: JudgeConfig, rollout: RolloutConfig, world_size: int) -> None:
+    if judge.ranks >= world_size:
+        fits = f"at most {world_size - 1}, or start more processes" if world_size > 1 else "0 in a job of one process"
+        raise UserError(
+            "judge.ranks", f"{judge.ranks} of {world_size} ranks leave none to the policy", f"must be {fits}"
+        )
+    if judge.ranks and judge.offload:
+        raise UserError(
+            "judge.offload",
+            f"true with judge.ranks {judge.ranks}",
+            "the judge's own ranks hold nothing else to make room for: set one of them",
+        )
+    if judge.parts > rollout.prompts_per_step:
+        raise UserError(
+            "judge.parts",
+            f"{judge.parts} with rollout.prompts_per_step {rollout.prompts_per_step}",
+            "a part has at least one prompt: lower it",
+        )
+
+
+def _check_judge(judge: JudgeConfig, world_size: int) -> None:
+    check_layout("judge", judge.layout, world_size, judge.ranks)
+    check_template(judge.template)
+    _require_given("judge.true_words", judge.true_words, "give at least one spelling of a positive verdict")
+    _require_given("judge.false_words", judge.false_words, "give at least one spelling of a negative verdict")
+    shared = sorted(set(judge.true_words) & set(judge.false_words))
+    if shared:
+        raise UserError("judge.true_words", f"{shared} also in judge.false_words", "give spellings that differ")
+    if judge.pooling == "response" and judge.template.index("{criterion}") < judge.template.index("{response}"):
+        raise UserError(
+            "judge.pooling",
+            "response with {criterion} before {response} in judge.template",
+            "put the criterion after the response, so that its items share it, or use item",
+        )
+    if judge.pool == "sentence" and not judge.sentence_delimiters:
+        raise UserError(
+            "judge.sentence_delimiters", "empty with pool=sentence", "give the characters that end a sentence"
+        )
+
+
+def _check_grpo(grpo: GrpoConfig, rollout: RolloutConfig) -> None:
+    group = rollout.responses_per_prompt
+    if group < 2:
+        raise UserError(
+            "rollout.responses_per_prompt",
+            f"{group} with grpo.baseline={grpo.baseline}",
+            "responses are compared within their group: give at least 2",
+        )
+    if rollout.temperature == 0 or rollout.top_k == 1:
+        option = "rollout.top_k" if rollout.top_k == 1 else "rollout.temperature"
+        raise UserError(
+            option,
+            f"{rollout.top_k if rollout.top_k == 1 else 0} makes the responses of a prompt all the same",
+            "training learns from their differences: sample (eval_greedy evaluates greedily)",
+        )
+    responses = rollout.prompts_per_step * group
+    if grpo.mini_batches > responses:
+        raise UserError(
+            "grpo.mini_batches", str(grpo.mini_batches), f"must be at most the {responses} responses of a step"
+        )
+    clip = grpo.weight_clip
+    if clip is not None and not (len(clip) == 2 and 0 <= clip[0] <= 1 <= clip[1] < math.inf):
+        raise UserError("grpo.weight_clip", str(clip), "must be [low, high] with 0 <= low <= 1 <= high")
+
+
+def _check_schedule(config: TrainConfig) -> None:
+    optimizer = config.optimizer
+    if optimizer.warmup_steps >= config.steps:
+        raise UserError(
+            "optimizer.warmup_steps", str(optimizer.warmup_steps), f"must be less than steps {config.steps}"
+        )
+    if optimizer.min_lr > optimizer.lr:
+        raise UserError("optimizer.min_lr", str(optimizer.min_lr), f"must be at most optimizer.lr {optimizer.lr}")
+    if config.eval_every and not config.data.eval:
+        raise UserError("eval_every", f"{config.eval_every} without data.eval", "give data.eval files or set it to 0")
+
+
+def check_packages(log: LogConfig) -> None:
+    """Raise ``UserError`` unless the packages that the logging asks for are installed."""
+    for option, wanted, package in (
+        ("log.tensorboard", log.tensorboard, "tensorboard"),
+        ("log.wandb", log.wandb, "wandb"),
+    ):
+        if wanted and find_spec(package) is None:
+            raise UserError(option, f"package {package} is not installed", f"pip install {package} or set it false")
+
+
+def check_template(template: str) -> None:
+    """Raise ``UserError`` unless each field of the judge's template is there exactly once."""
+    counts = {name: template.count("{" + name + "}") for name in TEMPLATE_FIELDS}
+    wrong = [f"{{{name}}} {count} times" for name, count in counts.items() if count != 1]
+    if wrong:
+        raise UserError(
+            "judge.template",
+            f"has {', '.join(wrong)}",
+            "each of {conversation}, {response}, {criterion} must be there once",
+        )
+
+
+def _check_run_directory(path: str) -> None:
+    """``path`` is a writable directory or can be made: its nearest existing parent is a writable directory."""
+    nearest = Path(path).absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise UserError("output_dir", f"{path}: {nearest} is a file", "give a directory")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(
+            "output_dir", f"{path}: no permission to write in {nearest}", "give a directory you may write in"
+        )
+
+
+def _check_file_can_be_made(option: str, path: str) -> None:
+    """``path`` can be made in an existing directory."""
+    file = Path(path)
+    if not file.parent.is_dir():
+        raise UserError(option, f"{path}: no directory {file.parent}", "create the directory, or give another file")
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        raise UserError(option, f"{path}: no permission to write in {file.parent}", "give a directory you may write in")

@@ -1,0 +1,102 @@
+"""Bytes that a micro-batch of the judge takes above the weights, and the check that they are free before it runs."""
+
+from collections.abc import Sequence
+
+from g2r_megatron.device import free_bytes, on_cpu
+from g2r_megatron.errors import UserError
+from g2r_megatron.judge.packing import Tree
+from g2r_megatron.model.build import MegatronModel
+from g2r_megatron.model.hf import Geometry
+from g2r_megatron.parallel.microbatches import padded
+
+GIB = 2**30
+
+
+def judge_activation_bytes(
+    geometry: Geometry,
+    *,
+    layers: int,
+    row_tokens: int,
+    verdicts: int = 1,
+    tp: int = 1,
+    sp: bool = False,
+    cp: int = 1,
+    etp: int = 1,
+    bytes_per_number: int = 4,
+    recompute: str = "none",
+    backward: bool = True,
+    window: bool = False,
+    rows: int = 1,
+) -> int:
+    """Peak bytes of one rank while the judge runs a row of ``row_tokens``, above weights.
+
+    ``layers`` on this rank (of all its virtual stages), ``verdicts`` in the row, ``bytes_per_number`` of activations (4
+    fp32, 2 bf16), ``recompute`` as in the config ("selective" is counted as "none"), ``backward``: the attribution pass,
+    else the verdict pass, ``window``: some layers have a sliding window, ``rows``: micro-batches in flight
+    (``rows_in_flight``). The formula is explained in judge/packing.py; measured peaks of the
+    attribution are 0.8 to 1 of it, of the verdict pass, which is far smaller, up to 1.25. Held to measurements by
+    test_judge_memory.py and benchmarks/judge_growth.py.
+    """
+    g, tokens = geometry, -(-row_tokens // cp)
+    whole, attention = g.hidden / (tp if sp else 1), (g.heads + max(g.kv_heads, tp)) * g.head_dim / tp
+    mlp = 2 * g.ffn / tp
+    if g.experts:
+        mlp = max(whole + 3 * g.experts_per_token * g.expert_ffn / etp, mlp if g.dense_layers else 0)
+    kept = 2 * whole + 3 * attention + 4 * g.head_dim + mlp  # of a layer, a token
+    if cp > 1:
+        kept += 2 * max(g.kv_heads, tp) * g.head_dim / tp * cp  # keys and values of the whole row
+    at_work = 4 * whole + 2 * attention + mlp
+    numbers = at_work
+    if backward:
+        numbers += 4 * whole  # embeddings, directions, the leaf and its gradient
+        numbers += rows * layers * whole + kept if recompute == "full" else rows * layers * kept
+    logits = 12 * verdicts * g.padded_vocab(tp, 1) / tp
+    if on_cpu():
+        mask = bytes_per_number * row_tokens * tokens if window or cp > 1 else 0
+    else:
+        mask = 4 * row_tokens * tokens
+    return round(bytes_per_number * tokens * numbers + logits + mask)
+
+
+def rows_in_flight(pp: int, vpp: int | None) -> float:
+    """Micro-batches whose activations the first pipeline stage holds at once, in Megatron-Core's schedules."""
+    return pp if vpp is None else ((vpp + 1) * pp - 1) / vpp
+
+
+def check_memory(model: MegatronModel, rows: Sequence[Sequence[Tree]], config, backward: bool) -> None:
+    """Raise ``UserError`` with the numbers if this replica's largest of ``rows`` does not fit into what is free now.
+
+    ``config``: the JudgeConfig.
+    """
+    layout, bytes_per_number = model.groups.layout, model.config.params_dtype.itemsize
+    layers = sum(len(chunk.decoder.layers) for chunk in model.chunks)
+    need, tokens, verdicts = 0, 0, 0
+    for row in rows:
+        length = padded(sum(len(tree.ids) for tree in row), model.length_multiple)
+        items = sum(len(tree.items) for tree in row)
+        found = judge_activation_bytes(
+            model.geometry,
+            layers=layers,
+            row_tokens=length,
+            verdicts=items,
+            tp=layout.tp,
+            sp=layout.sp,
+            cp=layout.cp,
+            etp=layout.etp,
+            bytes_per_number=bytes_per_number,
+            recompute=config.recompute,
+            backward=backward,
+            window=model.hf.sliding_window is not None,
+            rows=min(rows_in_flight(layout.pp, layout.vpp), len(rows)),
+        )
+        if found > need:
+            need, tokens, verdicts = found, length, items
+    free = free_bytes()
+    if need > free:
+        work = "attribution" if backward else "a verdict pass"
+        raise UserError(
+            "judge.micro_batch_tokens",
+            f"{work} over {tokens} tokens with {verdicts} criteria needs about {need / GIB:.2f} GiB on each rank, "
+            f"{free / GIB:.2f} GiB are free (micro_batch_tokens {config.micro_batch_tokens})",
+            "lower it, set judge.recompute to full, spread the judge with judge.layout, or shorten responses",
+        )

@@ -1,0 +1,156 @@
+"""The command line: every option is in --help and in --print_config, overrides win, exit codes are 0, 2 and 130.
+
+Errors are in test_bad_input.py. Leaves out what the commands do.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+from g2r_megatron import cli
+from g2r_megatron.cli import main
+from g2r_megatron.config import parsing
+from g2r_megatron.config.checks import OFFLINE_JUDGE_RANGES, TRAIN_RANGES, check_train_config
+from g2r_megatron.config.options import OfflineJudgeConfig, TrainConfig, resolve_preset
+
+CLASSES = {"train": TrainConfig, "judge": OfflineJudgeConfig}
+
+
+def output_of(capsys, *argv: str) -> str:
+    """What a command line that ends by itself (--help, --print_config) prints."""
+    with pytest.raises(SystemExit) as exit_:
+        main(list(argv))
+    assert exit_.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", CLASSES)
+def test_help_lists_every_option_with_a_text(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    text = output_of(capsys, command, "--help")
+    for name in parsing.option_names(CLASSES[command]):
+        # the line of an option goes on with its text, or with an indented one
+        after = text.partition(f"\n  --{name} ")[2]
+        assert after, f"--{name} is not in --help"
+        entry = after.partition("\n  --")[0]
+        assert len(entry.partition("(type:")[0].split("\n")[-1].strip()) > 5, f"--{name} has no help text: {entry}"
+
+
+@pytest.mark.parametrize("command", CLASSES)
+def test_print_config_is_a_config_file_of_every_option(command, capsys, tmp_path):
+    printed = output_of(capsys, command, "--judge.tau", "0.5", "--print_config")
+    assert yaml.safe_load(printed)["judge"]["tau"] == 0.5
+    (tmp_path / "config.yaml").write_text(printed)
+    again = parsing.parse(CLASSES[command], "g2r", ["--config", str(tmp_path / "config.yaml")])
+    expected = CLASSES[command]()
+    expected.judge.tau = 0.5
+    assert again == expected
+
+
+def test_the_defaults_of_the_command_line_are_those_of_the_dataclasses():
+    assert parsing.parse(TrainConfig, "g2r train", []) == TrainConfig()
+    assert parsing.parse(OfflineJudgeConfig, "g2r judge", []) == OfflineJudgeConfig()
+
+
+def test_later_options_override_the_file(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "steps: 7\npolicy:\n  layout: {tp: 2, sp: true}\noptimizer:\n  lr: 1e-4\ndata:\n  train: [a.jsonl]\n"
+    )
+    config = parsing.parse(
+        TrainConfig,
+        "g2r train",
+        ["--config", str(file), "--policy.layout.tp", "4", "--grpo.weight_clip=[0.5, 2]", "--data.train", "[b.jsonl]"],
+    )
+    assert (config.steps, config.optimizer.lr) == (7, 1e-4)
+    assert (config.policy.layout.tp, config.policy.layout.sp, config.policy.layout.pp) == (4, True, 1)
+    assert config.grpo.weight_clip == [0.5, 2.0] and config.data.train == ["b.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--dump-inputs"],
+        ["--dump_inputs"],
+        ["--dump-inputs", "--seed", "3"],
+        ["--dump-inputs=true"],
+        ["--dump_inputs", "true"],
+    ],
+)
+def test_a_switch_needs_no_value_and_dashes_are_underscores(argv):
+    assert parsing.parse(OfflineJudgeConfig, "g2r judge", argv).dump_inputs is True
+
+
+def test_every_number_has_a_range():
+    """A new numeric option must be given its range; layouts have their own check."""
+    for config_class, ranges in ((TrainConfig, TRAIN_RANGES), (OfflineJudgeConfig, OFFLINE_JUDGE_RANGES)):
+        numbers = {
+            name
+            for name in parsing.option_names(config_class)
+            if parsing.type_of(config_class, name) in (int, float, int | None, float | None) and ".layout." not in name
+        }
+        assert numbers == set(ranges)
+
+
+@pytest.mark.parametrize("preset", ["grpo", "paper", "robust"])
+def test_presets_with_defaults_pass_the_checks(preset, tmp_path):
+    config = TrainConfig(output_dir=str(tmp_path / "run"))
+    config.policy.model, config.data.train, config.grpo.preset = "model", ["train.jsonl"], preset
+    resolved = resolve_preset(config)
+    check_train_config(resolved, world_size=8)
+    assert [name for name, value in asdict(resolved.grpo).items() if value is None] == ["weight_clip"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_general_help(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(command in out for command in cli.COMMANDS)
+
+
+def test_interrupted_is_130(monkeypatch):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "train", interrupted)
+    assert main(["train"]) == 130
+
+
+def test_help_and_mistakes_do_not_import_torch():
+    code = "import sys; from g2r_megatron.cli import main; main(['train']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "False\n"
+    assert done.stderr.startswith("g2r: error: policy.model: missing")
+
+
+@pytest.mark.parametrize("rank_that_fails", ["all", "2"])
+def test_under_torchrun_one_rank_reports_and_all_end(rank_that_fails, tmp_path):
+    """Also when one rank alone finds the mistake, while the others wait for it in a collective."""
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import os, sys\n"
+        "from g2r_megatron import cli, failures\n"
+        "from g2r_megatron.errors import UserError\n"
+        "def command(argv):\n"
+        f"    if '{rank_that_fails}' in ('all', os.environ['RANK']):\n"
+        "        raise UserError('file', 'broken', 'restore it')\n"
+        "    import torch.distributed as dist\n"
+        "    dist.init_process_group('gloo')\n"
+        "    dist.barrier()\n"
+        "cli.COMMANDS['train'] = command\n"
+        "failures.GRACE_SECONDS = 1.0 if '2' == sys.argv[1] else 30.0\n"
+        "sys.exit(cli.main(['train']))\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    done = subprocess.run(
+        [*torchrun, str(script), rank_that_fails],
+        capture_output=True, text=True, timeout=100, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert done.stderr.count("g2r: error: file: broken; restore it\n") == 1
+    assert done.stderr.count("exitcode  : 2") == (3 if rank_that_fails == "all" else 1)

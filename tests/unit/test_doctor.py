@@ -1,0 +1,110 @@
+"""`g2r doctor`: what is broken is said in a line and by the exit code, never by a traceback.
+
+Packages that raise, die or are others of the same name are real modules in a directory on the path of the interpreters
+that the doctor starts. Leaves out what only a machine with a GPU can show (tests/gpu).
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from g2r_megatron.cli import main
+from g2r_megatron.plan import doctor
+from g2r_megatron.plan.doctor import Package
+
+GPU_PACKAGE = Package("fused_things", "fused-things", "gpu", "speed")
+
+
+@pytest.fixture
+def modules(tmp_path, monkeypatch):
+    """``modules(name, source)`` makes a module importable in interpreters started from here."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def write(name: str, source: str) -> None:
+        file = tmp_path.joinpath(*name.split(".")).with_suffix(".py")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(source)
+
+    return write
+
+
+def program(directory: Path, name: str, script: str, monkeypatch) -> None:
+    """An executable ``name`` that is found first."""
+    file = directory / name
+    file.write_text(f"#!/bin/sh\n{script}\n")
+    file.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}:/usr/bin:/bin")
+
+
+@pytest.mark.parametrize(
+    ("source", "has_gpu", "state", "said"),
+    [
+        (None, False, "missing", "not installed; for speed"),
+        (None, True, "broken", "not installed; for speed"),
+        ("__version__ = '1.2'", True, "ok", "1.2"),
+        ("raise OSError('libcudart.so.12: no such file\\nand more')", True, "broken", "OSError: libcudart.so.12"),
+        ("raise OSError('libcudart.so.12')", False, "note", "reinstall or remove it"),
+        ("import os; os.abort()", True, "broken", "the interpreter ended with -6"),
+        ("raise SystemExit(3)", True, "broken", "SystemExit: 3"),
+        ("import gone_elsewhere", True, "broken", "No module named 'gone_elsewhere'"),
+    ],
+)
+def test_packages(modules, source, has_gpu, state, said):
+    """Absent, whole, raising, killing the interpreter, lacking something: broken where this kind of machine needs it."""
+    if source is not None:
+        modules("fused_things", source)
+    finding = doctor.check_package(GPU_PACKAGE, has_gpu)
+    assert finding.state == state and said in finding.what and "\n" not in finding.what
+
+
+@pytest.mark.parametrize(
+    ("files", "state", "said"),
+    [
+        ({}, "missing", "not installed"),
+        ({"apex.__init__": ""}, "broken", "PyPI's unrelated package"),
+        ({"apex.__init__": "", "apex.optimizers": ""}, "note", "without --cuda_ext"),
+        ({"apex.__init__": "", "apex.optimizers": "", "amp_C": ""}, "ok", "imported"),
+        (
+            {"apex.__init__": "", "apex.optimizers": "import amp_C", "amp_C": "raise ImportError('ABI')"},
+            "broken",
+            "ABI",
+        ),
+    ],
+    ids=["absent", "the_other_apex", "python_only", "whole", "broken_build"],
+)
+def test_apex(modules, files, state, said):
+    """NVIDIA's has apex.optimizers and amp_C; PyPI's `apex` has neither, and Megatron-Core would take it for NVIDIA's."""
+    for name, source in files.items():
+        modules(name, source)
+    finding = doctor.check_apex()
+    assert finding.state == state and said in finding.what
+
+
+def test_a_driver_with_gpus_needs_a_torch_that_sees_them(tmp_path, monkeypatch):
+    """torch's CPU build beside a GPU is what is broken; without a driver it is not."""
+    if "+cpu" not in __import__("torch").__version__:
+        pytest.skip("needs torch's CPU build")
+    program(tmp_path, "nvidia-smi", "echo 570.86.10, NVIDIA H100 80GB HBM3", monkeypatch)
+    has_gpu, driver = doctor.check_driver()
+    assert has_gpu and driver.what.startswith("570.86.10")
+    states = {finding.name: finding.state for finding in doctor.check_torch(has_gpu)}
+    assert states == {"torch": "ok", "GPU": "broken"}
+    program(tmp_path, "nvidia-smi", "echo 'no devices were found'; exit 9", monkeypatch)
+    assert doctor.check_driver()[0] is False
+
+
+def test_the_command_on_this_machine(capsys):
+    """Exit code 0 and a line a thing, plain text in a pipe."""
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    names = {line.split("  ")[0] for line in out.splitlines()}
+    assert {"Python", "torch", "megatron-core", "NVIDIA Apex", "Slurm", "/dev/shm", "open files"} <= names
+    assert "\x1b" not in out and sys.executable in out and "Traceback" not in out
+
+
+def test_something_broken_is_exit_code_1(capsys, monkeypatch):
+    """The last line names it."""
+    monkeypatch.setattr(doctor, "PACKAGES", (Package("not_there_at_all", "not-there-at-all", "always", "everything"),))
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "broken: not-there-at-all"
