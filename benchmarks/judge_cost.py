@@ -10,8 +10,8 @@ tokenizer trained on that text. The ways:
     b      Hugging Face, one call an item, no gradients, logits of the last position: the sparse judge
     b-own  the same by this project's engine, every item a sequence of its own
     c      this project, sparse: prefixes shared
-    d      this project, dense, judge.pooling=item: c and a backward for each item judged True
-    e      this project, dense, judge.pooling=response: c and one backward a response for the items judged True
+    d      this project, dense, judge.credit=per_item: c and a backward for each item judged True
+    e      this project, dense, judge.credit=per_response: c and one backward a response for the items judged True
     d-all, e-all  the same where every item is judged True: the most that it can cost
     d-rec, e-rec  d and e with judge.recompute=full
 
@@ -118,10 +118,10 @@ def judge_config(args: argparse.Namespace) -> JudgeConfig:
         target="log_prob",
         attribution="grad_x_embed",
         standardize=False,
-        pool="none",
+        smoothing="none",
         micro_batch_tokens=args.micro_batch_tokens,
         recompute="full" if args.way.endswith("-rec") else "none",
-        pooling="response" if args.way.startswith("e") else "item",
+        credit="per_response" if args.way.startswith("e") else "per_item",
     )
 
 

@@ -32,9 +32,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNS = {  # name -> options
     "grpo": ["--grpo.preset", "grpo"],
     "robust": ["--grpo.preset", "robust"],
-    "robust, pooling response": ["--grpo.preset", "robust", "--judge.pooling", "response"],
+    "robust, credit per_response": ["--grpo.preset", "robust", "--judge.credit", "per_response"],
     "paper": ["--grpo.preset", "paper"],
-    "paper, pooling response": ["--grpo.preset", "paper", "--judge.pooling", "response"],
+    "paper, credit per_response": ["--grpo.preset", "paper", "--judge.credit", "per_response"],
 }
 PHASES = ("sample", "verdicts", "attribution", "update")
 TARGET = 1.25

@@ -191,15 +191,15 @@ def _check_judge(judge: JudgeConfig, world_size: int) -> None:
     shared = sorted(set(judge.true_words) & set(judge.false_words))
     if shared:
         raise UserError("judge.true_words", f"{shared} also in judge.false_words", "give spellings that differ")
-    if judge.pooling == "response" and judge.template.index("{criterion}") < judge.template.index("{response}"):
+    if judge.credit == "per_response" and judge.template.index("{criterion}") < judge.template.index("{response}"):
         raise UserError(
-            "judge.pooling",
+            "judge.credit",
             "response with {criterion} before {response} in judge.template",
             "put the criterion after the response, so that its items share it, or use item",
         )
-    if judge.pool == "sentence" and not judge.sentence_delimiters:
+    if judge.smoothing == "sentence" and not judge.sentence_delimiters:
         raise UserError(
-            "judge.sentence_delimiters", "empty with pool=sentence", "give the characters that end a sentence"
+            "judge.sentence_delimiters", "empty with smoothing=sentence", "give the characters that end a sentence"
         )
 
 

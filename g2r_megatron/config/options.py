@@ -10,8 +10,8 @@ from typing import Literal
 
 Attribution = Literal["grad_x_embed", "l1", "l2", "contracted"]
 Target = Literal["log_prob", "logit_margin"]
-Pool = Literal["none", "smear", "sentence"]
-Pooling = Literal["item", "response"]
+Smoothing = Literal["none", "smear", "sentence"]
+Credit = Literal["per_item", "per_response"]
 AdvantageKind = Literal["sequence", "token_return", "itemwise", "sequence_weighted"]
 
 DEFAULT_JUDGE_TEMPLATE = """Below are a conversation, a response to it, and one criterion. Decide whether the response meets the criterion.
@@ -108,7 +108,7 @@ class JudgeConfig:
     """spellings of a negative verdict"""
     max_length: int = 32768
     """longest judge input in tokens; longer ones are an error that names the row. Items of a response run together up to
-    this length; pooling=response needs all of them to"""
+    this length; credit=per_response needs all of them to"""
     verdict: Literal["compare", "sample"] = "compare"
     """verdict by p(True) > p(False), or sampled with p(True) / (p(True) + p(False))"""
     target: Target | None = None
@@ -116,7 +116,7 @@ class JudgeConfig:
     is its own target"""
     attribution: Attribution | None = None
     """b_t: g.e, L1 or L2 norm of g, or g.(e - mean) at the contracted embedding (follows the preset)"""
-    pooling: Pooling = "item"
+    credit: Credit = "per_item"
     """one backward for each item, or one for the weighted mean of a response's items, which then have one alpha"""
     contraction: float = 0.15
     """s of `contracted`: response embeddings are moved to mean + s (e - mean) for the gradient"""
@@ -124,12 +124,12 @@ class JudgeConfig:
     """softmax temperature over the response tokens"""
     standardize: bool | None = None
     """b to mean 0, std 1 over the response before the softmax (follows the preset)"""
-    pool: Pool | None = None
+    smoothing: Smoothing | None = None
     """alpha afterwards: unchanged, smeared backwards, or averaged over sentences (follows the preset)"""
     smear_gamma: float = 0.7
-    """decay of `pool=smear`"""
+    """decay of `smoothing=smear`"""
     sentence_delimiters: str = ".!?\n"
-    """characters that end a sentence for `pool=sentence`"""
+    """characters that end a sentence for `smoothing=sentence`"""
     flat_threshold: float = 0.95
     """a response with ESS/T above this counts as flat in the metrics"""
 
@@ -325,7 +325,7 @@ class OfflineJudgeConfig:
     polarity: Literal["raw", "flip_negated"] = "raw"
     """negative-weight items phrased "does not ..." (met is good, RaR-Science): raw keeps the sign, flip_negated makes them positive"""
     preset: Literal["paper", "robust"] = "paper"
-    """fills judge.target, attribution, standardize and pool where they are not given"""
+    """fills judge.target, attribution, standardize and smoothing where they are not given"""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
 
@@ -334,15 +334,15 @@ OWN_RANKS_PARTS = 4  # default of judge.parts with judge.ranks
 # Each preset is a set of ordinary options: values for the fields above whose default is None.
 PRESETS = {
     "grpo": {
-        "judge": dict(target="log_prob", attribution="grad_x_embed", standardize=False, pool="none"),
+        "judge": dict(target="log_prob", attribution="grad_x_embed", standardize=False, smoothing="none"),
         "grpo": dict(advantage="sequence", return_to_go=False, mix=0.0, mix_anneal=0.0),
     },
     "paper": {
-        "judge": dict(target="log_prob", attribution="grad_x_embed", standardize=False, pool="none"),
+        "judge": dict(target="log_prob", attribution="grad_x_embed", standardize=False, smoothing="none"),
         "grpo": dict(advantage="token_return", return_to_go=True, mix=1.0, mix_anneal=0.0),
     },
     "robust": {
-        "judge": dict(target="logit_margin", attribution="contracted", standardize=True, pool="smear"),
+        "judge": dict(target="logit_margin", attribution="contracted", standardize=True, smoothing="smear"),
         "grpo": dict(advantage="itemwise", return_to_go=False, mix=0.5, mix_anneal=0.6),
     },
 }

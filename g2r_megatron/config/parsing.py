@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from g2r_megatron.config.renamed import with_new_names
 from g2r_megatron.errors import UserError
 
 Config = TypeVar("Config")
@@ -46,6 +47,7 @@ def parse(config_class: type[Config], prog: str, argv: list[str]) -> Config:
     parser = build_parser(config_class, prog)
     for path in _config_files(argv):
         check_config_file(path)
+    argv = with_new_names(argv)
     try:
         values = vars(parser.instantiate(parser.parse_args(argv)))
     except argparse.ArgumentError as error:

@@ -15,10 +15,10 @@ CONSTANT_SPREAD = 1e-6
 
 
 def pooled_weights(weights: list[float]) -> list[float]:
-    """Factors c_k of the items in the one backward of ``judge.pooling=response``, from their weights w_k (not all 0).
+    """Factors c_k of the items in the one backward of ``judge.credit=per_response``, from their weights w_k (not all 0).
 
     b_t = sum_k c_k b_kt with c_k = s w_k / sum_j |w_j|, s the sign of sum_j w_j (of + for 0). Then alpha = softmax(b / tau)
-    stands for every item of the pool, as ``item`` pooling does to first order: sum_k w_k (1 + b_kt) is
+    stands for every one of these items, as ``per_item`` does to first order: sum_k w_k (1 + b_kt) is
     (sum_k w_k) (1 + b_t) there, up to the size of b. Two things follow: one item alone has c = 1, whatever its weight,
     so that weights do not change the softmax's temperature; and where pitfalls outweigh the rest, the blame goes to the
     tokens they rest on, because r_t = alpha_t r with r < 0.
@@ -40,16 +40,16 @@ def alpha_from_attribution(
     b: Tensor,
     tau: float,
     standardize: bool,
-    pool: str,
+    smoothing: str,
     gamma: float,
     sentence_ids: Tensor | None,
     alignment: Alignment | None = None,
 ) -> Tensor:
-    """alpha = pool(softmax(b' / tau)), with b' = (b - mean b) / std b when ``standardize``, else b.
+    """alpha = smoothed(softmax(b' / tau)), with b' = (b - mean b) / std b when ``standardize``, else b.
 
-    ``b``: [T] scores in any float type. ``pool``: "none", "smear" (uses ``gamma``) or "sentence" (uses
+    ``b``: [T] scores in any float type. ``smoothing``: "none", "smear" (uses ``gamma``) or "sentence" (uses
     ``sentence_ids``: [T] int64). Returns [T] fp32 that sums to 1. With an ``alignment``, b is of the judge's tokens:
-    its softmax moves to the T tokens of the policy, and is pooled there.
+    its softmax moves to the T tokens of the policy, and is smoothed there.
 
     A b that cannot rank tokens (constant, zero, NaN or infinite) gives exactly the uniform 1/T, also after
     smearing, so that it changes no advantage; ``credit.hazards.attribution_metrics`` counts such b.
@@ -63,12 +63,12 @@ def alpha_from_attribution(
     alpha = torch.softmax(b / tau, dim=0)
     if alignment is not None:
         alpha = alignment.move(alpha)
-    if pool == "smear":
+    if smoothing == "smear":
         alpha = smear(alpha, gamma)
-    elif pool == "sentence":
-        alpha = pool_sentences(alpha, sentence_ids)
-    elif pool != "none":
-        raise ValueError(f"unknown pool {pool!r}")
+    elif smoothing == "sentence":
+        alpha = average_sentences(alpha, sentence_ids)
+    elif smoothing != "none":
+        raise ValueError(f"unknown smoothing {smoothing!r}")
     return alpha.float()
 
 
@@ -86,7 +86,7 @@ def smear(alpha: Tensor, gamma: float) -> Tensor:
     return out / out.sum()
 
 
-def pool_sentences(alpha: Tensor, sentence_ids: Tensor) -> Tensor:
+def average_sentences(alpha: Tensor, sentence_ids: Tensor) -> Tensor:
     """alpha'_t = mean of alpha over the sentence of t (METHOD.md).
 
     ``alpha``: [T]; ``sentence_ids``: [T] int64, 0.. . Returns [T] with the same sum, dtype of ``alpha``.

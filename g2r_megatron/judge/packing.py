@@ -7,7 +7,7 @@ keep trees and branches apart, so verdicts and gradients are those of K separate
 
 Memory of a micro-batch. A row has S <= max(``judge.micro_batch_tokens``, longest tree) tokens, a tree of P prefix and
 B branch tokens P + B of them, at most ``judge.max_length``: a response with more is split into several trees, or refused
-with the numbers where it must be one (``judge.pooling=response``). judge/activation_memory.py has the formula, and refuses a row
+with the numbers where it must be one (``judge.credit=per_response``). judge/activation_memory.py has the formula, and refuses a row
 that does not fit into what is free before it runs. With hidden size h, q query and k key-value numbers a token (q = h and
 k = h / 2 or less in most models), feed-forward size f, L layers on the stage, V vocabulary rows, n verdicts and a bytes a
 number, on one rank, above the weights:

@@ -96,7 +96,7 @@ class JudgePrompt(ResponseReader):
         Raises ``UserError`` for a bad template, a missing chat template, or verdict words that cannot work.
         """
         super().__init__(tokenizer, config, policy_tokenizer)
-        self.one_sequence = config.pooling == "response"
+        self.one_sequence = config.credit == "per_response"
         self.true_ids = verdict_ids(tokenizer, config.true_words, "judge.true_words")
         self.false_ids = verdict_ids(tokenizer, config.false_words, "judge.false_words")
         both = set(self.true_ids) & set(self.false_ids)
@@ -127,7 +127,7 @@ class JudgePrompt(ResponseReader):
     def build_items(self, query: Query, response_ids: Sequence[int]) -> list[JudgeInput]:
         """The judge inputs of a response, one for each item of ``query``'s rubric, as ``build`` makes them.
 
-        Raises ``UserError`` naming the query when ``judge.pooling=response`` must run them as one sequence (their common
+        Raises ``UserError`` naming the query when ``judge.credit=per_response`` must run them as one sequence (their common
         beginning once) that is longer than ``judge.max_length``.
         """
         inputs = [self.build(query, item, response_ids) for item in query.rubric]
@@ -136,7 +136,7 @@ class JudgePrompt(ResponseReader):
                 "judge.max_length",
                 f"the {len(inputs)} judge inputs of query {query.id!r} share {shared_length(inputs)} tokens and are "
                 f"{tokens} in all, more than {self.max_length}",
-                "raise judge.max_length, shorten the responses, or use judge.pooling=item",
+                "raise judge.max_length, shorten the responses, or use judge.credit=per_item",
             )
         return inputs
 

@@ -15,7 +15,7 @@ from g2r_megatron.model.hf import HFModel
 
 CACHED_CONVERSATIONS = 1024
 # Options of a judge that reads a prompt and says True or False.
-OF_VERDICTS = ("template", "chat_template", "true_words", "false_words", "verdict", "pooling")
+OF_VERDICTS = ("template", "chat_template", "true_words", "false_words", "verdict", "credit")
 PROBE = ({"role": "user", "content": "a"},)
 
 

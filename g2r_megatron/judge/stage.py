@@ -59,21 +59,21 @@ class JudgeStage:
     ) -> None:
         """Fill ``attribution``, ``grad_norm`` and ``cos`` of the judgements marked in ``needed`` (collective).
 
-        ``weights``: w_k of each judgement; ``judge.pooling=response`` pools the marked items by them, and all of them then
+        ``weights``: w_k of each judgement; ``judge.credit=per_response`` pools the marked items by them, and all of them then
         hold the one result (METHOD.md).
         """
-        pools: list[list[Judgement]] = []
+        credited: list[list[Judgement]] = []  # by each pass
         passes: list[Pass] = []
         for row, found, marks, row_weights in zip(inputs, judgements, needed, weights, strict=True):
             # an empty response has no token to credit
             marked = [k for k, mark in enumerate(marks) if mark and row[k].response_end > row[k].response_start]
-            for items in [[k] for k in marked] if self.config.pooling == "item" else [marked] if marked else []:
+            for items in [[k] for k in marked] if self.config.credit == "per_item" else [marked] if marked else []:
                 factors = pooled_weights([row_weights[k] for k in items]) if len(items) > 1 else [1.0]
                 passes.append(Pass([row[k] for k in items], [found[k].verdict for k in items], factors))
-                pools.append([found[k] for k in items])
-        for pool, gradients in zip(pools, self.judge.token_gradients(passes), strict=True):
+                credited.append([found[k] for k in items])
+        for items, gradients in zip(credited, self.judge.token_gradients(passes), strict=True):
             attribution = gradients.attribution(self.config.attribution)
-            for item in pool:
+            for item in items:
                 item.attribution = attribution
                 item.grad_norm = gradients.l2.square().sum().sqrt().item()
                 item.cos = gradients.cos
@@ -88,10 +88,10 @@ def item_alphas(
 ) -> list[torch.Tensor | None]:
     """alpha_t [T] of each judgement over the ``body`` of one response; None where no backward ran. Needs no judge."""
     sentences = None
-    if config.pool == "sentence":
+    if config.smoothing == "sentence":
         sentences = sentence_ids(token_texts(prompt.body_tokenizer, body), config.sentence_delimiters)
     _, alignment = prompt.response(body)
-    options = config.tau, config.standardize, config.pool, config.smear_gamma, sentences, alignment
+    options = config.tau, config.standardize, config.smoothing, config.smear_gamma, sentences, alignment
     return [
         None if item.attribution is None else alpha_from_attribution(item.attribution, *options) for item in judgements
     ]

@@ -23,7 +23,7 @@ class ItemJudgement:
     """Verdict of one rubric item on one response, and what its gradient says of the response tokens.
 
     ``attribution`` is b_t [T], fp32 on the CPU, over the response body; ``None`` where no backward ran. Items that were
-    pooled into one backward (``judge.pooling=response``) have the same tensor.
+    pooled into one backward (``judge.credit=per_response``) have the same tensor.
     ``cos`` is the median over tokens of |cos(g_t, e_t)|, ``grad_norm`` the L2 norm of g over the response.
     """
 

@@ -190,7 +190,7 @@ def job_notes(job: Job, work: Workload) -> list[str]:
         )
     elif work.pooled and work.judge_tree > config.judge.max_length:
         notes.append(
-            f"judge.pooling=response at the limits needs {work.judge_tree} tokens, more than judge.max_length "
+            f"judge.credit=per_response at the limits needs {work.judge_tree} tokens, more than judge.max_length "
             f"{config.judge.max_length}: training stops at such a row"
         )
     for model, length in ((job.policy, work.sequence), (job.judge, work.judge_input)):

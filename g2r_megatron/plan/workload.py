@@ -80,7 +80,7 @@ def workload(config: PlanConfig) -> Workload:
         criterion=config.criterion_tokens,
         template=math.ceil(text / CHARACTERS_PER_TOKEN) + (CHAT_TOKENS if config.judge.chat_template else 0),
         shares_prefix=template.index("{criterion}") > template.index("{response}"),
-        pooled=config.judge.pooling == "response",
+        pooled=config.judge.credit == "per_response",
         parts=config.judge.parts,
     )
 
@@ -130,7 +130,7 @@ def verdict_passes(work: Workload, config: PlanConfig, ranks: int) -> Passes:
 
 
 def attribution_passes(work: Workload, config: PlanConfig, ranks: int) -> Passes:
-    """One sequence an attributed item, or one tree of them a response (``judge.pooling=response``)."""
+    """One sequence an attributed item, or one tree of them a response (``judge.credit=per_response``)."""
     if work.pooled:
         items = math.ceil(work.attributed)
         length = work.judge_prefix + items * work.criterion

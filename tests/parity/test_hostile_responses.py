@@ -181,7 +181,7 @@ def judge_hostile(path: str, policy: str, tp: int, pp: int) -> dict:
 def hostile_config() -> JudgeConfig:
     return JudgeConfig(
         template=SHORT, chat_template=False, attribution=VARIANT.attribution, target=VARIANT.target, standardize=False,
-        pool="none", tau=VARIANT.tau, **WORDS,
+        smoothing="none", tau=VARIANT.tau, **WORDS,
     )  # fmt: skip
 
 

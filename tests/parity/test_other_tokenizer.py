@@ -82,7 +82,7 @@ def arguments_of(task: list[str], judge: Path, name: str, output: Path) -> list[
     return [
         *(*task, "--judge.model", str(judge), "--output_dir", str(output)),
         *("--grpo.preset", "robust" if name == "robust" else "paper", "--judge.tau", str(v.tau)),
-        *("--judge.attribution", v.attribution, "--judge.target", v.target, "--judge.pool", v.pool),
+        *("--judge.attribution", v.attribution, "--judge.target", v.target, "--judge.smoothing", v.smoothing),
         *("--judge.standardize", str(v.standardize).lower(), "--judge.micro_batch_tokens", str(v.micro_batch_tokens)),
     ]
 
@@ -154,16 +154,16 @@ def expected_alphas(found: dict, config: TrainConfig, name: str, variant: Varian
             key = f"{found['keys'][i]}/{k}"
             reference = hf_judge(model, built, prompt.true_ids, prompt.false_ids, variant, key)
             assert reference.verdict == found["verdicts"][i][k]
-            unpooled = reference_alpha(reference.b, replace(variant, pool="none"), [])
+            unpooled = reference_alpha(reference.b, replace(variant, smoothing="none"), [])
             alpha = moved(unpooled, name, judge, ids, owners, len(body))
-            row.append(pooled(alpha, variant.pool, token_texts(policy, body)))
+            row.append(smoothed(alpha, variant.smoothing, token_texts(policy, body)))
         rows.append(row)
     return rows
 
 
-def pooled(alpha: torch.Tensor, pool: str, texts: list[str]) -> torch.Tensor:
+def smoothed(alpha: torch.Tensor, smoothing: str, texts: list[str]) -> torch.Tensor:
     """As ``reference_alpha`` does it, of a distribution: METHOD.md step 4 without the softmax."""
-    as_it_is = Variant("l1", "log_prob", "none", 1, False, pool)
+    as_it_is = Variant("l1", "log_prob", "none", 1, False, smoothing)
     return reference_alpha(alpha.clamp(min=1e-300).log(), as_it_is, texts)
 
 

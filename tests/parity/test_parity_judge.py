@@ -69,7 +69,7 @@ class Variant:
     recompute: str
     micro_batch_tokens: int  # 1: a sequence each; 150: a few; 8192: all in one
     standardize: bool
-    pool: str
+    smoothing: str
     tau: float = 1.0  # of the size of b's spread, so that an error in b's scale shows in the rewards
     verdict: str = "sample"  # these models mostly answer False; sampling gives both verdicts
     chat: bool = False  # the default template in the tokenizer's chat template, instead of SHORT
@@ -84,7 +84,7 @@ class Variant:
             recompute=self.recompute,
             micro_batch_tokens=self.micro_batch_tokens,
             standardize=self.standardize,
-            pool=self.pool,
+            smoothing=self.smoothing,
             tau=self.tau,
             verdict=self.verdict,
             contraction=CONTRACTION,
@@ -211,11 +211,11 @@ def reference_alpha(b: torch.Tensor, variant: Variant, texts: list[str]) -> torc
     if variant.standardize:
         b = (b - b.mean()) / b.std(unbiased=False)
     alpha = (b / variant.tau).softmax(0)
-    if variant.pool == "smear":
+    if variant.smoothing == "smear":
         for t in range(len(alpha) - 2, -1, -1):
             alpha[t] = alpha[t] + 0.7 * alpha[t + 1]
         alpha = alpha / alpha.sum()
-    elif variant.pool == "sentence":
+    elif variant.smoothing == "sentence":
         start = 0
         for t in range(len(texts)):
             ended = any(mark in text for text in texts[start : t + 1] for mark in ".!?\n")
@@ -320,7 +320,7 @@ def test_cases_have_teeth(reference, variant):
         once, twice = (
             reference_alpha(scale * b, VARIANTS[variant], ["word"] * (len(b) - 1) + ["."]) for scale in (1, 2)
         )
-        if VARIANTS[variant].pool == "none":
+        if VARIANTS[variant].smoothing == "none":
             assert relative(twice, once) > 0.05
 
 

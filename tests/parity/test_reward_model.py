@@ -44,9 +44,9 @@ RESPONSES = [  # (conversation, text)
 QUERIES = [Query(f"q{i}", messages, ()) for i, messages in enumerate(CONVERSATIONS)]
 ENDS_IN_PADDING = CHATML + "{%- if not add_generation_prompt %}{{ '<|endoftext|><|endoftext|>' }}{%- endif %}"
 CONFIGS = {
-    "paper": JudgeConfig(attribution="grad_x_embed", standardize=False, pool="none", micro_batch_tokens=70),
+    "paper": JudgeConfig(attribution="grad_x_embed", standardize=False, smoothing="none", micro_batch_tokens=70),
     "robust": JudgeConfig(
-        attribution="contracted", target="logit_margin", standardize=True, pool="smear", recompute="full"
+        attribution="contracted", target="logit_margin", standardize=True, smoothing="smear", recompute="full"
     ),
 }
 SEEDS = {"qwen3_moe": 6}  # as 8 for the others: no score of RESPONSES is a near cancellation
@@ -171,7 +171,7 @@ def reference_alpha(b: torch.Tensor, config: JudgeConfig) -> torch.Tensor:
     if config.standardize:
         b = (b - b.mean()) / b.std(unbiased=False)
     alpha = torch.softmax(b / config.tau, 0)
-    if config.pool == "smear":
+    if config.smoothing == "smear":
         for t in reversed(range(len(alpha) - 1)):
             alpha[t] += config.smear_gamma * alpha[t + 1]
         alpha /= alpha.sum()

@@ -47,7 +47,7 @@ class Way:
     """How the judge is run. ``budget`` 1: a tree a row; 90: rows of a few and of one; 8192: everything in one row."""
 
     template: str = "criterion_last"
-    pooling: str = "item"
+    credit: str = "per_item"
     recompute: str = "none"
     budget: int = 8192
     attribution: str = "grad_x_embed"
@@ -56,14 +56,14 @@ class Way:
         return JudgeConfig(
             template=TEMPLATES[self.template],
             chat_template=False,
-            pooling=self.pooling,
+            credit=self.credit,
             recompute=self.recompute,
             micro_batch_tokens=self.budget,
             attribution=self.attribution,
             target="log_prob",
             verdict="sample",
             standardize=False,
-            pool="none",
+            smoothing="none",
         )
 
 
@@ -71,8 +71,8 @@ WAYS = {
     "one_row": Way(),
     "few_a_row_full_recompute": Way(budget=90, recompute="full"),
     "one_a_row_selective_recompute": Way(budget=1, recompute="selective"),
-    "pooled": Way(pooling="response", budget=90),
-    "pooled_l2_full_recompute": Way(pooling="response", recompute="full", attribution="l2"),
+    "pooled": Way(credit="per_response", budget=90),
+    "pooled_l2_full_recompute": Way(credit="per_response", recompute="full", attribution="l2"),
 }
 
 
@@ -157,7 +157,7 @@ def check(found: list[list[tuple]], gradients, way: Way, family: str, layers: in
     worst = dict.fromkeys(("probability", "attribution", "cancellation"), 0.0)
     for row, response in zip(found, RESPONSES, strict=True):
         items, e = gradients(family, layers, way.template, response)
-        factors = pooled_weights(list(WEIGHTS)) if way.pooling == "response" else None
+        factors = pooled_weights(list(WEIGHTS)) if way.credit == "per_response" else None
         own = [slopes[0 if verdict else 1] for (_, _, verdict, _), (_, slopes) in zip(row, items, strict=True)]
         for k, ((p_true, p_false, _, b), (log_probs, _)) in enumerate(zip(row, items, strict=True)):
             expected = log_probs.exp().tolist()
@@ -313,7 +313,7 @@ def test_items_that_are_too_long_together_are_split(worlds, directory):
 
 def test_a_pooled_response_that_is_too_long_is_refused_with_the_numbers(directory):
     """Pooled items must be one sequence: a response that is too long as one is refused before anything is run."""
-    path, way = directory("qwen3", 4), Way(pooling="response").config()
+    path, way = directory("qwen3", 4), Way(credit="per_response").config()
     tokenizer, limit = load_tokenizer(path), together(path)
     body = encode_text(tokenizer, RESPONSES[1])
     inputs = JudgePrompt(tokenizer, replace(way, max_length=limit)).build_items(QUERY, body)
@@ -324,10 +324,10 @@ def test_a_pooled_response_that_is_too_long_is_refused_with_the_numbers(director
 
 
 def pooled_and_alone(layout: Layout, path: str) -> dict:
-    """One response judged by ``pooling=response``: all items marked, then one; and that one by ``pooling=item``."""
+    """One response judged by ``credit=per_response``: all items marked, then one; and that one by ``credit=per_item``."""
     found = {}
-    for pooling in ("item", "response"):
-        stage = stage_of(path, "tp1pp1", Way(pooling=pooling).config())
+    for credit in ("per_item", "per_response"):
+        stage = stage_of(path, "tp1pp1", Way(credit=credit).config())
         inputs = stage.inputs([QUERY], [encode_text(stage.prompt.tokenizer, RESPONSES[1])])
         for name, marks in (("all", [True] * 3), ("one", [False, True, False])):
             judgements = stage.verdicts(inputs, ["0"])
@@ -336,7 +336,7 @@ def pooled_and_alone(layout: Layout, path: str) -> dict:
             stage.attribute(inputs, judgements, [marks], [WEIGHTS])
             alphas = stage.alphas([0] * len(judgements[0][1].attribution), judgements[0])
             rewards = token_rewards([True] * 3, list(WEIGHTS), alphas, 7.0, len(alphas[1]))
-            found[pooling, name] = {
+            found[credit, name] = {
                 "alphas": [None if alpha is None else alpha.tolist() for alpha in alphas],
                 "b": judgements[0][1].attribution.tolist(),
                 "passes": len(backward_passes(judgements[0])),
@@ -348,7 +348,7 @@ def pooled_and_alone(layout: Layout, path: str) -> dict:
 def test_a_pool_has_one_alpha_and_a_pool_of_one_is_the_item(worlds, directory):
     """Marked items share b and alpha, counted as one pass; token rewards sum to the response's; one item is unchanged."""
     found = on(worlds, "tp1pp1", pooled_and_alone, directory("qwen3", 4))
-    pooled, alone = found["response", "all"], found["item", "all"]
+    pooled, alone = found["per_response", "all"], found["per_item", "all"]
     assert pooled["passes"] == 1 and alone["passes"] == 3
     assert pooled["alphas"][0] == pooled["alphas"][1] == pooled["alphas"][2] != alone["alphas"][0]
     assert found["response", "one"] == found["item", "one"]

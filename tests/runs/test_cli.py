@@ -154,3 +154,23 @@ def test_under_torchrun_one_rank_reports_and_all_end(rank_that_fails, tmp_path):
     assert done.returncode != 0
     assert done.stderr.count("g2r: error: file: broken; restore it\n") == 1
     assert done.stderr.count("exitcode  : 2") == (3 if rank_that_fails == "all" else 1)
+
+
+def test_old_names_of_options_are_accepted_with_one_warning_each(tmp_path, capsys):
+    """On the command line and in a config file, old values included; what is not renamed stays, later options win."""
+    file = tmp_path / "old.yaml"
+    file.write_text("judge: {pool: sentence, pooling: response, tau: 0.5}\nsteps: 3\n")
+    config = parsing.parse(TrainConfig, "g2r train", ["--config", str(file), "--judge.pool", "none"])
+    assert (config.judge.smoothing, config.judge.credit, config.judge.tau, config.steps) == (
+        "none",
+        "per_response",
+        0.5,
+        3,
+    )
+    warnings = capsys.readouterr().err.splitlines()
+    assert sorted(warnings) == [
+        "warning: judge.pool is called judge.smoothing now",
+        "warning: judge.pooling is called judge.credit now",
+    ]
+    config = parsing.parse(TrainConfig, "g2r train", [f"--config={file}", "--judge.pooling=item"])
+    assert (config.judge.smoothing, config.judge.credit) == ("sentence", "per_item")

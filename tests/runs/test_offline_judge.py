@@ -104,7 +104,7 @@ def reference_alpha(b: torch.Tensor, judge: JudgeConfig) -> torch.Tensor:
     if judge.standardize:
         b = (b - b.mean()) / b.std(unbiased=False)
     alpha = torch.softmax(b / judge.tau, 0)
-    if judge.pool == "smear":
+    if judge.smoothing == "smear":
         for t in reversed(range(len(alpha) - 1)):
             alpha[t] += judge.smear_gamma * alpha[t + 1]
         alpha /= alpha.sum()

@@ -190,7 +190,7 @@ def moe_task(task, tiny_hf, tmp_path_factory) -> list[str]:
     data.write_text("".join(json.dumps({"id": p, "prompt": p, "rubric": rubric}) + "\n" for p in prompts))
     return [
         *("--policy.model", str(tiny_hf("llama3")), "--judge.model", str(tiny_hf("qwen3_moe"))),
-        *("--data.train", f'["{data}"]', "--steps", "2", "--judge.verdict", "sample", "--judge.pooling", "response"),
+        *("--data.train", f'["{data}"]', "--steps", "2", "--judge.verdict", "sample", "--judge.credit", "per_response"),
         *("--rollout.prompts_per_step", "2", "--rollout.responses_per_prompt", "4", "--optimizer.lr", "1e-4"),
         *("--rollout.max_response_tokens", "8", "--judge.template", "{conversation} {response} {criterion}"),
         *("--log.tensorboard", "false", "--log.samples_every", "1", "--grpo.mix_anneal", "0", "--judge.parts", "2"),

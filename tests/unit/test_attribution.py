@@ -10,8 +10,8 @@ import torch
 
 from g2r_megatron.credit.attribution import (
     alpha_from_attribution,
+    average_sentences,
     effective_sample_share,
-    pool_sentences,
     response_reward,
     sentence_ids,
     smear,
@@ -23,25 +23,25 @@ def random_b(length: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
     return torch.randn(length, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def alpha(b, tau=1.0, standardize=False, pool="none", gamma=0.7, ids=None):
-    return alpha_from_attribution(b, tau, standardize, pool, gamma, ids)
+def alpha(b, tau=1.0, standardize=False, smoothing="none", gamma=0.7, ids=None):
+    return alpha_from_attribution(b, tau, standardize, smoothing, gamma, ids)
 
 
-@pytest.mark.parametrize("pool", ["none", "smear", "sentence"])
+@pytest.mark.parametrize("smoothing", ["none", "smear", "sentence"])
 @pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e4])
 @pytest.mark.parametrize("length", [1, 2, 7, 300])
-def test_alpha_is_a_distribution(pool, standardize, scale, length):
-    """alpha is finite, not negative, sums to 1 for any scale of b, pool and length."""
+def test_alpha_is_a_distribution(smoothing, standardize, scale, length):
+    """alpha is finite, not negative, sums to 1 for any scale of b, smoothing and length."""
     ids = torch.arange(length) // 4
-    weights = alpha(random_b(length, scale=scale), standardize=standardize, pool=pool, ids=ids)
+    weights = alpha(random_b(length, scale=scale), standardize=standardize, smoothing=smoothing, ids=ids)
     assert weights.shape == (length,) and weights.dtype == torch.float32
     assert bool((weights >= 0).all())
     assert float(weights.double().sum()) == pytest.approx(1.0, abs=1e-6)
 
 
 def test_plain_alpha_is_softmax_of_b_over_tau():
-    """Without standardising and pooling alpha is softmax(b / tau), the published formula, and does not see a shift of b."""
+    """Without standardising and smoothing alpha is softmax(b / tau), the published formula, and does not see a shift of b."""
     b = random_b(9)
     torch.testing.assert_close(alpha(b, tau=0.3), torch.softmax(b / 0.3, 0), rtol=1e-6, atol=0)
     torch.testing.assert_close(alpha(b + 3.0), alpha(b), rtol=1e-5, atol=0)
@@ -65,12 +65,14 @@ def test_standardised_scores_have_mean_0_and_std_1():
     "b",
     [[0.1] * 7, [0.1, 0.1 + 8e-9, 0.1], [0.0] * 7, [1e-30] * 7, [1.0, math.nan, 2.0], [1.0, math.inf, 2.0], [5.0]],
 )
-@pytest.mark.parametrize("pool", ["none", "smear", "sentence"])
+@pytest.mark.parametrize("smoothing", ["none", "smear", "sentence"])
 @pytest.mark.parametrize("standardize", [False, True])
-def test_uninformative_b_is_exactly_uniform(b, pool, standardize):
+def test_uninformative_b_is_exactly_uniform(b, smoothing, standardize):
     """std 0 up to fp32 rounding, NaN and infinity give 1/T exactly, also where smearing would tilt it."""
     b = torch.tensor(b)
-    weights = alpha(b, tau=0.01, standardize=standardize, pool=pool, ids=torch.zeros(len(b), dtype=torch.int64))
+    weights = alpha(
+        b, tau=0.01, standardize=standardize, smoothing=smoothing, ids=torch.zeros(len(b), dtype=torch.int64)
+    )
     assert torch.equal(weights, torch.full((len(b),), 1.0 / len(b)))
 
 
@@ -97,9 +99,9 @@ def test_smear_only_moves_credit_backwards():
 def test_sentence_pooling_is_the_mean_over_the_sentence():
     """Every token of a sentence gets the mean of its alpha; a sentence's mass and the total are kept."""
     weights = torch.tensor([0.5, 0.1, 0.0, 0.3, 0.1])
-    pooled = pool_sentences(weights, torch.tensor([0, 0, 0, 1, 1]))
+    pooled = average_sentences(weights, torch.tensor([0, 0, 0, 1, 1]))
     torch.testing.assert_close(pooled, torch.tensor([0.2, 0.2, 0.2, 0.2, 0.2]))
-    pooled = pool_sentences(weights, torch.tensor([0, 1, 1, 1, 2]))
+    pooled = average_sentences(weights, torch.tensor([0, 1, 1, 1, 2]))
     torch.testing.assert_close(pooled, torch.tensor([0.5, 0.4 / 3, 0.4 / 3, 0.4 / 3, 0.1]))
 
 
@@ -121,13 +123,13 @@ def test_sentence_ids(texts, expected):
     assert ids.tolist() == expected and ids.dtype == torch.int64
 
 
-@pytest.mark.parametrize("pool", ["none", "smear", "sentence"])
-def test_empty_body_gives_empty_tensors(pool):
+@pytest.mark.parametrize("smoothing", ["none", "smear", "sentence"])
+def test_empty_body_gives_empty_tensors(smoothing):
     """T = 0 is not an error anywhere."""
     empty = torch.zeros(0)
-    assert alpha(empty, standardize=True, pool=pool, ids=sentence_ids([], ".")).shape == (0,)
+    assert alpha(empty, standardize=True, smoothing=smoothing, ids=sentence_ids([], ".")).shape == (0,)
     assert smear(empty, 0.7).shape == (0,)
-    assert pool_sentences(empty, sentence_ids([], ".")).shape == (0,)
+    assert average_sentences(empty, sentence_ids([], ".")).shape == (0,)
     assert token_rewards([True], [1.0], [None], 1.0, 0).shape == (0,)
     assert math.isnan(effective_sample_share(empty))
 
@@ -157,9 +159,9 @@ def test_wrong_shapes_are_errors():
     with pytest.raises(ValueError):
         token_rewards([True, True], [1.0], [None, None], 1.0, 5)
     with pytest.raises(ValueError, match="sentence ids"):
-        pool_sentences(torch.ones(3), torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(ValueError, match="pool"):
-        alpha(random_b(3), pool="median")
+        average_sentences(torch.ones(3), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="smoothing"):
+        alpha(random_b(3), smoothing="median")
 
 
 def test_effective_sample_share_limits():

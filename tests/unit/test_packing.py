@@ -247,10 +247,10 @@ def test_pooling_by_response_needs_the_criterion_last(tmp_path):
     """Refused by the options alone, naming what to change; item pooling takes any order."""
     (tmp_path / "rows.jsonl").touch()
 
-    def options(pooling: str) -> OfflineJudgeConfig:
-        judge = JudgeConfig(model="m", template="{criterion} {conversation} {response}", pooling=pooling)
+    def options(credit: str) -> OfflineJudgeConfig:
+        judge = JudgeConfig(model="m", template="{criterion} {conversation} {response}", credit=credit)
         return OfflineJudgeConfig(input=str(tmp_path / "rows.jsonl"), output=str(tmp_path / "out.jsonl"), judge=judge)
 
     check_judge_config(options("item"), 1)
-    with pytest.raises(UserError, match=r"judge\.pooling: response with \{criterion\} before \{response\}"):
+    with pytest.raises(UserError, match=r"judge\.credit: per_response with \{criterion\} before \{response\}"):
         check_judge_config(options("response"), 1)

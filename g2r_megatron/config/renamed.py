@@ -1,0 +1,62 @@
+"""Options that had other names: old names and values are accepted on the command line and in config files, with one warning."""
+
+import os
+import sys
+from pathlib import Path
+
+import yaml
+
+# old option -> (new option, {old value: new value})
+RENAMED: dict[str, tuple[str, dict[str, str]]] = {
+    "judge.pool": ("judge.smoothing", {}),
+    "judge.pooling": ("judge.credit", {"item": "per_item", "response": "per_response"}),
+}
+
+
+def with_new_names(argv: list[str]) -> list[str]:
+    """``argv`` (options as ``--name VALUE`` or ``--name=VALUE``) with new names for old ones, also in its ``--config`` files.
+
+    A config file with old names is replaced by its content. Prints one warning for each old name.
+    """
+    found: dict[str, str] = {}
+    result: list[str] = []
+    previous = ""
+    for argument in argv:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and name in RENAMED:
+            new, values = RENAMED[name]
+            found[name] = new
+            argument = f"--{new}{equals}{values.get(value, value)}"
+        elif previous in RENAMED:
+            argument = RENAMED[previous][1].get(argument, argument)
+        elif previous == "config" and not argument.startswith("--"):
+            argument = _file_with_new_names(argument, found)
+        elif argument.startswith("--config="):
+            argument = "--config=" + _file_with_new_names(value, found)
+        previous = name if argument.startswith("--") and not equals else ""
+        result.append(argument)
+    for old, new in found.items() if os.environ.get("RANK", "0") == "0" else ():
+        print(f"warning: {old} is called {new} now", file=sys.stderr)
+    return result
+
+
+def _file_with_new_names(path: str, found: dict[str, str]) -> str:
+    """``path``, or the file's content as YAML on one line if it has old names, which are added to ``found``."""
+    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    old = [name for name in RENAMED if _section(content, name) is not None]
+    for name in old:
+        new, values = RENAMED[name]
+        value = _section(content, name).pop(name.rpartition(".")[2])
+        _section(content, new, make=True)[new.rpartition(".")[2]] = values.get(value, value)
+        found[name] = new
+    return yaml.safe_dump(content, default_flow_style=True, width=sys.maxsize) if old else path
+
+
+def _section(content: dict, option: str, make: bool = False) -> dict | None:
+    """The mapping in ``content`` that holds ``option``; None if there is none, unless it is to be made."""
+    *sections, last = option.split(".")
+    for section in sections:
+        content = content.setdefault(section, {}) if make else content.get(section)
+        if not isinstance(content, dict):
+            return None
+    return content if make or last in content else None
