@@ -195,7 +195,7 @@ def _check_judge(judge: JudgeConfig, world_size: int) -> None:
         raise UserError(
             "judge.credit",
             "response with {criterion} before {response} in judge.template",
-            "put the criterion after the response, so that its items share it, or use item",
+            "put the criterion after the response, so that its items share it, or use per_item",
         )
     if judge.smoothing == "sentence" and not judge.sentence_delimiters:
         raise UserError(

@@ -351,6 +351,6 @@ def test_a_pool_has_one_alpha_and_a_pool_of_one_is_the_item(worlds, directory):
     pooled, alone = found["per_response", "all"], found["per_item", "all"]
     assert pooled["passes"] == 1 and alone["passes"] == 3
     assert pooled["alphas"][0] == pooled["alphas"][1] == pooled["alphas"][2] != alone["alphas"][0]
-    assert found["response", "one"] == found["item", "one"]
-    assert found["response", "one"]["alphas"][0] is None
+    assert found["per_response", "one"] == found["per_item", "one"]
+    assert found["per_response", "one"]["alphas"][0] is None
     assert all(result["reward"] == pytest.approx(4 / 7, rel=1e-6) for result in found.values())

@@ -134,7 +134,8 @@ def test_under_torchrun_one_rank_reports_and_all_end(rank_that_fails, tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(
         "import os, sys\n"
-        "from g2r_megatron import cli, failures\n"
+        "from g2r_megatron import cli\n"
+        "from g2r_megatron.records import failures\n"
         "from g2r_megatron.errors import UserError\n"
         "def command(argv):\n"
         f"    if '{rank_that_fails}' in ('all', os.environ['RANK']):\n"

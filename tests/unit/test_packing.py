@@ -251,6 +251,6 @@ def test_pooling_by_response_needs_the_criterion_last(tmp_path):
         judge = JudgeConfig(model="m", template="{criterion} {conversation} {response}", credit=credit)
         return OfflineJudgeConfig(input=str(tmp_path / "rows.jsonl"), output=str(tmp_path / "out.jsonl"), judge=judge)
 
-    check_judge_config(options("item"), 1)
+    check_judge_config(options("per_item"), 1)
     with pytest.raises(UserError, match=r"judge\.credit: per_response with \{criterion\} before \{response\}"):
-        check_judge_config(options("response"), 1)
+        check_judge_config(options("per_response"), 1)
