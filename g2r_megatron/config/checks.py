@@ -194,7 +194,7 @@ def _check_judge(judge: JudgeConfig, world_size: int) -> None:
     if judge.credit == "per_response" and judge.template.index("{criterion}") < judge.template.index("{response}"):
         raise UserError(
             "judge.credit",
-            "response with {criterion} before {response} in judge.template",
+            "per_response with {criterion} before {response} in judge.template",
             "put the criterion after the response, so that its items share it, or use per_item",
         )
     if judge.smoothing == "sentence" and not judge.sentence_delimiters:

@@ -107,8 +107,8 @@ class JudgeConfig:
     false_words: list[str] = field(default_factory=lambda: ["False", "false", "FALSE"])
     """spellings of a negative verdict"""
     max_length: int = 32768
-    """longest judge input in tokens; longer ones are an error that names the row. Items of a response run as one up to
-    this length; with credit=per_response all of them must fit"""
+    """longest judge input in tokens; a longer one is an error that names the row. Items of a response run as one input
+    up to this length (with credit=per_response always)"""
     verdict: Literal["compare", "sample"] = "compare"
     """verdict by p(True) > p(False), or sampled with p(True) / (p(True) + p(False))"""
     target: Target | None = None
