@@ -22,8 +22,7 @@ from g2r_megatron.judge.parts import Part
 from g2r_megatron.judge.prompt import ResponseReader
 from g2r_megatron.judge.stage import item_alphas
 from g2r_megatron.policy.log_probs import TokenSequence, UpdateLogProbs
-from g2r_megatron.rollout.megatron import MegatronRolloutEngine, Request
-from g2r_megatron.rollout.types import Response
+from g2r_megatron.rollout.types import Request, Response, RolloutEngine
 from g2r_megatron.workers import Inputs, Workers
 
 
@@ -100,7 +99,7 @@ def sample_and_submit(
 
 
 def sample(
-    engine: MegatronRolloutEngine,
+    engine: RolloutEngine,
     inputs: Inputs,
     queries: list[Query],
     group_size: int,

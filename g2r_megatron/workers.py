@@ -26,6 +26,7 @@ from g2r_megatron.parallel.groups import ModelGroups, build_groups
 from g2r_megatron.policy.trainer import PolicyTrainer
 from g2r_megatron.records.phase_times import PhaseTimes
 from g2r_megatron.rollout.megatron import MegatronRolloutEngine
+from g2r_megatron.rollout.types import RolloutEngine
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Workers:
     """
 
     trainer: PolicyTrainer
-    engine: MegatronRolloutEngine
+    engine: RolloutEngine
     judge: SharedRanks | OwnRanks
     reference: MegatronModel | None
     host_weights: HostWeights | None
