@@ -117,7 +117,7 @@ def report_command(argv: list[str]) -> None:
     parser = OneLineParser(
         "g2r report",
         description="Compare runs: a table, and a self-contained HTML page with curves, hazards and token heat maps. "
-        "A run may still be training. Next: open the page, and read docs/metrics.md for what is marked.",
+        "A run may still be in training. Next: open the page, and read docs/metrics.md for what is marked.",
     )
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="output_dir of a g2r train run")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="page to write (%(default)s)")
