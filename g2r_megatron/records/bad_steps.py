@@ -1,22 +1,35 @@
 """RUN/bad_steps/: the batches of training steps whose loss or gradients were not finite, to be looked at."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save_file
 
 from g2r_megatron.errors import unwritable
-from g2r_megatron.experience import Experience
 from g2r_megatron.records.files import make_directory, replace_text
 
 DIRECTORY = "bad_steps"
 
 
+class Batch(Protocol):
+    """What is written of a step's batch (experience.py): N entries in each list."""
+
+    queries: Sequence[Any]
+    keys: Sequence[str]
+    responses: Sequence[Any]
+    judgements: Sequence[Sequence[Any]]
+    advantages: list[torch.Tensor]
+
+    def reward(self, i: int) -> float: ...
+
+
 def write_bad_step(
     output_dir: Path,
     step: int,
-    batch: Experience,
+    batch: Batch,
     old: list[torch.Tensor],
     reference: list[torch.Tensor] | None,
     metrics: dict[str, float],
