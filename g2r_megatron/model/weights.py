@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from g2r_megatron.errors import UserError
-from g2r_megatron.model.families import GLOBALS, Mapping
+from g2r_megatron.model.families import EMBEDDING, GLOBALS, HEAD, Mapping
 from g2r_megatron.model.hf import Geometry, HFModel
 from g2r_megatron.model.safetensors_files import SafetensorsReader
 from g2r_megatron.parallel.groups import ModelGroups
@@ -202,9 +202,9 @@ def check_tensors(hf: HFModel, reader: SafetensorsReader) -> None:
             str(hf.path), f"tensor {missing[0]} is missing (of {len(missing)})", "the weights must match config.json"
         )
     ignorable = {name for name in reader.names if name.endswith("rotary_emb.inv_freq")}
-    if hf.geometry.tied and "lm_head.weight" in reader.names:
+    if hf.geometry.tied and HEAD in reader.names:
         _check_tied_copy(hf, reader)
-        ignorable.add("lm_head.weight")
+        ignorable.add(HEAD)
     if extra := sorted(reader.names - expected.keys() - ignorable):
         raise UserError(
             str(hf.path),
@@ -225,15 +225,14 @@ def check_tensors(hf: HFModel, reader: SafetensorsReader) -> None:
 
 def _check_tied_copy(hf: HFModel, reader: SafetensorsReader) -> None:
     """Some files repeat the tied embedding as lm_head; a copy that differs means that the model is not tied."""
-    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-    same = reader.shape(head) == reader.shape(embedding)
+    same = reader.shape(HEAD) == reader.shape(EMBEDDING)
     for first in range(0, hf.geometry.vocab if same else 0, COMPARED_ROWS):
         rows = (first, min(first + COMPARED_ROWS, hf.geometry.vocab))
-        same = same and torch.equal(reader.read(head, rows), reader.read(embedding, rows))
+        same = same and torch.equal(reader.read(HEAD, rows), reader.read(EMBEDDING, rows))
     if not same:
         raise UserError(
-            f"{hf.path} {head}",
-            f"differs from {embedding}, but config.json says tie_word_embeddings",
+            f"{hf.path} {HEAD}",
+            f"differs from {EMBEDDING}, but config.json says tie_word_embeddings",
             "set it to false, or remove the tensor",
         )
 
