@@ -1,4 +1,4 @@
-"""From the judge's gradient scores b_t to token weights alpha_t and token rewards r_t (METHOD.md, steps 3-5).
+"""From the judge's gradient scores b_t to token weights alpha_t and token rewards r_t (docs/method.md, steps 3-5).
 
 Pure tensor functions of one response. T is the number of tokens of the response body (without the stop
 token); T = 0 gives empty tensors. Arithmetic is fp64 inside and fp32 outside, so that results do not depend on
@@ -73,7 +73,7 @@ def alpha_from_attribution(
 
 
 def smear(alpha: Tensor, gamma: float) -> Tensor:
-    """o_t = alpha_t + gamma o_{t+1}, divided by sum_t o_t (METHOD.md): credit flows to the tokens before.
+    """o_t = alpha_t + gamma o_{t+1}, divided by sum_t o_t (docs/method.md): credit flows to the tokens before.
 
     ``alpha``: [T], sums to 1; ``gamma`` in [0, 1]. Returns [T], sums to 1, dtype of ``alpha``.
     """
@@ -87,7 +87,7 @@ def smear(alpha: Tensor, gamma: float) -> Tensor:
 
 
 def average_sentences(alpha: Tensor, sentence_ids: Tensor) -> Tensor:
-    """alpha'_t = mean of alpha over the sentence of t (METHOD.md).
+    """alpha'_t = mean of alpha over the sentence of t (docs/method.md).
 
     ``alpha``: [T]; ``sentence_ids``: [T] int64, 0.. . Returns [T] with the same sum, dtype of ``alpha``.
     """
@@ -141,7 +141,7 @@ def token_rewards(
 
 
 def score_token_rewards(score: float, alpha: Tensor | None, length: int, finished: bool = False) -> Tensor:
-    """r_t = alpha_t V, and the last token also gets +V (METHOD.md step 8): the response's tokens then sum to 2 V.
+    """r_t = alpha_t V, and the last token also gets +V (docs/method.md step 8): the response's tokens then sum to 2 V.
 
     ``score`` = V(x, o); ``alpha``: [T], or None for uniform, 1/T; ``length`` = T. ``finished``: a stop token follows the
     body; it is then the last token, and gets the whole 2 V of an empty body. Returns [T + finished] fp64.

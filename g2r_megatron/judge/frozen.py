@@ -49,7 +49,7 @@ class TokenGradients:
     d_norm: torch.Tensor  # [T] |d_t|_2
 
     def attribution(self, kind: str) -> torch.Tensor:
-        """b_t of METHOD.md step 3: g.e (also for ``contracted``), or the L1 / L2 norm of g."""
+        """b_t of docs/method.md step 3: g.e (also for ``contracted``), or the L1 / L2 norm of g."""
         return {"l1": self.l1, "l2": self.l2}.get(kind, self.dot)
 
     @property

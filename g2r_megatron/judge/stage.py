@@ -61,7 +61,7 @@ class JudgeStage:
         """Fill ``attribution``, ``grad_norm`` and ``cos`` of the judgements marked in ``needed`` (collective).
 
         ``weights``: w_k of each judgement; ``judge.credit=per_response`` pools the marked items by them, and all of them then
-        hold the one result (METHOD.md).
+        hold the one result (docs/method.md).
         """
         credited: list[list[Judgement]] = []  # by each pass
         passes: list[Pass] = []

@@ -174,7 +174,7 @@ class Reference:
 
 
 def hf_judge(model, judge_input, true_ids, false_ids, variant: Variant, key: str) -> Reference:
-    """METHOD.md steps 1 to 3 (and the contracted embedding) by transformers' forward and autograd."""
+    """docs/method.md steps 1 to 3 (and the contracted embedding) by transformers' forward and autograd."""
     table = model.get_input_embeddings().weight.detach()
     embeddings, span = (
         table[torch.tensor(judge_input.input_ids)],
@@ -206,7 +206,7 @@ def hf_judge(model, judge_input, true_ids, false_ids, variant: Variant, key: str
 
 
 def reference_alpha(b: torch.Tensor, variant: Variant, texts: list[str]) -> torch.Tensor:
-    """METHOD.md step 4, token by token in Python."""
+    """docs/method.md step 4, token by token in Python."""
     b = b.double()
     if variant.standardize:
         b = (b - b.mean()) / b.std(unbiased=False)

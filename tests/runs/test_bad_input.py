@@ -153,7 +153,9 @@ def test_config_file_that_is_missing():
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], ["command", "missing", "train, judge, plan, doctor, report"]),
+        (["train"], ["policy.model, data.train, output_dir", "g2r train --print_config > my.yaml"]),
+        (["judge"], ["judge.model, input, output", "g2r judge --help"]),
+        (["plan"], ["policy.model", "g2r plan --config my.yaml --nodes 2"]),
         (["trian"], ["command", "'trian'", "train"]),
         (["report"], ["RUN_DIR", "g2r report --help"]),
         (["report", "/nowhere"], ["/nowhere", "no such run directory"]),

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 TASK = ROOT / "examples" / "quickstart"
 STEPS = 2
 
-# METHOD.md, "known hazards", and what a person looks at first; at a step of `robust` whose mix is not yet 0
+# docs/method.md, "known hazards", and what a person looks at first; at a step of `robust` whose mix is not yet 0
 HAZARDS = {
     *("attribution/ess_share", "attribution/flat_share", "attribution/max_alpha", "attribution/cos_median"),
     *("attribution/zero_or_nonfinite", "attribution/passes", "attribution/key_token_mass", "attribution/mix"),

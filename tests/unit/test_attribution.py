@@ -1,4 +1,4 @@
-"""Token weights and token rewards: sums, limits and the equations of METHOD.md, against plain loops.
+"""Token weights and token rewards: sums, limits and the equations of docs/method.md, against plain loops.
 
 Leaves out where b comes from (the judge's gradient).
 """
