@@ -21,7 +21,7 @@ MAP = {
     "config": ("options, their parsing and cross-checks", "errors"),
     "data": ("rows, tokenizers, token spans", "errors"),
     "parallel": ("process groups, sides, preemption, Megatron-Core on CPU", "config device errors"),
-    "records": ("what a run writes: metrics, heartbeat, failures", "config errors"),
+    "records": ("what a run writes: metrics, heartbeat, failures", "config device errors"),
     "report": ("tables and pages made from records", "errors records"),
     "credit": ("from verdicts and gradients to advantages, without a model", "config data errors"),
     "model": ("Hugging Face and Megatron-Core models, weights, layers", "config data device errors parallel"),
@@ -39,19 +39,22 @@ MAP = {
     "adapters": ("glue for other training frameworks: light, no model of ours", "credit serve"),
     "workers": (
         "the models and inputs of a run, built from its config",
-        "config data errors judge model parallel policy rollout",
+        "config data errors judge model parallel policy records rollout",
     ),
     "experience": (
         "a step's batch on its way from prompts to advantages",
         "config credit data errors judge policy rollout workers",
     ),
     "run": ("what a run shows, saves, and checks of itself", "config errors experience policy records workers"),
-    "eval": ("scores of a model on held-out rows", "config credit data device errors judge model parallel records rollout workers"),
+    "eval": (
+        "scores of a model on held-out rows",
+        "config credit data device errors experience judge model parallel records rollout run workers",
+    ),
     "probe": ("what a judge's gradients say", "config credit data device errors judge model parallel records workers"),
     "plan": ("memory and time of a job before it runs, doctor", "config data device errors judge model parallel workers"),
     "train": (
         "the loop and one step",
-        "config credit data device errors experience judge parallel policy records rollout run workers",
+        "config credit data device errors eval experience judge parallel policy records rollout run workers",
     ),
     "launch": (
         "what happens before and after the loop",
@@ -63,7 +66,7 @@ MAP = {
     ),
 }  # fmt: skip
 # Known imports against the map, to be removed: (file, module imported)
-EXCEPTIONS = {("credit/grading.py", "judge.types")}
+EXCEPTIONS: set[tuple[str, str]] = set()
 
 CUDA_ASKED_IN = {"device.py", "parallel/cpu.py"}
 HF_NAMES = (
