@@ -109,7 +109,8 @@ def credit(batch: Experience, inputs: Inputs, config: TrainConfig, mix: float) -
     """Alphas and advantages from the judgements."""
     bodies = [r.body_ids for r in batch.responses]
     batch.alphas = [
-        item_alphas(inputs.prompt, config.judge, body, row) for body, row in zip(bodies, batch.judgements, strict=True)
+        item_alphas(inputs.prompt, config.judge, body, row, key)
+        for body, row, key in zip(bodies, batch.judgements, batch.keys, strict=True)
     ]
     batch.advantages = []
     for group in batch.groups:
