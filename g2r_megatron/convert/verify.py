@@ -76,9 +76,9 @@ class UnfusedTensors:
 
     def __init__(self, hf: HFModel, parameters: list[Parameter], reader: SafetensorsReader):
         separate = dataclasses.replace(hf, fused_experts=False)
-        self._named = NamedTensors(separate, parameters, SafetensorsParameters(hf, reader))
+        self._named = NamedTensors(separate, parameters, SafetensorsParameters(hf, reader, parameters))
         self._reader = reader
-        own = NamedTensors(hf, parameters, SafetensorsParameters(hf, reader)).names
+        own = NamedTensors(hf, parameters, SafetensorsParameters(hf, reader, parameters)).names
         self.names = self._named.names | (reader.names - own)
 
     def _of(self, name: str) -> Tensors:

@@ -340,7 +340,10 @@ WEIGHTS = {
         ["model.safetensors", "only 4 bytes", "again"],
     ),
     "a missing shard": (
-        lambda case: (case.model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),
+        lambda case: (
+            (case.model / "model.safetensors").unlink(),
+            (case.model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),
+        ),
         ["index.json", "b.safetensors", "restore"],
     ),
     "a missing tensor": (
