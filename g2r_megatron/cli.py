@@ -15,9 +15,8 @@ from typing import NoReturn
 from g2r_megatron.config import parsing
 from g2r_megatron.config.checks import check_judge_config, check_train_config
 from g2r_megatron.config.options import PRESETS, OfflineJudgeConfig, TrainConfig, fill_from_preset, resolve_preset
-from g2r_megatron.errors import RunError, UserError
+from g2r_megatron.errors import Preempted, RunError, UserError
 from g2r_megatron.parallel import preemption
-from g2r_megatron.parallel.preemption import Preempted
 from g2r_megatron.records.failures import announce, is_announced
 
 USAGE = """usage: g2r COMMAND [options]

@@ -179,7 +179,7 @@ def test_under_torchrun_one_rank_reports_and_all_end(rank_that_fails, tmp_path):
 
 
 def test_old_names_of_options_are_accepted_with_one_warning_each(tmp_path, capsys):
-    """On the command line and in a config file, old values included; what is not renamed stays, later options win."""
+    """On the command line and in a config file, old values and removed options included; the rest stays, later options win."""
     file = tmp_path / "old.yaml"
     file.write_text("judge: {pool: sentence, pooling: response, tau: 0.5}\nsteps: 3\n")
     config = parsing.parse(TrainConfig, "g2r train", ["--config", str(file), "--judge.pool", "none"])
@@ -194,5 +194,12 @@ def test_old_names_of_options_are_accepted_with_one_warning_each(tmp_path, capsy
         "warning: judge.pool is called judge.smoothing now",
         "warning: judge.pooling is called judge.credit now",
     ]
+    file.write_text("judge: {sentence_delimiters: '.', tau: 0.5}\nsteps: 3\n")
+    config = parsing.parse(
+        TrainConfig, "g2r train", ["--config", str(file), "--judge.sentence_delimiters", ";", "--steps", "4"]
+    )
+    assert (config.judge.tau, config.steps) == (0.5, 4)
+    assert capsys.readouterr().err.startswith("warning: judge.sentence_delimiters has no effect any more: ")
+    file.write_text("judge: {pool: sentence, pooling: response, tau: 0.5}\n")
     config = parsing.parse(TrainConfig, "g2r train", [f"--config={file}", "--judge.pooling=item"])
     assert (config.judge.smoothing, config.judge.credit) == ("sentence", "per_item")
