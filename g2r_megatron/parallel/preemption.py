@@ -1,9 +1,9 @@
-"""SIGUSR1 and SIGTERM: the wish to be elsewhere, and the agreement of all ranks on where to leave.
+"""SIGUSR1 and SIGTERM ask a run to leave; all ranks agree on where they leave.
 
-A signal reaches one rank or several, at any moment; its handler only notes it. Where a rank may leave, it asks the
-others (one number is reduced), so that all leave at the same place. These places are between the phases of a step and
-between the batches of a sampling phase, always before the optimizer has touched the weights: what is saved then is the
-last finished step, and the run that goes on from there is the run that was never interrupted.
+A signal reaches one rank or several, at any moment. Its handler only notes it. Where a rank may leave, the ranks reduce
+one number, so that all leave at the same place. These places are between the phases of a step and between the batches
+of a sampling phase, always before the optimizer changes the weights. The last finished step is saved there. A run that
+resumes from it equals a run that was never interrupted.
 """
 
 import os
@@ -52,7 +52,7 @@ def leave_if_asked() -> None:
 
 
 def tell_other_side() -> None:
-    """Called by a rank that is the judge's alone (parallel/sides.py), after each part: it has no say where to leave."""
+    """Called by a rank that is the judge's alone (parallel/sides.py), after each part: it does not decide where to leave."""
     from g2r_megatron.parallel.sides import job_store
 
     if _asked:
@@ -60,7 +60,7 @@ def tell_other_side() -> None:
 
 
 def _told() -> bool:
-    """Whether a judge rank has told of its signal."""
+    """Whether a judge rank has reported a signal."""
     from g2r_megatron.parallel.sides import has_sides, job_store
 
     return has_sides() and job_store().check([_KEY])

@@ -1,7 +1,7 @@
 """A job whose last ranks are the judge's: two worlds (torch.distributed's default group), and a channel between them.
 
-On each side "the world" is the ranks of one model, as it is in a job that policy and judge share: nothing else has to
-know of the other side. The channel is gloo, on the CPU: token ids go one way and a few numbers a token come back. It joins
+On each side "the world" is the ranks of one model, as it is in a job that policy and judge share. So no other code
+depends on the other side. The channel is gloo, on the CPU: token ids go one way and a few numbers a token come back. It joins
 the policy's rank 0 and every judge rank. Messages are JSON and fp32 numbers, never pickles.
 """
 
@@ -79,7 +79,7 @@ class Channel:
                 self._under_way.append((self._group.send([part], receiver, 0), part))
 
     def receive(self, sender: int, timeout: timedelta = FOR_EVER) -> torch.Tensor:
-        """The next message from ``sender``; waits for it as long as the sender lives, but not longer than ``timeout``."""
+        """The next message from ``sender``; waits until the sender ends, and at most ``timeout``."""
         size = torch.empty(1, dtype=torch.int64)
         self._group.recv([size], sender, 0).wait(timeout)
         message = torch.empty(int(size), dtype=torch.uint8)

@@ -1,7 +1,7 @@
-"""What is said when a run fails: the first error of all ranks first, with rank, phase and step.
+"""Messages of a run that fails: the first error of all ranks comes first, with rank, phase and step.
 
-One rank's error becomes everyone's: the others lose a peer in the middle of a collective and fail too, and the launcher
-prints its own summary. Ranks under torchrun therefore ask its store, which outlives them, who was first.
+The error of one rank makes the others fail too, because they wait for it in a collective. The launcher then prints its
+own summary. So ranks under torchrun ask its store which rank failed first. The store ends after the ranks.
 """
 
 import os
@@ -21,7 +21,7 @@ GRACE_SECONDS = 5.0  # for the other ranks to fail as well: the launcher ends al
 
 @contextmanager
 def reported(heartbeat: Heartbeat) -> Iterator[None]:
-    """Around a run: an error is announced as soon as it happens and is the heartbeat's ``error``; then it goes on up."""
+    """Around a run: an error is announced as soon as it happens and is the heartbeat's ``error``; then it is raised again."""
     try:
         yield
         _end_quietly()
