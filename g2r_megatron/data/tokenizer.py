@@ -16,10 +16,11 @@ from functools import lru_cache
 from pathlib import Path
 
 from jinja2.exceptions import TemplateError
-from tokenizers import Encoding, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from g2r_megatron.data.sentencepiece_model import LEADING_SPACES, build_backend
+from g2r_megatron.data.stand_ins import check_stand_ins
 from g2r_megatron.errors import UserError
 
 SLOT = "@@g2r-slot-{}@@"
@@ -28,6 +29,8 @@ TEMPLATE_DATE = "26 Jul 2024"
 UTF8_MAX_BYTES = 4
 REPLACEMENT = "\ufffd"
 TO_SAVE_AGAIN = "save it again with transformers' save_pretrained"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+FILES_BESIDE = ("merges.txt", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
 
 
 class SentencePieceTokenizer(PreTrainedTokenizerFast):
@@ -36,6 +39,11 @@ class SentencePieceTokenizer(PreTrainedTokenizerFast):
     @classmethod
     def convert_to_native_format(cls, **options) -> dict:
         return options
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether the directory holds files that ``load_tokenizer`` reads."""
+    return any((directory / name).is_file() for name in TOKENIZER_FILES)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
@@ -49,6 +57,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     path = Path(path)
     if not path.is_dir():
         raise UserError("tokenizer", f"{path} is not a directory", "give a Hugging Face model directory")
+    check_stand_ins(*(path / name for name in (*TOKENIZER_FILES, *FILES_BESIDE)))
     config = _json_object(path / "tokenizer_config.json")
     code = config.get("auto_map")
     if code and (not isinstance(code, dict) or "AutoTokenizer" in code):
@@ -59,7 +68,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         )
     try:
         tokenizer = _read_tokenizer(path, config)
-        _check_added_tokens(tokenizer, path, config)
+        _keep_stated_ids(tokenizer, path, config)
     except UserError:
         raise
     except Exception as error:  # the tokenizers library raises plain Exception for a broken file
@@ -113,18 +122,48 @@ def _read_sentencepiece(path: Path, config: dict) -> SentencePieceTokenizer:
     return tokenizer
 
 
-def _check_added_tokens(tokenizer: PreTrainedTokenizerFast, path: Path, config: dict) -> None:
-    """Raise ``UserError`` for a token that has another number than its directory says (it would be appended last)."""
-    stated = [(token, i) for token, i in _json_object(path / "added_tokens.json").items()]
+def _keep_stated_ids(tokenizer: PreTrainedTokenizerFast, path: Path, config: dict) -> None:
+    """Give every added token the id that its directory states, also where those ids leave gaps.
+
+    The tokenizers library numbers added tokens without gaps, whatever the files say, unless the vocabulary has them.
+    Raises ``UserError`` for an id that another token has, or a token of the vocabulary that is said to have another id.
+    """
+    whole = _json_object(path / "tokenizer.json") if (path / "tokenizer.json").is_file() else {}
+    stated = [(token["content"], token["id"]) for token in whole.get("added_tokens") or []]
+    stated += _json_object(path / "added_tokens.json").items()
     stated += [(token["content"], i) for i, token in (config.get("added_tokens_decoder") or {}).items()]
-    vocabulary = tokenizer.get_vocab()
-    for token, number in stated:
-        if vocabulary.get(token) != int(number):
+    found = tokenizer.get_vocab()
+    moved = {token: int(number) for token, number in stated if found.get(token) != int(number)}
+    if not moved:
+        return
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    taken = {number for token, number in found.items() if token not in moved}
+    for token, number in moved.items():
+        disputed = any(other == token and int(said) != number for other, said in stated)
+        if disputed or token not in found or not isinstance(vocabulary, dict) or token in vocabulary or number in taken:
             raise UserError(
                 f"tokenizer {path}",
-                f"token {token!r} is said to be {number}, but is {vocabulary.get(token)}",
+                f"token {token!r} is said to be {number}, but is {found.get(token)}",
                 "the files belong to different tokenizers; " + TO_SAVE_AGAIN,
             )
+        taken.add(number)
+        vocabulary[token] = number
+    for token in state["added_tokens"]:
+        token["id"] = moved.get(token["content"], token["id"])
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The highest id of a token, plus one: more than ``len(tokenizer)`` where ids leave gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def hide_tokens(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]) -> None:
+    """Make added tokens control tokens, so that no text is ever encoded to them. For use right after loading."""
+    added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+    hidden = [AddedToken(added[text].content, special=True, normalized=False) for text in tokens]
+    tokenizer.backend_tokenizer.add_special_tokens(hidden)
 
 
 # ---- what the tokenizer calls special -------------------------------------------------------------------------------
@@ -373,8 +412,9 @@ def _generation_config_eos(tokenizer: PreTrainedTokenizerFast) -> set[int]:
     except (ValueError, AttributeError) as error:
         raise UserError(str(path), f"not a JSON object ({error})", "save it again with transformers") from error
     ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    if not all(type(i) is int and 0 <= i < len(tokenizer) for i in ids):
-        raise UserError(str(path), f"eos_token_id {eos!r}", f"token ids must be whole numbers below {len(tokenizer)}")
+    if not all(type(i) is int and 0 <= i < vocabulary_size(tokenizer) for i in ids):
+        size = vocabulary_size(tokenizer)
+        raise UserError(str(path), f"eos_token_id {eos!r}", f"token ids must be whole numbers below {size}")
     return set(ids)
 
 
