@@ -23,6 +23,10 @@ class RunError(Exception):
     """A run that cannot go on though its input was good. One line, exit code 1."""
 
 
+class Preempted(Exception):
+    """All ranks have agreed to leave (parallel/preemption.py). The weights are those of the last finished step."""
+
+
 def unwritable(path: Path, error: OSError) -> UserError:
     """The ``UserError`` for a file that the disk or its permissions refuse."""
     return UserError(str(path), f"cannot be written ({error.strerror})", "free disk space or choose another place")

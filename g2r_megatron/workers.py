@@ -1,11 +1,14 @@
 """Everything a training run is made of, built from its config in the order that finds mistakes first."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerFast
 
 from g2r_megatron.config.options import TrainConfig
+from g2r_megatron.data.chat_template import check_template_options, with_system_prompt
 from g2r_megatron.data.order import epoch_batch
 from g2r_megatron.data.readers import read_queries
 from g2r_megatron.data.tokenizer import render_prompt, stop_token_ids
@@ -22,7 +25,10 @@ from g2r_megatron.model.hf import HFModel, load_model_tokenizer, open_hf_model
 from g2r_megatron.model.offload import HostWeights
 from g2r_megatron.parallel.groups import ModelGroups, build_groups
 from g2r_megatron.policy.trainer import PolicyTrainer
+from g2r_megatron.records.phase_times import PhaseTimes
 from g2r_megatron.rollout.megatron import MegatronRolloutEngine
+from g2r_megatron.rollout.thoughts import ThoughtEnd, thought_end
+from g2r_megatron.rollout.types import RolloutEngine
 
 
 @dataclass
@@ -34,6 +40,7 @@ class Inputs:
     tokenizer: PreTrainedTokenizerFast
     prompt: JudgePrompt | RewardPrompt
     stop_ids: set[int]
+    thought_end: ThoughtEnd | None
     train: list[Query]
     eval: list[Query]
     prompt_ids: dict[str, list[int]]  # by query id
@@ -48,10 +55,21 @@ class Workers:
     """
 
     trainer: PolicyTrainer
-    engine: MegatronRolloutEngine
+    engine: RolloutEngine
     judge: SharedRanks | OwnRanks
     reference: MegatronModel | None
     host_weights: HostWeights | None
+
+    @contextmanager
+    def judge_on_device(self, times: PhaseTimes | None = None) -> Iterator[None]:
+        """In the block the judge's weights are on the device; ``judge_load`` of ``times``: the seconds that it took."""
+        if self.host_weights is None:
+            yield
+            return
+        with times("judge_load", shown=False) if times else nullcontext():
+            self.host_weights.load()
+        yield
+        self.host_weights.release()
 
 
 def read_inputs(config: TrainConfig) -> Inputs:
@@ -70,14 +88,24 @@ def read_inputs(config: TrainConfig) -> Inputs:
     reads_ids = tokenizer.get_vocab().items() <= judge_tokenizer.get_vocab().items()
     reads_ids = reads_ids and policy.geometry.vocab <= judge.geometry.vocab
     prompt = judge_prompt(judge, judge_tokenizer, config.judge, None if reads_ids else tokenizer)
-    stop_ids = stop_token_ids(tokenizer, config.rollout.stop)
-    rubrics = not judge.geometry.is_reward_model
-    train = read_queries(config.data.train, config.data.format, config.data.polarity, require_rubric=rubrics)
-    held_out = read_queries(config.data.eval, config.data.format, config.data.polarity, require_rubric=rubrics)
+    rollout = config.rollout
+    check_template_options(tokenizer, rollout.template_options, "rollout.template_options", rollout.chat_template)
+    stop_ids = stop_token_ids(tokenizer, rollout.stop, rollout.template_options)
+    train = read_queries(
+        config.data.train, config.data.format, config.data.polarity, require_rubric=prompt.needs_rubric
+    )
+    held_out = read_queries(
+        config.data.eval, config.data.format, config.data.polarity, require_rubric=prompt.needs_rubric
+    )
+    train, held_out = (
+        [replace(query, messages=with_system_prompt(query.messages, config.data.system_prompt)) for query in queries]
+        for queries in (train, held_out)
+    )
     _check_ids(train, held_out)
     epoch_batch(len(train), config.rollout.prompts_per_step, 0, config.seed, config.data.shuffle)  # enough queries?
     prompt_ids = {query.id: _prompt_ids(config, tokenizer, query) for query in [*held_out, *train]}
-    return Inputs(policy, judge, tokenizer, prompt, stop_ids, train, held_out, prompt_ids)
+    end = thought_end(tokenizer, rollout)
+    return Inputs(policy, judge, tokenizer, prompt, stop_ids, end, train, held_out, prompt_ids)
 
 
 def _check_ids(train: list[Query], held_out: list[Query]) -> None:
@@ -91,7 +119,8 @@ def _check_ids(train: list[Query], held_out: list[Query]) -> None:
 
 def _prompt_ids(config: TrainConfig, tokenizer, query: Query) -> list[int]:
     where = f"query {query.id!r}"
-    ids = render_prompt(tokenizer, query.messages, config.rollout.chat_template, where)
+    rollout = config.rollout
+    ids = render_prompt(tokenizer, query.messages, rollout.chat_template, where, rollout.template_options)
     if len(ids) > config.rollout.max_prompt_tokens:
         raise UserError(
             "rollout.max_prompt_tokens",
@@ -133,7 +162,8 @@ def build_judge(config: TrainConfig, inputs: Inputs, groups: ModelGroups | None 
     c = config.judge
     groups = groups or build_groups("judge", c.layout)
     model = build_model("judge", inputs.judge, groups, c.precision, c.recompute, c.spec)
-    return JudgeStage(FrozenJudge(model, c, inputs.prompt.true_ids, inputs.prompt.false_ids), inputs.prompt, c)
+    prompt = inputs.prompt
+    return JudgeStage(FrozenJudge(model, c, prompt.true_ids, prompt.false_ids, prompt.null_id), prompt, c)
 
 
 def _frozen_policy(config: TrainConfig, inputs: Inputs, groups) -> MegatronModel:

@@ -25,7 +25,7 @@ from g2r_megatron.convert.tensor_table import (
     row_blocks,
     share,
 )
-from g2r_megatron.data.tokenizer import has_tokenizer
+from g2r_megatron.data.tokenizer_files import has_tokenizer
 from g2r_megatron.errors import UserError, unwritable
 from g2r_megatron.model.hf import CHECKPOINT_FACTS, HFModel, load_model_tokenizer, open_hf_model
 from g2r_megatron.model.safetensors_files import SafetensorsReader

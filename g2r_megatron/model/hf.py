@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from g2r_megatron.data.tokenizer import hide_tokens, load_tokenizer, vocabulary_size
+from g2r_megatron.data.tokenizer_files import hide_tokens, load_tokenizer, vocabulary_size
 from g2r_megatron.errors import UserError, warn
 from g2r_megatron.model.config_file import read_config, read_json
 from g2r_megatron.model.families import Family

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from g2r_megatron.config.checks import check_train_config
 from g2r_megatron.config.options import Precision
-from g2r_megatron.data.tokenizer import has_tokenizer
+from g2r_megatron.data.tokenizer_files import has_tokenizer
 from g2r_megatron.errors import UserError
 from g2r_megatron.model.hf import CHECKPOINT_FACTS, HFModel, open_hf_model
 from g2r_megatron.model.hub_cache import find_directory
