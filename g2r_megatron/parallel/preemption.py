@@ -2,9 +2,10 @@
 
 A signal reaches one rank or several, at any moment; its handler only notes it. One that reaches the launcher alone need
 not be passed on (torchrun passes on what its --signals-to-handle names): it ends the launcher, and a rank whose launcher
-has gone takes that for the wish itself. Where a rank may leave, it asks the others (one number is reduced), so that all leave at the same place. These places are between the phases of a step and
-between the batches of a sampling phase, always before the optimizer has touched the weights: what is saved then is the
-last finished step, and the run that goes on from there is the run that was never interrupted.
+has gone takes that for the wish itself. Where a rank may leave, it asks the others (one number is reduced), so that all
+leave at the same place. These places are between the phases of a step and between the batches of a sampling phase,
+always before the optimizer has touched the weights: what is saved then is the last finished step, and the run that goes
+on from there is the run that was never interrupted.
 """
 
 import os
