@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -115,7 +116,7 @@ def sample(
     responses = []
     for i, (ids, finished) in enumerate(engine.generate(requests, temperature, between_batches=between_batches)):
         body = ids[:-1] if finished else ids
-        text = inputs.tokenizer.decode(body, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = cast(str, inputs.tokenizer.decode(body, skip_special_tokens=True, clean_up_tokenization_spaces=False))
         responses.append(Response(prompts[i], ids, finished, text))
     return Rollouts(group_size, repeated, responses, keys)
 

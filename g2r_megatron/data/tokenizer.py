@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import cast
 
 from jinja2.exceptions import TemplateError
 from tokenizers import Encoding, Tokenizer
@@ -34,7 +35,7 @@ class SentencePieceTokenizer(PreTrainedTokenizerFast):
     """A tokenizer whose backend was made from ``tokenizer.model`` here: transformers converts no file itself."""
 
     @classmethod
-    def convert_to_native_format(cls, **options) -> dict:
+    def convert_to_native_format(cls, **options) -> dict:  # type: ignore[override]
         return options
 
 
@@ -298,8 +299,9 @@ def chat_parts(
     slotted = [_with_slot(message, SLOT.format(i)) for i, message in enumerate(messages)]
     options = {"date_string": TEMPLATE_DATE, **template_options}
     try:
-        rest = tokenizer.apply_chat_template(
-            slotted, tokenize=False, add_generation_prompt=generation_prompt, **options
+        rest = cast(
+            str,
+            tokenizer.apply_chat_template(slotted, tokenize=False, add_generation_prompt=generation_prompt, **options),
         )
     except (TemplateError, TypeError, ValueError, KeyError) as error:
         roles = [message["role"] for message in messages]

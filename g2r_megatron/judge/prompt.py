@@ -197,7 +197,7 @@ def _template_sides(tokenizer: PreTrainedTokenizerFast, config: JudgeConfig) -> 
         # a thinking judge would put its verdict after its thoughts: verdict first needs them off
         pieces = chat_parts(tokenizer, [message], "judge.chat_template", enable_thinking=False)
         (prefix, _), (template, _), (suffix, _) = pieces
-    pieces = PLACEHOLDER.split(prefix + template + suffix)
-    parts = [("field" if i % 2 else "text", piece) for i, piece in enumerate(pieces) if piece]
+    texts = PLACEHOLDER.split(prefix + template + suffix)
+    parts = [("field" if i % 2 else "text", text) for i, text in enumerate(texts) if text]
     response = parts.index(("field", "response"))
     return parts[:response], parts[response + 1 :]

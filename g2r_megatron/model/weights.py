@@ -24,7 +24,6 @@ LOCAL_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.")  # of Sequential
 GROUPED_EXPERT = re.compile(r"\.experts\.(linear_fc[12]\.weight)(\d+)$")  # of TEGroupedMLP
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 COMPARED_ROWS = 4096
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # What training frameworks and larger models wrap around a language model.
 LEADING_WRAPPERS = re.compile(r"^(?:(?:model|language_model|text_model|module|base_model|_forward_module)\.)+")
 INNER_WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
