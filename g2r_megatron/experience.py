@@ -1,7 +1,7 @@
 """One step's batch on its way from prompts to advantages: sample and send to the judge, assign credit, measure."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -23,6 +23,7 @@ from g2r_megatron.judge.parts import Part
 from g2r_megatron.judge.prompt import ResponseReader
 from g2r_megatron.judge.stage import item_alphas
 from g2r_megatron.policy.log_probs import TokenSequence, UpdateLogProbs
+from g2r_megatron.rollout.thoughts import with_thoughts
 from g2r_megatron.rollout.types import Request, Response, RolloutEngine
 from g2r_megatron.workers import Inputs, Workers
 
@@ -42,8 +43,8 @@ class Rollouts:
 
     @property
     def bodies(self) -> list[list[int]]:
-        """The token ids that the judge reads, [T] a response: without the stop token."""
-        return [r.body_ids for r in self.responses]
+        """The token ids that the judge reads, [T] a response: without its thought and the stop token."""
+        return [r.answer_ids for r in self.responses]
 
     @property
     def finished(self) -> list[bool]:
@@ -60,7 +61,7 @@ class Experience(Rollouts):
 
     judgements: list[JudgementRow]
     alphas: list[list[torch.Tensor | None]]  # [T] of each judgement that was attributed
-    advantages: list[torch.Tensor]  # fp32 [T + finished]
+    advantages: list[torch.Tensor]  # fp32 [thought + T + finished]
 
     def reward(self, i: int) -> float:
         """The judge's score of response ``i``."""
@@ -115,10 +116,16 @@ def sample(
     requests = [Request(ids, k) for ids, k in zip(prompts, keys, strict=True)]
     responses = []
     for i, (ids, finished) in enumerate(engine.generate(requests, temperature, between_batches=between_batches)):
-        body = ids[:-1] if finished else ids
-        text = cast(str, inputs.tokenizer.decode(body, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        responses.append(Response(prompts[i], ids, finished, text))
+        responses.append(_response(inputs, prompts[i], ids, finished))
     return Rollouts(group_size, repeated, responses, keys)
+
+
+def _response(inputs: Inputs, prompt: list[int], ids: list[int], finished: bool) -> Response:
+    """What was sampled, divided into thought and answer."""
+    body = ids[:-1] if finished else ids
+    thought, closed = (0, True) if inputs.thought_end is None else inputs.thought_end.split(inputs.tokenizer, body)
+    text = inputs.tokenizer.decode(body[thought:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Response(prompt, ids, finished, cast(str, text), thought, closed)
 
 
 def assign_credit(
@@ -135,11 +142,14 @@ def assign_credit(
     ]
     advantages: list[torch.Tensor] = []
     for group in rollouts.groups:
-        rows, lengths = judgements[group], [len(body) for body in rollouts.bodies[group]]
-        scores = kind_of(rows[0]).group_scores(
-            rollouts.queries[group.start], rows, alphas[group], lengths, rollouts.finished[group]
-        )
-        advantages += group_advantages(scores, config.grpo, mix)
+        rows, responses = judgements[group], rollouts.responses[group]
+        lengths = [len(r.answer_ids) for r in responses]
+        # an empty answer that was cut off is credited as if it had a stop token
+        ended = [r.finished or not length for r, length in zip(responses, lengths, strict=True)]
+        scores = kind_of(rows[0]).group_scores(rollouts.queries[group.start], rows, alphas[group], lengths, ended)
+        answers = group_advantages(scores, config.grpo, mix)
+        sequence = group_advantages(scores, replace(config.grpo, advantage="sequence"), mix)
+        advantages += with_thoughts(answers, [float(advantage[-1]) for advantage in sequence], responses)
     return Experience(
         rollouts.group_size, rollouts.queries, rollouts.responses, rollouts.keys, judgements, alphas, advantages
     )
@@ -156,8 +166,8 @@ def score_metrics(rollouts: Rollouts, judgements: list[JudgementRow]) -> dict[st
     rewards = [kind.reward(query, row) for query, row in zip(rollouts.queries, judgements, strict=True)]
     return (
         reward_metrics([rewards[group] for group in rollouts.groups])
-        | kind.truth_metrics(rollouts.queries, [r.text for r in rollouts.responses], judgements)
-        | response_metrics([len(r.token_ids) for r in rollouts.responses], rollouts.finished)
+        | kind.metrics(rollouts.queries, [r.text for r in rollouts.responses], judgements)
+        | response_metrics([len(r.token_ids) for r in rollouts.responses], [r.answered for r in rollouts.responses])
     )
 
 
@@ -174,7 +184,7 @@ def credit_metrics(batch: Experience, inputs: Inputs, flat_threshold: float) -> 
     for i, row in enumerate(batch.judgements):
         checks = kind_of(row).checks(batch.queries[i])
         checked = [k for k, judgement in enumerate(row) if judgement.attribution is not None and checks[k] is not None]
-        texts = token_texts(inputs.tokenizer, batch.responses[i].body_ids) if checked else []
+        texts = token_texts(inputs.tokenizer, batch.responses[i].answer_ids) if checked else []
         key_alphas += [batch.alphas[i][k] for k in checked]
         masks += [key_token_mask(checks[k], texts) for k in checked]
     return (
@@ -186,19 +196,21 @@ def credit_metrics(batch: Experience, inputs: Inputs, flat_threshold: float) -> 
 
 
 def sample_record(batch: Experience, inputs: Inputs, i: int, step: int) -> dict:
-    """Response ``i`` as the report draws it: tokens, their advantages and rewards, each item's verdict and alpha."""
+    """Response ``i`` as the report draws it: the answer's tokens, their advantages and rewards, each item's verdict and
+    alpha; of a thought only how many tokens it has."""
     query, response, row, alphas = batch.queries[i], batch.responses[i], batch.judgements[i], batch.alphas[i]
     kind = kind_of(row)
-    rewards = kind.token_rewards(query, row, alphas, len(response.body_ids), response.finished)
+    rewards = kind.token_rewards(query, row, alphas, len(response.answer_ids), response.finished)
     return {
         "step": step,
         "query_id": query.id,
         "prompt": "\n".join(f"{m['role']}: {m['content']}" for m in query.messages),
         "response": response.text,
+        "thought_tokens": response.thought,
         "reward": batch.reward(i),
         "true_reward": true_reward(query, response.text),
-        "tokens": token_texts(inputs.tokenizer, response.body_ids),
-        "advantages": batch.advantages[i].tolist(),
+        "tokens": token_texts(inputs.tokenizer, response.answer_ids),
+        "advantages": batch.advantages[i][response.thought :].tolist(),
         "token_rewards": rewards.tolist(),
         "items": kind.sample_items(query, response.text, row, alphas),
     }

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerFast
 
 from g2r_megatron.config.options import TrainConfig
+from g2r_megatron.data.chat_template import check_template_options, with_system_prompt
 from g2r_megatron.data.order import epoch_batch
 from g2r_megatron.data.readers import read_queries
 from g2r_megatron.data.tokenizer import render_prompt, stop_token_ids
@@ -26,6 +27,7 @@ from g2r_megatron.parallel.groups import ModelGroups, build_groups
 from g2r_megatron.policy.trainer import PolicyTrainer
 from g2r_megatron.records.phase_times import PhaseTimes
 from g2r_megatron.rollout.megatron import MegatronRolloutEngine
+from g2r_megatron.rollout.thoughts import ThoughtEnd, thought_end
 from g2r_megatron.rollout.types import RolloutEngine
 
 
@@ -38,6 +40,7 @@ class Inputs:
     tokenizer: PreTrainedTokenizerFast
     prompt: JudgePrompt | RewardPrompt
     stop_ids: set[int]
+    thought_end: ThoughtEnd | None
     train: list[Query]
     eval: list[Query]
     prompt_ids: dict[str, list[int]]  # by query id
@@ -85,17 +88,24 @@ def read_inputs(config: TrainConfig) -> Inputs:
     reads_ids = tokenizer.get_vocab().items() <= judge_tokenizer.get_vocab().items()
     reads_ids = reads_ids and policy.geometry.vocab <= judge.geometry.vocab
     prompt = judge_prompt(judge, judge_tokenizer, config.judge, None if reads_ids else tokenizer)
-    stop_ids = stop_token_ids(tokenizer, config.rollout.stop)
+    rollout = config.rollout
+    check_template_options(tokenizer, rollout.template_options, "rollout.template_options", rollout.chat_template)
+    stop_ids = stop_token_ids(tokenizer, rollout.stop, rollout.template_options)
     train = read_queries(
         config.data.train, config.data.format, config.data.polarity, require_rubric=prompt.needs_rubric
     )
     held_out = read_queries(
         config.data.eval, config.data.format, config.data.polarity, require_rubric=prompt.needs_rubric
     )
+    train, held_out = (
+        [replace(query, messages=with_system_prompt(query.messages, config.data.system_prompt)) for query in queries]
+        for queries in (train, held_out)
+    )
     _check_ids(train, held_out)
     epoch_batch(len(train), config.rollout.prompts_per_step, 0, config.seed, config.data.shuffle)  # enough queries?
     prompt_ids = {query.id: _prompt_ids(config, tokenizer, query) for query in [*held_out, *train]}
-    return Inputs(policy, judge, tokenizer, prompt, stop_ids, train, held_out, prompt_ids)
+    end = thought_end(tokenizer, rollout)
+    return Inputs(policy, judge, tokenizer, prompt, stop_ids, end, train, held_out, prompt_ids)
 
 
 def _check_ids(train: list[Query], held_out: list[Query]) -> None:
@@ -109,7 +119,8 @@ def _check_ids(train: list[Query], held_out: list[Query]) -> None:
 
 def _prompt_ids(config: TrainConfig, tokenizer, query: Query) -> list[int]:
     where = f"query {query.id!r}"
-    ids = render_prompt(tokenizer, query.messages, config.rollout.chat_template, where)
+    rollout = config.rollout
+    ids = render_prompt(tokenizer, query.messages, rollout.chat_template, where, rollout.template_options)
     if len(ids) > config.rollout.max_prompt_tokens:
         raise UserError(
             "rollout.max_prompt_tokens",

@@ -104,6 +104,11 @@ class JudgeConfig:
     cheapest: the items of a response then share what stands before it)"""
     chat_template: bool = True
     """wrap the judge prompt in the tokenizer's chat template (off for a tokenizer without one)"""
+    template_options: dict[str, Any] = field(default_factory=dict)
+    """go to the judge's chat template, also a reward model's, e.g. {reasoning_effort: low}; chat_template: NAME chooses one
+    of several; thinking is off (enable_thinking, thinking) unless it is given here"""
+    think: Literal["close", "refuse"] = "close"
+    """where the chat template opens a thought before the verdict: close it first, or refuse the judge"""
     true_words: list[str] = field(default_factory=lambda: ["True", "true", "TRUE"])
     """spellings of a positive verdict; each also with a leading space; single-token ones count"""
     false_words: list[str] = field(default_factory=lambda: ["False", "false", "FALSE"])
@@ -164,6 +169,11 @@ class RolloutConfig:
     """sequences decoded together on a data-parallel rank"""
     chat_template: bool = True
     """render the conversation with the tokenizer's chat template (off for a tokenizer without one)"""
+    template_options: dict[str, Any] = field(default_factory=dict)
+    """go to the chat template, e.g. {enable_thinking: false}; chat_template: NAME chooses one of several"""
+    think_end: str = "auto"
+    """what ends a thought: judge and report see what follows it, and the thought's tokens get the sequence's advantage.
+    auto finds the mark in the template or the tokenizer; none: responses have no thoughts"""
 
 
 @dataclass
@@ -244,6 +254,8 @@ class DataConfig:
     """auto looks at the field names of the first row"""
     polarity: Literal["raw", "flip_negated"] = "raw"
     """negative-weight items phrased "does not ..." (met is good, RaR-Science): raw keeps the sign, flip_negated makes them positive"""
+    system_prompt: str = ""
+    """system message of every conversation that does not begin with one of its own"""
     shuffle: bool = True
     """order is a function of the seed and the step; off keeps file order"""
 

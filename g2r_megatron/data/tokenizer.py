@@ -5,146 +5,106 @@ ended a turn. So text comes in two kinds: *trusted* (a chat template's own piece
 in which special tokens are parsed, and *data*, in which they are not. ``encode_parts`` encodes a mixture of both;
 ordinary text is tokenized across the seams, so a prompt without hostile text has exactly its usual ids.
 
-"Special" is what the tokenizer declares special; added tokens it does not declare so (Qwen3's ``<think>``) are
-ordinary text, as they are for Hugging Face. The tokenizer must not be changed after loading: facts about it are cached.
+Control tokens are what the tokenizer declares special, and added tokens that its chat template prints as structure
+(DeepSeek-R1-Distill's turns). A thought's marks (``<think>``) that the template prints are control tokens too, except
+in what an assistant wrote. The tokenizer must not be changed after loading: facts about it are cached.
 """
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import cast
 
-from jinja2.exceptions import TemplateError
 from tokenizers import Encoding, Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from g2r_megatron.data.sentencepiece_model import LEADING_SPACES, build_backend
+from g2r_megatron.data.chat_template import (
+    ControlTexts,
+    Part,
+    conversation_text,
+    placeholders,
+    render,
+    split_once,
+    template_parts,
+    template_sources,
+)
+from g2r_megatron.data.sentencepiece_model import LEADING_SPACES
+from g2r_megatron.data.thoughts import is_thought_mark
+from g2r_megatron.data.tokenizer_files import load_tokenizer as load_tokenizer  # found here too
+from g2r_megatron.data.tokenizer_files import vocabulary_size
 from g2r_megatron.errors import UserError
 
-SLOT = "@@g2r-slot-{}@@"
-# Llama 3.2's template prints today's date unless it is given one: a prompt must not depend on the day it is rendered.
-TEMPLATE_DATE = "26 Jul 2024"
+# Added tokens that any text may hold: words, blanks, sentence punctuation; and signs without a word between them.
+ORDINARY = re.compile(r"[\w\s.,;!?'’\"()-]*|[\W_]*")
+ROLES = ("system", "user", "assistant", "tool")
 UTF8_MAX_BYTES = 4
 REPLACEMENT = "\ufffd"
-TO_SAVE_AGAIN = "save it again with transformers' save_pretrained"
 
 
-class SentencePieceTokenizer(PreTrainedTokenizerFast):
-    """A tokenizer whose backend was made from ``tokenizer.model`` here: transformers converts no file itself."""
-
-    @classmethod
-    def convert_to_native_format(cls, **options) -> dict:  # type: ignore[override]
-        return options
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a Hugging Face directory; local files only, no code from the directory is run.
-
-    ``tokenizer.json`` is taken as it is (transformers 5 rebuilds some of them by the model's type, with other ids),
-    else ``tokenizer.model`` with sentencepiece's ids, else ``vocab.json`` and ``merges.txt`` by transformers. Raises
-    ``UserError`` for a missing directory, one without tokenizer files, files that cannot be read or contradict each
-    other, and tokenizers that are code.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError("tokenizer", f"{path} is not a directory", "give a Hugging Face model directory")
-    config = _json_object(path / "tokenizer_config.json")
-    code = config.get("auto_map")
-    if code and (not isinstance(code, dict) or "AutoTokenizer" in code):
-        raise UserError(
-            str(path / "tokenizer_config.json"),
-            f"the tokenizer is code (auto_map {code})",
-            "code from a model directory is never run; give a directory with a tokenizer.json and no auto_map",
-        )
-    try:
-        tokenizer = _read_tokenizer(path, config)
-        _check_added_tokens(tokenizer, path, config)
-    except UserError:
-        raise
-    except Exception as error:  # the tokenizers library raises plain Exception for a broken file
-        first_line = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            "tokenizer", f"{path} cannot be read ({type(error).__name__}: {first_line})", TO_SAVE_AGAIN
-        ) from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(
-            "tokenizer", f"{path} is a {type(tokenizer).__name__}", "a fast tokenizer is needed (tokenizer.json)"
-        )
-    return tokenizer
-
-
-def _json_object(path: Path) -> dict:
-    """The file's object; empty without the file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(str(path), f"not readable as JSON ({error})", "restore the file") from error
-    if not isinstance(content, dict):
-        raise UserError(str(path), f"a {type(content).__name__}", "must be a JSON object; restore the file")
-    return content
-
-
-def _read_tokenizer(path: Path, config: dict):
-    if (path / "tokenizer.json").is_file():
-        return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
-    if (path / "tokenizer.model").is_file():
-        return _read_sentencepiece(path, config)
-    if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    raise UserError(
-        "tokenizer",
-        f"{path} has no tokenizer files",
-        "tokenizer.json, tokenizer.model, or vocab.json and merges.txt must be there",
-    )
-
-
-def _read_sentencepiece(path: Path, config: dict) -> SentencePieceTokenizer:
-    """What the configs beside ``tokenizer.model`` leave open comes from it; begin-of-text leads every text."""
-    backend, proto = build_backend(path / "tokenizer.model")
-    tokenizer = SentencePieceTokenizer.from_pretrained(str(path), tokenizer_object=backend, local_files_only=True)
-    spec = proto.trainer_spec
-    for role, number in (("unk", spec.unk_id), ("bos", spec.bos_id), ("eos", spec.eos_id)):
-        if getattr(tokenizer, f"{role}_token") is None and 0 <= number < len(proto.pieces):
-            setattr(tokenizer, f"{role}_token", proto.pieces[number].piece)
-    tokenizer.add_bos_token = bool(config.get("add_bos_token", True)) and tokenizer.bos_token is not None
-    return tokenizer
-
-
-def _check_added_tokens(tokenizer: PreTrainedTokenizerFast, path: Path, config: dict) -> None:
-    """Raise ``UserError`` for a token that has another number than its directory says (it would be appended last)."""
-    stated = [(token, i) for token, i in _json_object(path / "added_tokens.json").items()]
-    stated += [(token["content"], i) for i, token in (config.get("added_tokens_decoder") or {}).items()]
-    vocabulary = tokenizer.get_vocab()
-    for token, number in stated:
-        if vocabulary.get(token) != int(number):
-            raise UserError(
-                f"tokenizer {path}",
-                f"token {token!r} is said to be {number}, but is {vocabulary.get(token)}",
-                "the files belong to different tokenizers; " + TO_SAVE_AGAIN,
-            )
-
-
-# ---- what the tokenizer calls special -------------------------------------------------------------------------------
+# ---- control tokens -------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=16)
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    """Ids of control tokens; the unknown token is ordinary (data may hold unknown words) unless it has another role."""
+    """Ids of control tokens, declared or not, but for undeclared marks of thoughts.
+
+    The unknown token is ordinary (data may hold unknown words) unless it has another role.
+    """
     ids = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     control = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
     if tokenizer.unk_token_id not in control:
         ids.discard(tokenizer.unk_token_id)
-    return frozenset(ids)
+    return frozenset(ids | (_printed_ids(tokenizer) - thought_ids(tokenizer)))
 
 
 @lru_cache(maxsize=16)
-def _special_pattern(tokenizer: PreTrainedTokenizerFast) -> tuple[re.Pattern, list[int]]:
-    """A pattern with one group per special token (longest first), and the id of each group."""
-    added = {i: t for i, t in tokenizer.added_tokens_decoder.items() if t.special and t.content}
+def thought_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    """Ids of a thought's marks that the chat template prints and the tokenizer does not declare special."""
+    added = tokenizer.added_tokens_decoder
+    return frozenset(i for i in _printed_ids(tokenizer) if is_thought_mark(added[i].content))
+
+
+@lru_cache(maxsize=16)
+def _printed_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    """Added tokens that are not declared special, no ordinary text, and printed by a chat template.
+
+    A template's source shows what it can print; tokens that it puts together (``'<|' + role + '|>'``) show when it renders.
+    """
+    added = {
+        i: token.content
+        for i, token in tokenizer.added_tokens_decoder.items()
+        if not token.special and not ORDINARY.fullmatch(token.content)
+    }
+    if not added:
+        return frozenset()
+    sources = template_sources(tokenizer)
+    printed = [*sources.values(), *(text for name in sources for text in _renderings(tokenizer, name))]
+    return frozenset(i for i, content in added.items() if any(content in text for text in printed))
+
+
+def _renderings(tokenizer: PreTrainedTokenizerFast, name: str) -> list[str]:
+    """Short conversations in the template ``name``; without those that it rejects."""
+    found = []
+    for roles in (
+        ("user",),
+        ("user", "assistant", "user"),
+        *(("user", "assistant", role) for role in ROLES),
+        ROLES[:2],
+    ):
+        try:
+            messages = [{"role": role, "content": "a"} for role in roles]
+            found.append(render(tokenizer, messages, "", options={"chat_template": name}))
+        except UserError:  # not all take all roles
+            continue
+    return found
+
+
+@lru_cache(maxsize=16)
+def _control_pattern(tokenizer: PreTrainedTokenizerFast) -> tuple[re.Pattern, list[int]]:
+    """A pattern with one group per control token (longest first), and the id of each group."""
+    control = special_ids(tokenizer) | thought_ids(tokenizer)
+    added = {i: t for i, t in tokenizer.added_tokens_decoder.items() if (t.special or i in control) and t.content}
     order = sorted(added, key=lambda i: -len(added[i].content))
     groups = [
         (r"\s*" if added[i].lstrip else "") + f"({re.escape(added[i].content)})" + (r"\s*" if added[i].rstrip else "")
@@ -154,10 +114,16 @@ def _special_pattern(tokenizer: PreTrainedTokenizerFast) -> tuple[re.Pattern, li
 
 
 @lru_cache(maxsize=16)
+def _control_texts(tokenizer: PreTrainedTokenizerFast) -> ControlTexts:
+    _, order = _control_pattern(tokenizer)
+    return ControlTexts([tokenizer.added_tokens_decoder[i].content for i in order])
+
+
+@lru_cache(maxsize=16)
 def stand_in_id(tokenizer: PreTrainedTokenizerFast) -> int:
     """The ordinary token that replaces special ids in data: "?", else the unknown token, else the lowest such id."""
     special = special_ids(tokenizer)
-    question = _ordinary_ids(tokenizer, "?", continues=True)
+    question = ordinary_encoding(tokenizer, "?", continues=True).ids
     if len(question) == 1 and question[0] not in special:
         return question[0]
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id not in special:
@@ -177,52 +143,68 @@ def neutral_ids(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[
 # ---- encoding -------------------------------------------------------------------------------------------------------
 
 
-def encode_text(tokenizer: PreTrainedTokenizerFast, text: str, continues: bool = False) -> list[int]:
-    """Token ids of data: no special tokens added, none parsed, none produced.
+def encode_text(
+    tokenizer: PreTrainedTokenizerFast, text: str, continues: bool = False, thoughts: bool = True
+) -> list[int]:
+    """Token ids of data: no special tokens added, no control token parsed, none produced.
 
     Tokenizers in sentencepiece's manner put a blank before a text; ``continues`` says that other text precedes it,
-    so that it gets none.
+    so that it gets none. ``thoughts``: marks of thoughts are tokens, as in what an assistant wrote.
     """
+    if not text:
+        return []
     # a word-level vocabulary can hold "</s>" as an ordinary word, which no parser option prevents
-    return neutral_ids(tokenizer, _ordinary_ids(tokenizer, text, continues))
+    ids = neutral_ids(tokenizer, ordinary_encoding(tokenizer, text, continues, thoughts).ids)
+    marks = frozenset() if thoughts else thought_ids(tokenizer)
+    return ids if marks.isdisjoint(ids) else [stand_in_id(tokenizer) if i in marks else i for i in ids]
 
 
-def _ordinary_ids(tokenizer: PreTrainedTokenizerFast, text: str, continues: bool) -> list[int]:
-    return ordinary_encoding(tokenizer, text, continues).ids if text else []
-
-
-def ordinary_encoding(tokenizer: PreTrainedTokenizerFast, text: str, continues: bool) -> Encoding:
+def ordinary_encoding(
+    tokenizer: PreTrainedTokenizerFast, text: str, continues: bool, thoughts: bool = True
+) -> Encoding:
     """Ids and character offsets of a text that is not empty; a special id can be among them (see ``encode_text``)."""
-    without_blank, _ = _continuation(tokenizer)
-    if continues and without_blank is not None:
-        return without_blank.encode(text, add_special_tokens=False)
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).encodings[0]
+    without_blank = continues and _blanks(tokenizer)[0]
+    hidden = _printed_ids(tokenizer) if not thoughts else _printed_ids(tokenizer) - thought_ids(tokenizer)
+    if not without_blank and not hidden:
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).encodings[0]
+    return _data_backend(tokenizer, without_blank, hidden).encode(text, add_special_tokens=False)
 
 
 def data_continues(tokenizer: PreTrainedTokenizerFast, before: str) -> bool:
     """Whether data right after the trusted text ``before`` continues a text (``encode_text``) or begins one."""
     ids = encode_parts(tokenizer, [(before, True)])
-    return bool(ids) and (ids[-1] not in special_ids(tokenizer) or _continuation(tokenizer)[1])
+    control = special_ids(tokenizer) | thought_ids(tokenizer)
+    return bool(ids) and (ids[-1] not in control or _blanks(tokenizer)[1])
 
 
 @lru_cache(maxsize=16)
-def _continuation(tokenizer: PreTrainedTokenizerFast) -> tuple[Tokenizer | None, bool]:
-    """The backend for text that continues other text (None: the usual one), and whether it also serves text after a
-    special token, which some tokenizers (Metaspace "first") do not count as a beginning and others do."""
+def _blanks(tokenizer: PreTrainedTokenizerFast) -> tuple[bool, bool]:
+    """Whether the tokenizer puts a blank before a text, and whether text after a control token gets none, which some
+    tokenizers (Metaspace "first") do not count as a beginning and others do."""
     backend = tokenizer.backend_tokenizer
     parts = [step for name in ("normalizer", "pre_tokenizer") for step in _steps(getattr(backend, name))]
     schemes = {step["prepend_scheme"] for step in parts if step["type"] == "Metaspace"}
-    if schemes <= {"never"} and not any(step["type"] == "Prepend" for step in parts):
-        return None, False
+    puts = not schemes <= {"never"} or any(step["type"] == "Prepend" for step in parts)
+    return puts, "first" in schemes
+
+
+@lru_cache(maxsize=32)
+def _data_backend(tokenizer: PreTrainedTokenizerFast, without_blank: bool, hidden: frozenset[int]) -> Tokenizer:
+    """The tokenizer's backend for data: parses no special tokens and none of ``hidden``; ``without_blank``: puts no
+    blank before a text."""
+    backend = tokenizer.backend_tokenizer
     state = json.loads(backend.to_str())
-    for name, children in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
-        kept = [_without_blank(step) for step in _steps(getattr(backend, name))]
-        state[name] = {"type": "Sequence", children: [step for step in kept if step]} if kept else None
+    if without_blank:
+        for name, children in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
+            kept = [_without_blank(step) for step in _steps(getattr(backend, name))]
+            state[name] = {"type": "Sequence", children: [step for step in kept if step]} if kept else None
+    for token in state["added_tokens"]:
+        token["special"] = token["special"] or token["id"] in hidden
     copy = Tokenizer.from_str(json.dumps(state))
     copy.no_truncation()
     copy.no_padding()
-    copy.encode_special_tokens = True  # as ordinary text
-    return copy, "first" in schemes
+    copy.encode_special_tokens = True  # those called special: as ordinary text
+    return copy
 
 
 def _steps(component) -> list[dict]:
@@ -242,23 +224,23 @@ def _without_blank(step: dict) -> dict | None:
 def encode_parts(
     tokenizer: PreTrainedTokenizerFast, parts: Iterable[tuple[str, bool]], continues: bool = False
 ) -> list[int]:
-    """Token ids of ``(text, trusted)`` parts in order; special tokens are parsed in trusted parts only.
+    """Token ids of ``(text, trusted)`` parts in order; control tokens are parsed in trusted parts only.
 
-    Ordinary text between two special tokens is tokenized in one piece even when it spans several parts.
+    Ordinary text between two control tokens is tokenized in one piece even when it spans several parts.
     ``continues``: the first part follows other text (see ``encode_text``).
     """
-    pattern, pattern_ids = _special_pattern(tokenizer)
-    _, after_special = _continuation(tokenizer)
+    pattern, pattern_ids = _control_pattern(tokenizer)
+    _, after_control = _blanks(tokenizer)
     ids: list[int] = []
     run = ""
     for text, trusted in parts:
         start = 0
         for match in pattern.finditer(text) if trusted else ():
-            ids += encode_text(tokenizer, run + text[start : match.start()], continues)
+            ids += encode_text(tokenizer, run + text[start : match.start()], continues, thoughts=False)
             ids.append(pattern_ids[match.lastindex - 1])
-            run, start, continues = "", match.end(), after_special
+            run, start, continues = "", match.end(), after_control
         run += text[start:]
-    return ids + encode_text(tokenizer, run, continues)
+    return ids + encode_text(tokenizer, run, continues, thoughts=False)
 
 
 @lru_cache(maxsize=16)
@@ -275,86 +257,72 @@ def leading_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
 # ---- conversations --------------------------------------------------------------------------------------------------
 
 
-def conversation_text(messages: Sequence[dict]) -> str:
-    """The conversation as "role: content" lines."""
-    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
-
-
 def chat_parts(
     tokenizer: PreTrainedTokenizerFast,
     messages: Sequence[dict],
     where: str,
     generation_prompt: bool = True,
-    **template_options,
-) -> list[tuple[str, bool]]:
-    """The conversation in the chat template: ``(piece, True)``, ``(content, False)``, ..., ``(piece, True)``.
+    options: Mapping | None = None,
+) -> list[Part]:
+    """The conversation in the chat template, as ``encode_parts`` takes it; together the text that transformers renders.
 
-    The template sees a slot instead of each content (with the content's own surrounding blanks, which templates may
-    trim), so it cannot be steered by content. Raises ``UserError`` (naming ``where``) when there is no template, when
-    it rejects the conversation, or when it repeats, drops or reorders a content.
+    ``options`` go to the template. Raises ``UserError`` (naming ``where``) when there is no template or it rejects the
+    conversation.
     """
-    if not tokenizer.chat_template:
-        raise UserError(where, "the tokenizer has no chat template", "set chat_template to false")
-    cores = [message["content"].strip() for message in messages]
-    slotted = [_with_slot(message, SLOT.format(i)) for i, message in enumerate(messages)]
-    options = {"date_string": TEMPLATE_DATE, **template_options}
-    try:
-        rest = cast(
-            str,
-            tokenizer.apply_chat_template(slotted, tokenize=False, add_generation_prompt=generation_prompt, **options),
-        )
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
-        roles = [message["role"] for message in messages]
-        raise UserError(
-            where, f"the chat template rejects roles {roles} ({error})", "change the messages or the template"
-        ) from error
-    parts: list[tuple[str, bool]] = []
-    for i, core in enumerate(cores):
-        head, found, rest = rest.partition(SLOT.format(i))
-        if not found or SLOT.format(i) in rest or SLOT.format(i) in head:
-            raise UserError(
-                where,
-                f"the chat template does not print message {i} exactly once and in order",
-                "use another chat template",
-            )
-        parts += [(head, True), (core, False)]
-    return [*parts, (rest, True)]
+    return template_parts(tokenizer, _control_texts(tokenizer), messages, where, generation_prompt, options)
 
 
-def _with_slot(message: dict, slot: str) -> dict:
-    """The message with its content replaced by ``slot`` between the content's own leading and trailing blanks."""
-    content = message["content"]
-    lead = content[: len(content) - len(content.lstrip())]
-    trail = content[len(lead) :][len(content[len(lead) :].rstrip()) :]
-    return {**message, "content": lead + slot + trail}
+def parts_around(parts: Sequence[Part], placeholder: str, where: str, what: str) -> tuple[list[Part], list[Part]]:
+    """The parts before and after ``placeholder``; ``UserError`` unless it stands there exactly once."""
+    split_once("".join(text for text, _ in parts), placeholder, where, what)
+    i = next(i for i, (text, _) in enumerate(parts) if placeholder in text)
+    (text, trusted) = parts[i]
+    before, _, after = text.partition(placeholder)
+    return [*parts[:i], (before, trusted)], [(after, trusted), *parts[i + 1 :]]
 
 
 def render_prompt(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict], chat_template: bool, where: str
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[dict],
+    chat_template: bool,
+    where: str,
+    options: Mapping | None = None,
 ) -> list[int]:
     """Token ids of a conversation up to where the assistant's next turn begins.
 
-    ``messages``: ``{"role", "content"}`` dicts. With ``chat_template`` the tokenizer's template and its generation
-    prompt; without, "role: content" lines and "assistant:" after the tokenizer's leading tokens. ``where`` names the
-    conversation in errors (see ``chat_parts``).
+    ``messages``: ``{"role", "content"}`` dicts. With ``chat_template`` the tokenizer's template (with ``options``) and
+    its generation prompt; without, "role: content" lines and "assistant:" after the tokenizer's leading tokens.
+    ``where`` names the conversation in errors (see ``chat_parts``).
     """
     if chat_template:
-        return encode_parts(tokenizer, chat_parts(tokenizer, messages, where))
-    return [*leading_ids(tokenizer), *encode_text(tokenizer, conversation_text(messages) + "\nassistant:")]
+        return encode_parts(tokenizer, chat_parts(tokenizer, messages, where, options=options))
+    text = conversation_text(messages) + "\nassistant:"
+    return [*leading_ids(tokenizer), *encode_parts(tokenizer, [(text, False)])]
+
+
+def generation_prompt(tokenizer: PreTrainedTokenizerFast, options: Mapping | None, where: str) -> str:
+    """What the chat template prints after a user's message for the assistant's turn to begin."""
+    (mark,) = placeholders(1)
+    return split_once(
+        render(tokenizer, [{"role": "user", "content": mark}], where, True, options), mark, where, "a message"
+    )[1]
 
 
 # ---- stopping -------------------------------------------------------------------------------------------------------
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerFast, extra: Sequence[str] = ()) -> set[int]:
+def stop_token_ids(
+    tokenizer: PreTrainedTokenizerFast, extra: Sequence[str] = (), options: Mapping | None = None
+) -> set[int]:
     """Ids that end a response: end of sequence, generation_config.json's, the chat template's end of turn, ``extra``.
 
-    ``extra`` comes from ``rollout.stop``; each must be a single token (``UserError`` otherwise).
+    ``extra`` comes from ``rollout.stop``; each must be a single token (``UserError`` otherwise). ``options`` go to the
+    template.
     """
     stop = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
     stop |= _generation_config_eos(tokenizer)
     if tokenizer.chat_template:
-        stop |= _end_of_turn(tokenizer)
+        stop |= _end_of_turn(tokenizer, options)
     for word in extra:
         ids = encode_parts(tokenizer, [(word, True)], continues=True)
         if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
@@ -375,16 +343,18 @@ def _generation_config_eos(tokenizer: PreTrainedTokenizerFast) -> set[int]:
     except (ValueError, AttributeError) as error:
         raise UserError(str(path), f"not a JSON object ({error})", "save it again with transformers") from error
     ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    if not all(type(i) is int and 0 <= i < len(tokenizer) for i in ids):
-        raise UserError(str(path), f"eos_token_id {eos!r}", f"token ids must be whole numbers below {len(tokenizer)}")
+    if not all(type(i) is int and 0 <= i < vocabulary_size(tokenizer) for i in ids):
+        size = vocabulary_size(tokenizer)
+        raise UserError(str(path), f"eos_token_id {eos!r}", f"token ids must be whole numbers below {size}")
     return set(ids)
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerFast) -> set[int]:
-    """The special token with which the chat template closes an assistant turn (none if it closes with plain text)."""
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    after, _ = chat_parts(tokenizer, messages, "stop tokens", generation_prompt=False)[-1]
-    pattern, pattern_ids = _special_pattern(tokenizer)
+def _end_of_turn(tokenizer: PreTrainedTokenizerFast, options: Mapping | None) -> set[int]:
+    """The control token with which the chat template closes an assistant turn (none if it closes with plain text)."""
+    (mark,) = placeholders(1)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
+    _, after = split_once(render(tokenizer, messages, "stop tokens", False, options), mark, "stop tokens", "a message")
+    pattern, pattern_ids = _control_pattern(tokenizer)
     match = pattern.match(after.lstrip())
     return {pattern_ids[match.lastindex - 1]} if match else set()
 

@@ -9,10 +9,10 @@ from transformers import PreTrainedTokenizerFast
 from g2r_megatron.config.checks import TEMPLATE_FIELDS, check_template
 from g2r_megatron.config.options import JudgeConfig
 from g2r_megatron.credit.alignment import Alignment, align
+from g2r_megatron.data.chat_template import check_template_options, conversation_text, placeholders, render
+from g2r_megatron.data.thoughts import closed, open_thought
 from g2r_megatron.data.token_spans import decoded_bounds, encoded_bounds
 from g2r_megatron.data.tokenizer import (
-    chat_parts,
-    conversation_text,
     data_continues,
     encode_parts,
     encode_text,
@@ -25,6 +25,8 @@ from g2r_megatron.errors import UserError
 from g2r_megatron.judge.packing import shared_length, tree_tokens
 from g2r_megatron.judge.types import JudgeInput
 
+# A thinking judge would put its verdict after its thoughts: templates that can leave them out are asked to.
+THINKING_OFF = {"enable_thinking": False, "thinking": False}
 PLACEHOLDER = re.compile(r"\{(" + "|".join(TEMPLATE_FIELDS) + r")\}")
 CACHED_SIDES = 8192
 CACHED_RESPONSES = 512
@@ -90,7 +92,8 @@ class JudgePrompt(ResponseReader):
     """Builds judge inputs from ``judge.template``, and knows which token ids spell a verdict.
 
     The template is the operator's text, so special tokens in it count; braces other than the three fields are literal.
-    Conversation and criterion are data (data/tokenizer.py). The response is placed as the token ids the policy
+    Conversation and criterion are data (data/tokenizer.py). A thought that the chat template opens for the assistant is
+    closed before the verdict (``judge.think``). The response is placed as the token ids the policy
     sampled, untouched but for special ids (a policy can sample ``<|im_start|>``): each of those is replaced by one
     ordinary token (``stand_in_id``), so the span keeps its length T. Where the policy's ids are not the judge's, the
     response is placed as the text they spell, which the judge's tokenizer encodes as data.
@@ -189,15 +192,39 @@ def verdict_ids(tokenizer: PreTrainedTokenizerFast, words: Sequence[str], option
 
 def _template_sides(tokenizer: PreTrainedTokenizerFast, config: JudgeConfig) -> tuple[list, list]:
     """The parts before and after the response, each part ``("text", template text)`` or ``("field", name)``."""
-    template = config.template
-    check_template(template)
-    prefix, suffix = "", ""
-    if config.chat_template:
-        message = {"role": "user", "content": template}
-        # a thinking judge would put its verdict after its thoughts: verdict first needs them off
-        pieces = chat_parts(tokenizer, [message], "judge.chat_template", enable_thinking=False)
-        (prefix, _), (template, _), (suffix, _) = pieces
-    texts = PLACEHOLDER.split(prefix + template + suffix)
-    parts = [("field" if i % 2 else "text", text) for i, text in enumerate(texts) if text]
+    check_template(config.template)
+    text = _in_chat_template(tokenizer, config) if config.chat_template else config.template
+    pieces = PLACEHOLDER.split(text)
+    parts = [("field" if i % 2 else "text", piece) for i, piece in enumerate(pieces) if piece]
     response = parts.index(("field", "response"))
     return parts[:response], parts[response + 1 :]
+
+
+def _in_chat_template(tokenizer: PreTrainedTokenizerFast, config: JudgeConfig) -> str:
+    """The judge's template as a user's message, up to where the verdict comes; its fields are still fields."""
+    where = "judge.chat_template"
+    check_template_options(tokenizer, config.template_options, "judge.template_options", config.chat_template)
+    marks = dict(zip(TEMPLATE_FIELDS, placeholders(len(TEMPLATE_FIELDS) + 1), strict=False))
+    end = placeholders(len(TEMPLATE_FIELDS) + 1)[-1]
+    core = config.template.rstrip()
+    content = PLACEHOLDER.sub(lambda match: marks[match[1]], core) + end + config.template[len(core) :]
+    message = {"role": "user", "content": content}
+    text = render(tokenizer, [message], where, True, THINKING_OFF | config.template_options)
+    if wrong := [mark for mark in (*marks.values(), end) if text.count(mark) != 1]:
+        names = [f"{{{name}}}" for name, mark in marks.items() if mark in wrong] or ["judge.template"]
+        raise UserError(where, f"the chat template does not print {names} exactly once", "use another chat template")
+    prompt, _, turn = text.partition(end)
+    if config.think == "refuse" and open_thought(turn):
+        raise UserError(
+            "judge.think",
+            f"refuse, and the chat template opens a thought before the verdict ({turn[-20:]!r})",
+            "set it to close, turn thinking off with judge.template_options, or take another judge",
+        )
+    text = prompt + closed(turn)
+    # braces of the chat template itself are no fields
+    others = PLACEHOLDER.search(text)
+    if others:
+        raise UserError(where, f"the chat template itself prints {others[0]}", "use another chat template")
+    for name, mark in marks.items():
+        text = text.replace(mark, f"{{{name}}}")
+    return text

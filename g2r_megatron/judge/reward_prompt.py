@@ -1,12 +1,15 @@
 """A reward model's input: conversation and response in its own chat template, with the exact span of the response."""
 
+import json
 from collections.abc import Sequence
 from functools import lru_cache
 
 from transformers import PreTrainedTokenizerFast
 
 from g2r_megatron.config.options import JudgeConfig
-from g2r_megatron.data.tokenizer import chat_parts, data_continues, encode_parts
+from g2r_megatron.data.chat_template import Part, check_template_options, placeholders
+from g2r_megatron.data.thoughts import begins_with_thought, without_empty_thought
+from g2r_megatron.data.tokenizer import chat_parts, data_continues, encode_parts, parts_around
 from g2r_megatron.data.types import Query
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.prompt import JudgePrompt, ResponseReader
@@ -15,7 +18,8 @@ from g2r_megatron.model.hf import HFModel
 
 CACHED_CONVERSATIONS = 1024
 # Options of a judge that reads a prompt and says True or False.
-OF_VERDICTS = ("template", "chat_template", "true_words", "false_words", "verdict", "credit")
+OF_VERDICTS = ("template", "chat_template", "true_words", "false_words", "verdict", "credit", "think")
+THOUGHT_BEGINS = 16  # tokens in which a response's own thought begins
 PROBE = ({"role": "user", "content": "a"},)
 
 
@@ -23,7 +27,8 @@ class RewardPrompt(ResponseReader):
     """Builds the one input of a (conversation, response). Content is data, and the response stands there as it does in
     ``JudgePrompt``: its own token ids, untouched but for special ids, or the text they spell.
 
-    The chat template sees no blanks around the response, so one that trims contents does not trim it.
+    The chat template sees no blanks around the response, so one that trims contents does not trim it. Where it prints an
+    empty thought before an answer, a response with a thought of its own gets none.
     """
 
     needs_rubric = False
@@ -49,9 +54,11 @@ class RewardPrompt(ResponseReader):
                 "the reward model's tokenizer has no chat template",
                 "give it the one that the model was trained with (chat_template.jinja, or in tokenizer_config.json)",
             )
-        self.pad_id = pad_id
+        check_template_options(tokenizer, config.template_options, "judge.template_options", chat_template=True)
+        self.pad_id, self._options = pad_id, config.template_options
         before, _ = self._parts(PROBE, "judge.model")
         self._response_continues = data_continues(tokenizer, before[-1][0])
+        self._prints_thought = _without_empty_thought(before) != before
         self._sides = lru_cache(maxsize=CACHED_CONVERSATIONS)(self._sides_uncached)
 
     def build_items(self, query: Query, response_ids: Sequence[int]) -> list[JudgeInput]:
@@ -60,8 +67,11 @@ class RewardPrompt(ResponseReader):
         Raises ``UserError`` naming the query when the sequence is longer than ``judge.max_length``, or when the chat
         template rejects its conversation.
         """
-        conversation = tuple((message["role"], message["content"]) for message in query.messages)
-        before, after = self._sides(conversation, query.id)
+        decode = self.body_tokenizer.backend_tokenizer.decode
+        thinks = self._prints_thought and begins_with_thought(
+            decode(response_ids[:THOUGHT_BEGINS], skip_special_tokens=False)
+        )
+        before, after = self._sides(json.dumps(query.messages), query.id, thinks)
         response, _ = self.response(response_ids)
         input_ids = [*before, *response, *after]
         self.check_length(query, len(input_ids))
@@ -76,16 +86,25 @@ class RewardPrompt(ResponseReader):
         """Of the rightmost token that is not padding by its id (0 if all are): where transformers reads the score."""
         return next((i for i in reversed(range(len(input_ids))) if input_ids[i] != self.pad_id), 0)
 
-    def _sides_uncached(self, conversation: tuple, id: str) -> tuple[list[int], list[int]]:
-        messages = [{"role": role, "content": content} for role, content in conversation]
-        before, after = self._parts(messages, f"query {id!r}")
+    def _sides_uncached(self, conversation: str, id: str, thinks: bool) -> tuple[list[int], list[int]]:
+        """Token ids around a response; ``conversation``: as JSON, ``thinks``: the response has a thought of its own."""
+        before, after = self._parts(json.loads(conversation), f"query {id!r}")
+        if thinks:
+            before = _without_empty_thought(before)
         return encode_parts(self.tokenizer, before), encode_parts(self.tokenizer, after, continues=True)
 
-    def _parts(self, messages: Sequence[dict], where: str) -> tuple[list, list]:
-        """What stands before and after the response, as ``encode_parts`` takes it."""
-        answered = [*messages, {"role": "assistant", "content": "x"}]
-        *before, _, after = chat_parts(self.tokenizer, answered, where, generation_prompt=False)
-        return before, [after]
+    def _parts(self, messages: Sequence[dict], where: str) -> tuple[list[Part], list[Part]]:
+        """What stands before and after the response, as ``encode_parts`` takes it; the last part before it has text."""
+        (mark,) = placeholders(1)
+        answered = [*messages, {"role": "assistant", "content": mark}]
+        parts = chat_parts(self.tokenizer, answered, where, False, self._options)
+        before, after = parts_around(parts, mark, where, "the response")
+        return [part for part in before if part[0]] or [("", True)], after
+
+
+def _without_empty_thought(before: list[Part]) -> list[Part]:
+    text, trusted = before[-1]
+    return [*before[:-1], (without_empty_thought(text), trusted)]
 
 
 def _refuse_options_of_verdicts(config: JudgeConfig) -> None:

@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from g2r_megatron.data.tokenizer import load_tokenizer
+from g2r_megatron.data.tokenizer_files import hide_tokens, load_tokenizer, vocabulary_size
 from g2r_megatron.errors import UserError, warn
 from g2r_megatron.model.config_file import read_config, read_json
 from g2r_megatron.model.families import Family
@@ -98,12 +98,17 @@ class HFModel:
             return stated
         return max(stated, int(rope["factor"] * rope["original_max_position_embeddings"]))
 
+    @property
+    def ends_at_positions(self) -> bool:
+        """Whether longer sequences than ``positions`` are refused: dynamic NTK would change all angles then."""
+        return self.config.rope_parameters["rope_type"] == "dynamic"
+
     def check_positions(self, tokens: int, what: str) -> None:
         """Warn when ``what`` (options or a row) allows sequences longer than the model's; refuse under dynamic NTK."""
         if tokens <= self.positions:
             return
         found = f"allows {tokens} tokens, while {self.option} was made for {self.positions} (max_position_embeddings)"
-        if self.config.rope_parameters["rope_type"] == "dynamic":
+        if self.ends_at_positions:
             remedy = "its rope type dynamic changes all angles beyond them, which is not supported: allow fewer"
             raise UserError(what, found, remedy)
         warn(f"{what} {found}: what it computes beyond them is untrained")
@@ -183,12 +188,32 @@ def _has_fused_experts(hf: HFModel, names: set[str]) -> bool:
 
 
 def load_model_tokenizer(hf: HFModel) -> PreTrainedTokenizerFast:
-    """The directory's tokenizer. Raises ``UserError`` when it has tokens that the model has no embedding for."""
-    tokenizer = load_tokenizer(hf.path)
-    if len(tokenizer) > hf.geometry.vocab:
+    """The directory's tokenizer, whose texts have ids that the model has embeddings for.
+
+    Added tokens beyond them (a padding token, say, for which the embedding was never resized) are hidden, with a
+    warning: no text is encoded to them. Raises ``UserError`` for words of the vocabulary beyond them, and for added
+    tokens that every prompt or response would need.
+    """
+    tokenizer, rows = load_tokenizer(hf.path), hf.geometry.vocab
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    if not beyond:
+        return tokenizer
+    if ordinary := beyond.keys() - tokenizer.get_added_vocab().keys():
         raise UserError(
             hf.option,
-            f"the tokenizer of {hf.path} has {len(tokenizer)} tokens, the model {hf.geometry.vocab}",
+            f"the tokenizer of {hf.path} has {vocabulary_size(tokenizer)} tokens, the model {rows} "
+            f"({min(ordinary, key=beyond.get)!r} is {beyond[min(ordinary, key=beyond.get)]})",
             "give the directory of a model with its own tokenizer",
         )
+    needed = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token}
+    for token, number in sorted(beyond.items(), key=lambda item: item[1]):
+        if token in needed or token in str(tokenizer.chat_template or ""):
+            raise UserError(
+                hf.option,
+                f"token {token!r} of {hf.path} is {number}, but the model has embeddings for {rows} tokens",
+                "resize them (resize_token_embeddings of transformers), train the new ones, and save the model again",
+            )
+    hide_tokens(tokenizer, list(beyond))
+    listed = ", ".join(sorted(beyond, key=beyond.get)[:5])
+    warn(f"{hf.path}: {len(beyond)} tokens have no embedding ({rows} rows) and are never used: {listed}")
     return tokenizer

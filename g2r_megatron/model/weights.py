@@ -236,6 +236,12 @@ def check_tensors(hf: HFModel, reader: SafetensorsReader) -> None:
     reader.keep({name: names[name] for name in sorted(expected, key=lambda name: reader.place(names[name]))})
 
 
+def check_weight_files(hf: HFModel) -> None:
+    """``check_tensors`` of the model's safetensors files; a Megatron checkpoint is checked when it is read."""
+    if hf.checkpoint is None:
+        check_tensors(hf, SafetensorsReader(hf.path))
+
+
 def tensor_names(hf: HFModel, present: set[str]) -> dict[str, str]:
     """Name in the tables -> name in the files: the same, or with the prefixes that wrappers of a model put or cut off.
 

@@ -15,17 +15,33 @@ class Request:
 
 @dataclass
 class Response:
-    """One sampled response. ``token_ids`` ends with the stop token when ``finished``."""
+    """One sampled response. ``token_ids`` ends with the stop token when ``finished``.
+
+    A response of a thinking policy is a thought, whose closing mark belongs to it, and an answer. A thought without a
+    closing mark leaves an empty answer.
+    """
 
     prompt_ids: list[int]
     token_ids: list[int]
     finished: bool  # ended with a stop token, not cut at max_response_tokens
-    text: str  # the body, decoded
+    text: str  # the answer, decoded
+    thought: int = 0  # tokens
+    closed: bool = True  # no thought, or one with its closing mark
 
     @property
     def body_ids(self) -> list[int]:
-        """The tokens the judge reads: without the stop token."""
+        """The tokens of thought and answer, without the stop token."""
         return self.token_ids[:-1] if self.finished else self.token_ids
+
+    @property
+    def answer_ids(self) -> list[int]:
+        """The tokens that the judge reads: without thought and stop token."""
+        return self.body_ids[self.thought :]
+
+    @property
+    def answered(self) -> bool:
+        """Whether there is an answer that has come to its end."""
+        return self.finished and self.closed
 
 
 class RolloutEngine(Protocol):
