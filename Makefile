@@ -1,6 +1,6 @@
 # make quickstart   installs and trains a tiny policy on its own judge: a table and runs/quickstart/report.html
 # make test         installs and runs the tests
-# make lint         ruff
+# make lint         ruff and mypy
 # Needs Python >= 3.11. PYTHON=python3.12 make ... chooses another one. Arguments: make quickstart ARGS="--seeds 1 2 3"
 
 PYTHON ?= python3
@@ -19,6 +19,7 @@ test: install
 lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 install: $(INSTALLED)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 
@@ -124,7 +125,7 @@ def _response(inputs: Inputs, prompt: list[int], ids: list[int], finished: bool)
     body = ids[:-1] if finished else ids
     thought, closed = (0, True) if inputs.thought_end is None else inputs.thought_end.split(inputs.tokenizer, body)
     text = inputs.tokenizer.decode(body[thought:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Response(prompt, ids, finished, text, thought, closed)
+    return Response(prompt, ids, finished, cast(str, text), thought, closed)
 
 
 def assign_credit(

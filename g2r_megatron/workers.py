@@ -136,7 +136,8 @@ def build_workers(config: TrainConfig, inputs: Inputs, own_ranks: OwnRanks | Non
     Self-judging on the policy's ranks: one frozen copy serves judge and KL reference.
     """
     policy_groups = build_groups("policy", config.policy.layout)
-    judge, judge_model, host_weights = own_ranks, None, None
+    judge: SharedRanks | OwnRanks | None = own_ranks
+    judge_model = host_weights = None
     if own_ranks is None:
         same_layout = config.judge.layout == config.policy.layout
         stage = build_judge(config, inputs, policy_groups if same_layout else None)

@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from g2r_megatron.config.layout import check_layout
 from g2r_megatron.config.options import (
@@ -149,14 +150,14 @@ def check_judge_config(config: OfflineJudgeConfig, world_size: int) -> None:
     _check_file_can_be_made("output", config.output)
 
 
-def _require_given(option: str, value, remedy: str) -> None:
+def _require_given(option: str, value: object, remedy: str) -> None:
     if not value:
         raise UserError(option, "missing", remedy)
 
 
-def _check_ranges(config, ranges: dict[str, Range]) -> None:
+def _check_ranges(config: TrainConfig | OfflineJudgeConfig, ranges: dict[str, Range]) -> None:
     for option, allowed in ranges.items():
-        value = config
+        value: Any = config
         for name in option.split("."):
             value = getattr(value, name)
         if value is not None and not allowed.holds(value):
@@ -175,7 +176,7 @@ def _check_judge_place(judge: JudgeConfig, rollout: RolloutConfig, world_size: i
             f"true with judge.ranks {judge.ranks}",
             "the judge's own ranks hold nothing else to make room for: set one of them",
         )
-    if judge.parts > rollout.prompts_per_step:
+    if judge.parts is not None and judge.parts > rollout.prompts_per_step:
         raise UserError(
             "judge.parts",
             f"{judge.parts} with rollout.prompts_per_step {rollout.prompts_per_step}",

@@ -6,10 +6,11 @@ its ``--help`` text. An option whose default is ``None`` "follows the preset" ta
 """
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 Attribution = Literal["grad_x_embed", "l1", "l2", "contracted", "grad_norm_product", "null_token", "uniform"]
 Target = Literal["log_prob", "logit_margin"]
+Dtype = Literal["fp32", "bf16"]
 Smoothing = Literal["none", "smear", "sentence"]
 Normalize = Literal["softmax", "positive"]
 Credit = Literal["per_item", "per_response"]
@@ -55,7 +56,7 @@ class Layout:
 class Precision:
     """Numeric formats of one model."""
 
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Dtype = "fp32"
     """bf16 is Megatron's mixed precision: bf16 compute, fp32 main weights and gradients"""
     fp8: Literal["none", "tensorwise", "blockwise", "mxfp8"] = "none"
     """Transformer Engine FP8 recipe, scaled from the tensors at hand (GPU only, with dtype bf16)"""
@@ -371,13 +372,17 @@ PRESETS = {
 }
 
 
-def fill_from_preset(section, values: dict):
+Section = TypeVar("Section", JudgeConfig, GrpoConfig)
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+def fill_from_preset(section: Section, values: dict[str, Any]) -> Section:
     """A copy of a config dataclass whose ``None`` options are taken from ``values``."""
     names = {f.name for f in fields(section)}
     return replace(section, **{k: v for k, v in values.items() if k in names and getattr(section, k) is None})
 
 
-def resolve_preset(config: TrainConfig) -> TrainConfig:
+def resolve_preset(config: Config) -> Config:
     """The config with every option made concrete that follows the preset or others."""
     preset = PRESETS[config.grpo.preset]
     parts = min(OWN_RANKS_PARTS, config.rollout.prompts_per_step) if config.judge.ranks else 1

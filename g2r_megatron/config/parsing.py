@@ -4,6 +4,7 @@ import argparse
 import difflib
 import re
 import types
+from collections.abc import Hashable, Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -74,7 +75,7 @@ def _config_files(argv: list[str]) -> list[str]:
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML in which a repeated key is an error: the last one would win silently."""
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for i, key in enumerate(keys):
             if key in keys[:i]:
@@ -135,7 +136,7 @@ def unknown_option(config_class: type, prog: str, name: str) -> UserError:
     return UserError(name, "no such option", remedy)
 
 
-def option_names(config_class: type, prefix: str = ""):
+def option_names(config_class: Any, prefix: str = "") -> Iterator[str]:
     """Dotted names of all options, sections left out."""
     for name, kind in get_type_hints(config_class).items():
         if is_dataclass(kind):
@@ -170,6 +171,6 @@ def described(kind: Any) -> str:
     return names.get(kind, "a file")
 
 
-def _shown(value) -> str:
+def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= SHOWN_VALUE else text[: SHOWN_VALUE - 3] + "..."

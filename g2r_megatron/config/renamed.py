@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -55,17 +56,18 @@ def _file_with_new_names(path: str, found: dict[str, str]) -> str:
     content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     old = [name for name in [*RENAMED, *REMOVED] if _section(content, name) is not None]
     for name in old:
-        value = _section(content, name).pop(name.rpartition(".")[2])
+        value = (_section(content, name) or {}).pop(name.rpartition(".")[2])
         new, values = RENAMED.get(name, ("", {}))
         if not new:
             found[name] = ""
             continue
-        _section(content, new, make=True)[new.rpartition(".")[2]] = values.get(value, value)
+        if (section := _section(content, new, make=True)) is not None:
+            section[new.rpartition(".")[2]] = values.get(value, value)
         found[name] = new
     return yaml.safe_dump(content, default_flow_style=True, width=sys.maxsize) if old else path
 
 
-def _section(content: dict, option: str, make: bool = False) -> dict | None:
+def _section(content: Any, option: str, make: bool = False) -> dict[str, Any] | None:
     """The mapping in ``content`` that holds ``option``; None if there is none, unless it is to be made."""
     *sections, last = option.split(".")
     for section in sections:

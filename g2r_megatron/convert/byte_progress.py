@@ -5,7 +5,7 @@ import time
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
 from g2r_megatron.records.progress_bar import format_seconds
@@ -29,7 +29,7 @@ class CopyProgress:
         self._done = 0  # bytes of this process
         self._started = self._printed = 0.0
         self._live: RichProgress | None = None
-        self._task = None
+        self._task: TaskID | None = None
 
     def __enter__(self) -> Self:
         self._started = self._printed = time.monotonic()

@@ -282,7 +282,7 @@ class CheckpointReader:
             self._cache.popitem(last=False)
         try:
             with (self.directory / chunk.file).open("rb") as file:
-                tensor = torch.load(_create_file_view(file, chunk.start, chunk.length), "cpu", weights_only=True)
+                tensor = torch.load(_create_file_view(file, chunk.start, chunk.length), "cpu", weights_only=True)  # type: ignore[arg-type]
         except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
             raise self._damaged(f"{chunk.file} at byte {chunk.start}: {_first_line(error)}") from error
         if (

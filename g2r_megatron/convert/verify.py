@@ -38,7 +38,8 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # b
 class Tensors(Protocol):
     """Named tensors that can be read rows at a time."""
 
-    names: set[str]
+    @property
+    def names(self) -> set[str]: ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
@@ -180,8 +181,8 @@ def _compare(name: str, at_a: str | None, at_b: str | None, a: Side, b: Side) ->
     hashes = hashlib.sha256(), hashlib.sha256()
     for rows in _row_ranges(shapes[0], max(dtypes, key=lambda dtype: dtype.itemsize)):
         blocks = a.tensors.read(at_a, rows), b.tensors.read(at_b, rows)
-        for digest, block in zip(hashes, blocks, strict=True):
-            digest.update(_bytes_of(block))
+        for sha, block in zip(hashes, blocks, strict=True):
+            sha.update(_bytes_of(block))
         differences.add(rows[0], *blocks)
     problem = None
     if dtypes[0] != dtypes[1]:
@@ -239,7 +240,7 @@ def _digest(tensors: Tensors, name: str) -> str:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -8,6 +8,7 @@ Arithmetic is fp64, results are fp32 on the CPU.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,7 +32,7 @@ class GroupScores:
     lengths: list[int]  # [G] T_i, tokens of the body
     finished: list[bool]  # [G] whether a stop token follows the body
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         groups, items = self.verdicts.shape
         if self.weights.shape != (items,) or any(len(row) != items for row in self.alphas):
             raise ValueError(f"verdicts are [{groups}, {items}] but weights or alphas do not have {items} items")
@@ -77,7 +78,7 @@ class RewardModelScores:
     lengths: list[int]
     finished: list[bool]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.rewards.dim() != 1 or any(len(row) != 1 for row in self.alphas):
             raise ValueError(f"rewards are {tuple(self.rewards.shape)}, with one alpha each")
         _check_responses(len(self.rewards), self.alphas, self.lengths, self.finished)
@@ -108,7 +109,9 @@ class RewardModelScores:
 Scores = GroupScores | RewardModelScores
 
 
-def _check_responses(groups: int, alphas: list, lengths: list[int], finished: list[bool]) -> None:
+def _check_responses(
+    groups: int, alphas: Sequence[Sequence[Tensor | None]], lengths: list[int], finished: list[bool]
+) -> None:
     if not groups == len(alphas) == len(lengths) == len(finished):
         raise ValueError(f"{groups} responses judged, but alphas, lengths or finished have another number")
     for length, done, row in zip(lengths, finished, alphas, strict=True):
@@ -139,7 +142,7 @@ def _centred(values: Tensor, baseline: str) -> Tensor:
     return centred * (count / (count - 1))  # x_i - mean_{j != i} x_j
 
 
-def _require_others(count: int):
+def _require_others(count: int) -> None:
     """Leave-one-out has no baseline in a group of one."""
     if count < 2:
         raise UserError("rollout.responses_per_prompt", str(count), "grpo.baseline=rloo needs at least 2")
@@ -218,7 +221,7 @@ def group_advantages(scores: Scores, options: GrpoConfig, mix: float) -> list[Te
         keep = scores.needing_attribution(options, mix).tolist()
         alphas = [[a if k else None for a, k in zip(*rows, strict=True)] for rows in zip(scores.alphas, keep)]
         scores = replace(scores, alphas=alphas)
-    kinds = {
+    kinds: dict[str | None, Callable[[Scores, GrpoConfig, float], list[Tensor]]] = {
         "sequence": _sequence_advantages,
         "token_return": _token_return_advantages,
         "itemwise": _itemwise_advantages,

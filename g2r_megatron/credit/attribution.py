@@ -6,6 +6,7 @@ the order in which ranks or micro-batches delivered b.
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -133,13 +134,14 @@ def smear(alpha: Tensor, gamma: float) -> Tensor:
     return out / out.sum()
 
 
-def average_sentences(alpha: Tensor, sentence_ids: Tensor) -> Tensor:
+def average_sentences(alpha: Tensor, sentence_ids: Tensor | None) -> Tensor:
     """alpha'_t = mean of alpha over the sentence of t (docs/method.md).
 
     ``alpha``: [T], or additive scores b; ``sentence_ids``: [T] int64, 0.. . Returns [T] with the same sum, dtype of ``alpha``.
     """
-    if sentence_ids.shape != alpha.shape:
-        raise ValueError(f"{alpha.numel()} tokens but {sentence_ids.numel()} sentence ids")
+    if sentence_ids is None or sentence_ids.shape != alpha.shape:
+        found = 0 if sentence_ids is None else sentence_ids.numel()
+        raise ValueError(f"{alpha.numel()} tokens but {found} sentence ids")
     if alpha.numel() == 0:
         return alpha
     counts = torch.bincount(sentence_ids)
@@ -148,7 +150,7 @@ def average_sentences(alpha: Tensor, sentence_ids: Tensor) -> Tensor:
 
 
 def token_rewards(
-    verdicts: list[bool], weights: list[float], alphas: list[Tensor | None], positive_weight: float, length: int
+    verdicts: list[bool], weights: list[float], alphas: Sequence[Tensor | None], positive_weight: float, length: int
 ) -> Tensor:
     """r_t = sum_{k True} w_k alpha_kt / sum_k max(w_k, 0) (Algorithm 1 of the paper).
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -38,12 +38,14 @@ class Judgement(Protocol):
     tensor. ``cos`` is the median over tokens of |cos(g_t, e_t)|, ``grad_norm`` the L2 norm of g over the response.
     """
 
-    verdict: bool | None
+    @property
+    def verdict(self) -> bool | None: ...
+
     attribution: Tensor | None
     grad_norm: float | None
     cos: float | None
 
-    def values(self) -> list:
+    def values(self) -> list[Any]:
         """What the judge said, as plain data for JSON."""
         ...
 
@@ -96,12 +98,12 @@ class Judgement(Protocol):
         ...
 
     @staticmethod
-    def sample_items(query: Query, text: str, row: "JudgementRow", alphas: Alphas) -> list[dict]:
+    def sample_items(query: Query, text: str, row: "JudgementRow", alphas: Alphas) -> list[dict[str, Any]]:
         """The judgements of a response as the report draws them."""
         ...
 
     @staticmethod
-    def output_record(query: Query, row: "JudgementRow", alphas: Alphas) -> dict:
+    def output_record(query: Query, row: "JudgementRow", alphas: Alphas) -> dict[str, Any]:
         """``reward`` and the judgements of a response in an output file: plain data."""
         ...
 
@@ -136,7 +138,7 @@ class ItemJudgement:
         """p(True) + p(False): what the judge gives to verdicts at all."""
         return self.p_true + self.p_false
 
-    def values(self) -> list:
+    def values(self) -> list[Any]:
         return [self.p_true, self.p_false, self.verdict]
 
     @staticmethod
@@ -146,7 +148,7 @@ class ItemJudgement:
     @staticmethod
     def reward(query: Query, row: JudgementRow) -> float:
         """The rubric score: sum_k w_k 1[z_k = True] / sum_k max(w_k, 0)."""
-        return response_reward([item.verdict for item in row], ItemJudgement.weights(query))
+        return response_reward([item.verdict for item in _items(row)], ItemJudgement.weights(query))
 
     @staticmethod
     def weights(query: Query) -> list[float]:
@@ -160,7 +162,8 @@ class ItemJudgement:
     def needing_attribution(
         query: Query, rows: Sequence[JudgementRow], options: GrpoConfig, mix: float
     ) -> list[list[bool]]:
-        return items_needing_attribution(*_verdict_table(query, rows), options, mix).tolist()
+        marks: list[list[bool]] = items_needing_attribution(*_verdict_table(query, rows), options, mix).tolist()
+        return marks
 
     @staticmethod
     def group_scores(
@@ -174,20 +177,20 @@ class ItemJudgement:
 
     @staticmethod
     def token_rewards(query: Query, row: JudgementRow, alphas: Alphas, length: int, finished: bool = False) -> Tensor:
-        verdicts = [item.verdict for item in row]
+        verdicts = [item.verdict for item in _items(row)]
         return token_rewards(verdicts, ItemJudgement.weights(query), alphas, query.positive_weight, length)
 
     @staticmethod
     def metrics(queries: Sequence[Query], texts: Sequence[str], rows: Sequence[JudgementRow]) -> dict[str, float]:
-        verdicts = [[item.verdict for item in row] for row in rows]
+        verdicts = [[item.verdict for item in _items(row)] for row in rows]
         truths = [true_verdicts(query, text) for query, text in zip(queries, texts, strict=True)]
-        mass = fmean(item.answer_mass for row in rows for item in row)
+        mass = fmean(item.answer_mass for row in rows for item in _items(row))
         metrics = judge_metrics(verdicts, truths, [ItemJudgement.weights(query) for query in queries])
         return metrics | {"judge/answer_mass": mass}
 
     @staticmethod
-    def sample_items(query: Query, text: str, row: JudgementRow, alphas: Alphas) -> list[dict]:
-        truths = true_verdicts(query, text) or [None] * len(query.rubric)
+    def sample_items(query: Query, text: str, row: JudgementRow, alphas: Alphas) -> list[dict[str, Any]]:
+        truths: Sequence[bool | None] = true_verdicts(query, text) or [None] * len(query.rubric)
         return [
             {
                 "criterion": item.criterion,
@@ -197,11 +200,11 @@ class ItemJudgement:
                 "truth": truth,
                 "alpha": _plain(alpha),
             }
-            for item, found, truth, alpha in zip(query.rubric, row, truths, alphas, strict=True)
+            for item, found, truth, alpha in zip(query.rubric, _items(row), truths, alphas, strict=True)
         ]
 
     @staticmethod
-    def output_record(query: Query, row: JudgementRow, alphas: Alphas) -> dict:
+    def output_record(query: Query, row: JudgementRow, alphas: Alphas) -> dict[str, Any]:
         """``items``: one entry a rubric item."""
         return {
             "reward": ItemJudgement.reward(query, row),
@@ -214,14 +217,19 @@ class ItemJudgement:
                     "verdict": found.verdict,
                 }
                 | _attribution_record(found, alpha)
-                for item, found, alpha in zip(query.rubric, row, alphas, strict=True)
+                for item, found, alpha in zip(query.rubric, _items(row), alphas, strict=True)
             ],
         }
 
 
+def _items(row: JudgementRow) -> Sequence[ItemJudgement]:
+    """The row of a judge with verdicts, for the type checker."""
+    return cast(Sequence[ItemJudgement], row)
+
+
 def _verdict_table(query: Query, rows: Sequence[JudgementRow]) -> tuple[Tensor, Tensor]:
     """Verdicts [G, K] bool and weights [K] fp64 of one group."""
-    verdicts = torch.tensor([[item.verdict for item in row] for row in rows])
+    verdicts = torch.tensor([[item.verdict for item in _items(row)] for row in rows])
     return verdicts, torch.tensor(ItemJudgement.weights(query), dtype=torch.float64)
 
 
@@ -235,7 +243,7 @@ class ScoreJudgement:
     cos: float | None = None
     verdict: ClassVar[None] = None
 
-    def values(self) -> list:
+    def values(self) -> list[Any]:
         return [self.score]
 
     @staticmethod
@@ -244,7 +252,7 @@ class ScoreJudgement:
 
     @staticmethod
     def reward(query: Query, row: JudgementRow) -> float:
-        return row[0].score
+        return _score(row)
 
     @staticmethod
     def weights(query: Query) -> list[float]:
@@ -259,7 +267,8 @@ class ScoreJudgement:
     def needing_attribution(
         query: Query, rows: Sequence[JudgementRow], options: GrpoConfig, mix: float
     ) -> list[list[bool]]:
-        return rewards_needing_attribution(_scores(rows), options, mix).tolist()
+        marks: list[list[bool]] = rewards_needing_attribution(_scores(rows), options, mix).tolist()
+        return marks
 
     @staticmethod
     def group_scores(
@@ -273,7 +282,7 @@ class ScoreJudgement:
 
     @staticmethod
     def token_rewards(query: Query, row: JudgementRow, alphas: Alphas, length: int, finished: bool = False) -> Tensor:
-        return score_token_rewards(row[0].score, alphas[0], length, finished).float()
+        return score_token_rewards(_score(row), alphas[0], length, finished).float()
 
     @staticmethod
     def metrics(queries: Sequence[Query], texts: Sequence[str], rows: Sequence[JudgementRow]) -> dict[str, float]:
@@ -283,7 +292,7 @@ class ScoreJudgement:
         return {"reward/true_mean": fmean(known)} if known else {}
 
     @staticmethod
-    def sample_items(query: Query, text: str, row: JudgementRow, alphas: Alphas) -> list[dict]:
+    def sample_items(query: Query, text: str, row: JudgementRow, alphas: Alphas) -> list[dict[str, Any]]:
         return [
             {
                 "criterion": "score of the reward model",
@@ -291,30 +300,34 @@ class ScoreJudgement:
                 "verdict": None,
                 "p_true": None,
                 "truth": None,
-                "score": row[0].score,
+                "score": _score(row),
                 "alpha": _plain(alphas[0]),
             }
         ]
 
     @staticmethod
-    def output_record(query: Query, row: JudgementRow, alphas: Alphas) -> dict:
-        return {"reward": plain_number(row[0].score)} | _attribution_record(row[0], alphas[0])
+    def output_record(query: Query, row: JudgementRow, alphas: Alphas) -> dict[str, Any]:
+        return {"reward": plain_number(_score(row))} | _attribution_record(row[0], alphas[0])
+
+
+def _score(row: JudgementRow) -> float:
+    return cast(ScoreJudgement, row[0]).score
 
 
 def _scores(rows: Sequence[JudgementRow]) -> Tensor:
-    return torch.tensor([row[0].score for row in rows], dtype=torch.float64)
+    return torch.tensor([_score(row) for row in rows], dtype=torch.float64)
 
 
 def _plain(alpha: Tensor | None) -> list[float] | None:
     return None if alpha is None else alpha.tolist()
 
 
-def from_values(values: list, **gradient) -> Judgement:
+def from_values(values: list[Any], **gradient: Any) -> Judgement:
     """The judgement whose ``values()`` are ``values``; ``gradient``: its attribution, grad_norm and cos."""
-    return (ScoreJudgement if len(values) == 1 else ItemJudgement)(*values, **gradient)
+    return ScoreJudgement(*values, **gradient) if len(values) == 1 else ItemJudgement(*values, **gradient)
 
 
-def _attribution_record(judgement: Judgement, alpha: Tensor | None) -> dict:
+def _attribution_record(judgement: Judgement, alpha: Tensor | None) -> dict[str, Any]:
     """Both null where no backward ran."""
     if alpha is None or judgement.attribution is None:
         return {"attribution": None, "alpha": None}

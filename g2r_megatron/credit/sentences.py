@@ -107,7 +107,8 @@ def _sentence_ends(text: str, at: int, mark: str, has_capitals: bool) -> bool:
     if LIST_NUMBER.match(line):
         return False
     before = text[max(0, at - NEAR) : at]
-    word = LAST_WORD.search(before)[0]
+    found = LAST_WORD.search(before)
+    word = found[0] if found else ""
     if len(word) == 1 and word.isupper() and word.isascii():
         return not _is_initial(before[:-1])
     if DOTTED.fullmatch(word) and (word.isupper() or word.lower() in TITLES):  # U.S.; e.g.

@@ -11,9 +11,10 @@ from g2r_megatron.data.types import Query
 
 def true_verdicts(query: Query, text: str) -> list[bool] | None:
     """Whether the response ``text`` really meets each rubric item; None unless there are items and all have a check."""
-    if not query.rubric or any(item.check is None for item in query.rubric):
+    checks = [item.check for item in query.rubric if item.check is not None]
+    if not checks or len(checks) < len(query.rubric):
         return None
-    return [re.search(item.check, text) is not None for item in query.rubric]
+    return [re.search(check, text) is not None for check in checks]
 
 
 def true_reward(query: Query, text: str) -> float | None:

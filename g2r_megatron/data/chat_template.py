@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import count, takewhile
+from typing import cast
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
@@ -97,9 +98,10 @@ def render(
         options["chat_template"] = DATE_MACRO + source
         options["g2r_dates"] = {(a or b): TEMPLATE_DATE.strftime(a or b) for a, b in DATE_CALL.findall(source)}
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=generation_prompt, **options
         )
+        return cast(str, text)
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
         roles = [message["role"] for message in messages]
         problem = " ".join(str(error).split())

@@ -103,7 +103,8 @@ def _unigram(proto: ModelProto) -> models.Unigram:
 
 
 def _normalizers(proto: ModelProto) -> list:
-    spec, steps = proto.normalizer_spec, []
+    spec = proto.normalizer_spec
+    steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:

@@ -38,7 +38,7 @@ def decoded_bounds(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> tu
         stretches.append((error.start, error.end))
         return REPLACEMENT, error.end
 
-    codecs.register_error("g2r-replace", replace)  # Python tells nobody else where it replaced what
+    codecs.register_error("g2r-replace", replace)  # type: ignore[arg-type]  # Python tells nobody else where it replaced what
     text = raw.decode("utf-8", "g2r-replace")
     widths = [1.0] * len(raw)  # of each byte, in bytes of the text
     for start, end in stretches:
@@ -62,7 +62,7 @@ def encoded_bounds(tokenizer: PreTrainedTokenizerFast, text: str, continues: boo
         lengths[0] -= 1
         spelled = spelled[1:]
     if spelled == text.encode():
-        bounds = list(accumulate(lengths, initial=0))
+        bounds: Sequence[float] = list(accumulate(lengths, initial=0))
     else:
         bounds = _bounds_of_offsets(text, encoding.offsets, lengths)
     return neutral_ids(tokenizer, encoding.ids), torch.tensor(bounds, dtype=torch.float64)

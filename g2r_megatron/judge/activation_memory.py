@@ -26,7 +26,7 @@ def judge_activation_bytes(
     recompute: str = "none",
     backward: bool = True,
     window: bool = False,
-    rows: int = 1,
+    rows: float = 1,
 ) -> int:
     """Peak bytes of one rank while the judge runs a row of ``row_tokens``, above weights.
 

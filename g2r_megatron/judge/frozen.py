@@ -104,8 +104,8 @@ class FrozenJudge:
         self,
         model: MegatronModel,
         config: JudgeConfig,
-        true_ids: list[int],
-        false_ids: list[int],
+        true_ids: Sequence[int],
+        false_ids: Sequence[int],
         null_id: int | None = None,
     ):
         self.model, self.config = model, config

@@ -92,7 +92,12 @@ def judge_file(config: OfflineJudgeConfig) -> None:
 
 
 def judge_and_write(
-    config: OfflineJudgeConfig, hf: HFModel, prompt: JudgePrompt, rows: list[Row], done: int, file: PartialFile | None
+    config: OfflineJudgeConfig,
+    hf: HFModel,
+    prompt: JudgePrompt | RewardPrompt,
+    rows: list[Row],
+    done: int,
+    file: PartialFile | None,
 ) -> JudgeHealth:
     """Judge ``rows[done:]`` a batch at a time (collective); ``file``: on rank 0 what they are appended to.
 

@@ -51,7 +51,9 @@ class OwnRanks:
         return [row for part in judged for row in part.judgements], metrics
 
     def _receive(self):
-        value, numbers = unpacked(from_first_rank(self._channel and self._channel.receive(FIRST_JUDGE, self._timeout)))
+        value, numbers = unpacked(
+            from_first_rank(self._channel.receive(FIRST_JUDGE, self._timeout) if self._channel else None)
+        )
         if "error" in value:
             self._ended = True
             raise UserError(*value["error"])

@@ -5,6 +5,7 @@ on the same parts, so that their results have the same bits.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -48,7 +49,7 @@ def _query(plain: dict) -> Query:
 class Judged:
     """What the judge says of one part: the judgements of each response, and how long each pass took."""
 
-    judgements: list[JudgementRow]
+    judgements: Sequence[JudgementRow]
     verdict_seconds: float
     attribution_seconds: float
 
@@ -74,7 +75,7 @@ class Judged:
             {"attribution": attribution, "grad_norm": grad_norm, "cos": cos}
             for attribution, (_, grad_norm, cos) in zip(attributions, plain["passes"], strict=True)
         ]
-        rows = [
+        rows: list[JudgementRow] = [
             [from_values(values, **{} if number is None else found[number]) for *values, number in row]
             for row in plain["judgements"]
         ]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,7 +27,10 @@ from g2r_megatron.device import local_device
 from g2r_megatron.judge.packing import Tree
 from g2r_megatron.judge.types import JudgeInput
 from g2r_megatron.model.build import MegatronModel
-from g2r_megatron.model.schedule import TokenBatch, forward_tokens
+from g2r_megatron.model.schedule import forward_tokens
+
+if TYPE_CHECKING:
+    from g2r_megatron.judge.frozen import TreeBatch
 
 EXCHANGED_BYTES = 2**26  # of the table, on the device at a time
 
@@ -104,7 +108,7 @@ class Routing:
             tokens += len(tree.ids)
         chosen: list[tuple[torch.Tensor, int, torch.Tensor]] = []  # table rows, first router, experts
 
-        def forward(module: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
+        def forward(module: torch.nn.Module, batch: "TreeBatch") -> torch.Tensor:
             output = forward_tokens(module, batch)
             chunk = self.model.modules.index(module)
             if self.routers[chunk]:
@@ -137,7 +141,7 @@ class Routing:
         if unknown := [i for i, key in enumerate(keys) if key not in self._places]:
             raise ValueError(f"inputs {unknown} were not in the verdict passes before this attribution")
 
-        def forward(module: torch.nn.Module, batch: TokenBatch, decoder_input=None) -> torch.Tensor:
+        def forward(module: torch.nn.Module, batch: "TreeBatch", decoder_input=None) -> torch.Tensor:
             chunk = self.model.modules.index(module)
             rows = [tree_rows(tree, [self._places[keys[item]] for item in tree.items]) for tree in batch.trees]
             experts = self._experts(self._here(rows, batch), chunk)
@@ -152,7 +156,7 @@ class Routing:
         with self._acting(RouterReplayAction.REPLAY_FORWARD):
             yield forward
 
-    def _here(self, rows: list[torch.Tensor], batch: TokenBatch) -> torch.Tensor:
+    def _here(self, rows: list[torch.Tensor], batch: "TreeBatch") -> torch.Tensor:
         """Table rows of this rank's positions of a packed row; -1 for padding."""
         length = batch.structure.size(1)
         row = torch.cat([*rows, torch.full((length - sum(map(len, rows)),), -1)])

@@ -11,7 +11,7 @@ import torch
 
 from g2r_megatron.config.options import JudgeConfig
 from g2r_megatron.credit.attribution import Weighting, alpha_from_attribution, pooled_weights, shuffled
-from g2r_megatron.credit.judgements import ItemJudgement, Judgement, ScoreJudgement
+from g2r_megatron.credit.judgements import ItemJudgement, Judgement, JudgementRow, ScoreJudgement
 from g2r_megatron.credit.sentences import sentence_ids
 from g2r_megatron.data.tokenizer import token_texts
 from g2r_megatron.data.types import Query
@@ -43,11 +43,12 @@ class JudgeStage:
             return [[ScoreJudgement(score)] for score in self.judge.scores(inputs).tolist()]
         probabilities = iter(self.judge.verdict_log_probs(inputs).exp().tolist())
         return [
-            [self._judgement(*next(probabilities), f"{key}/{k}") for k in range(len(row))]
+            [self._judgement(next(probabilities), f"{key}/{k}") for k in range(len(row))]
             for row, key in zip(inputs, keys, strict=True)
         ]
 
-    def _judgement(self, p_true: float, p_false: float, key: str) -> ItemJudgement:
+    def _judgement(self, probabilities: Sequence[float], key: str) -> ItemJudgement:
+        p_true, p_false = probabilities
         if self.config.verdict == "sample":
             return ItemJudgement(p_true, p_false, random.Random(key).random() * (p_true + p_false) < p_true)
         return ItemJudgement(p_true, p_false, p_true > p_false)
@@ -75,20 +76,20 @@ class JudgeStage:
                 factors = pooled_weights([row_weights[k] for k in items]) if len(items) > 1 else [1.0]
                 passes.append(Pass([row[k] for k in items], [found[k].verdict for k in items], factors))
                 credited.append([found[k] for k in items])
-        for items, gradients in zip(credited, self.judge.token_gradients(passes), strict=True):
+        for together, gradients in zip(credited, self.judge.token_gradients(passes), strict=True):
             attribution = gradients.attribution(self.config.attribution)
-            for item in items:
+            for item in together:
                 item.attribution = attribution
                 item.grad_norm = gradients.l2.square().sum().sqrt().item()
                 item.cos = gradients.cos
 
-    def alphas(self, body: list[int], judgements: list[Judgement], key: str = "") -> list[torch.Tensor | None]:
+    def alphas(self, body: list[int], judgements: JudgementRow, key: str = "") -> list[torch.Tensor | None]:
         """``item_alphas`` of one response."""
         return item_alphas(self.prompt, self.config, body, judgements, key)
 
 
 def item_alphas(
-    prompt: ResponseReader, config: JudgeConfig, body: list[int], judgements: list[Judgement], key: str
+    prompt: ResponseReader, config: JudgeConfig, body: list[int], judgements: JudgementRow, key: str
 ) -> list[torch.Tensor | None]:
     """alpha_t [T] of each judgement over the ``body`` of one response; None where no backward ran. Needs no judge.
 

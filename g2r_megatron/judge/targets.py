@@ -36,7 +36,7 @@ class VerdictTarget:
 
     columns, noun = 2, "verdict log-probs"
 
-    def __init__(self, model: MegatronModel, kind: str, true_ids: list[int], false_ids: list[int]):
+    def __init__(self, model: MegatronModel, kind: str, true_ids: Sequence[int], false_ids: Sequence[int]):
         self.model, self.kind, self.true_ids, self.false_ids = model, kind, true_ids, false_ids
 
     def exact(self) -> AbstractContextManager[None]:

@@ -328,7 +328,7 @@ def _mark_for_optimizer(model: MegatronModel) -> None:
                 parameter, True, 1 if rule == "row" else 0, 2 if rule == "gate_up" else 1
             )
         if is_expert(name):
-            parameter.allreduce = False
+            parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 def _build_chunk(hf: HFModel, config: TransformerConfig, backend, groups: ModelGroups, vp_stage: int | None):

@@ -163,7 +163,7 @@ def _geometry(config: PretrainedConfig, family: Family, is_reward_model: bool) -
         experts, chosen = config.num_local_experts, config.num_experts_per_tok
         expert_ffn = getattr(config, "moe_intermediate_size", config.intermediate_size)
         every = getattr(config, "decoder_sparse_step", 1)
-        dense = {i for i in range(layers) if (i + 1) % every} | set(getattr(config, "mlp_only_layers", []))
+        dense = frozenset(i for i in range(layers) if (i + 1) % every) | set(getattr(config, "mlp_only_layers", []))
     return Geometry(
         layers=layers,
         hidden=config.hidden_size,

@@ -241,7 +241,7 @@ class SafetensorsWriter:
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _pwrite(fd: int, file: Path, offset: int, data: memoryview) -> None:

@@ -4,8 +4,10 @@ import json
 import math
 import os
 import stat
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -99,8 +101,8 @@ def _parse_json(text: bytes, where: Path, what: str) -> dict:
     def unique(pairs: list[tuple[str, object]]) -> dict:
         found = dict(pairs)
         if len(found) != len(pairs):
-            seen: set[str] = set()
-            repeated = next(key for key, _ in pairs if key in seen or seen.add(key))
+            counts = Counter(key for key, _ in pairs)
+            repeated = next(key for key, count in counts.items() if count > 1)
             raise UserError(str(where), f"{what} has the key {repeated!r} more than once", "save the model again")
         return found
 
@@ -162,7 +164,7 @@ def read_header(fd: int, file: Path) -> dict[str, TensorInfo]:
 def _tensor_info(file: Path, data_start: int, name: str, entry: object) -> TensorInfo:
     """One checked entry of a header: {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}."""
 
-    def refuse(found: str, remedy: str = "save the model again"):
+    def refuse(found: str, remedy: str = "save the model again") -> NoReturn:
         raise UserError(f"{file} {name}", found, remedy)
 
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:

@@ -1,8 +1,8 @@
 """One way to run a model over micro-batches: Megatron-Core's pipeline schedule with the model's own groups."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -32,7 +32,10 @@ class TokenBatch:
 
 
 def token_batch(
-    model: MegatronModel, sequences: Sequence[list[int]], positions: Sequence, items: list[int]
+    model: MegatronModel,
+    sequences: Sequence[list[int]] | Mapping[int, list[int]],
+    positions: Sequence | Mapping[int, Any],
+    items: list[int],
 ) -> TokenBatch:
     """Pad ``sequences[i] for i in items`` to one length; ``positions[i]`` are the positions whose logits are wanted."""
     length = padded(max([1, *(len(sequences[i]) for i in items)]), model.length_multiple)
@@ -79,11 +82,14 @@ def forward_tokens(
     )
 
 
+Batch = TypeVar("Batch", bound=TokenBatch)
+
+
 def run_schedule(
     model: MegatronModel,
-    batches: Sequence[TokenBatch],
-    forward: Callable[[torch.nn.Module, TokenBatch], torch.Tensor],
-    on_last_stage: Callable[[TokenBatch, torch.Tensor], tuple[torch.Tensor, Any]],
+    batches: Sequence[Batch],
+    forward: Callable[[torch.nn.Module, Batch], torch.Tensor],
+    on_last_stage: Callable[[Batch, torch.Tensor], tuple[torch.Tensor, Any]],
     backward: bool,
 ) -> list:
     """Run ``batches`` through the model's pipeline (collective over its model-parallel group).

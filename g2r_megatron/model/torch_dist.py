@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ def sharded_metadata(groups: ModelGroups) -> dict:
     return {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": groups.pgs.dp_cp}
 
 
-def sharded_weights(chunks: list[torch.nn.Module], groups: ModelGroups) -> dict:
+def sharded_weights(chunks: Sequence[torch.nn.Module], groups: ModelGroups) -> dict:
     """The chunks' weights as Megatron-Core's sharded state: {"model": ...}, or "model0", "model1", ... of virtual stages."""
     names = [f"model{i}" for i in range(len(chunks))] if len(chunks) > 1 else ["model"]
     states = {}
@@ -48,14 +49,14 @@ def sharded_weights(chunks: list[torch.nn.Module], groups: ModelGroups) -> dict:
     return states
 
 
-def load_chunks(chunks: list[torch.nn.Module], states: dict) -> None:
+def load_chunks(chunks: Sequence[torch.nn.Module], states: dict) -> None:
     """Put loaded ``sharded_weights`` into the chunks."""
     for chunk, state in zip(chunks, states.values(), strict=True):
         extra = {name: None for name in chunk.state_dict() if name.endswith(EXTRA_STATE)}
         chunk.load_state_dict(state | extra)
 
 
-def read_checkpoint_weights(chunks: list[torch.nn.Module], hf: HFModel, groups: ModelGroups) -> None:
+def read_checkpoint_weights(chunks: Sequence[torch.nn.Module], hf: HFModel, groups: ModelGroups) -> None:
     """Fill the model with the weights of ``hf.checkpoint`` (collective). ``UserError`` when it cannot be read."""
     checked_facts(hf.checkpoint)
     states = sharded_weights(chunks, groups)

@@ -26,7 +26,7 @@ def layer_window(config, layer_number: int) -> int | None:
 def _norm_weight(size: int, config) -> torch.nn.Parameter:
     """A replicated norm weight; under sequence parallelism its gradient is summed over the TP ranks."""
     weight = torch.nn.Parameter(torch.ones(size, dtype=config.params_dtype, device=local_device()))
-    weight.sequence_parallel = config.sequence_parallel
+    weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return weight
 
 

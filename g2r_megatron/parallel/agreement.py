@@ -20,5 +20,5 @@ def raised_by_all() -> Iterator[None]:
     dist.all_gather_object(found, (mine.where, mine.found, mine.remedy) if mine else None)
     if mine is not None:
         raise mine
-    for error in filter(None, found):
-        raise UserError(*error)
+    for where_found_remedy in filter(None, found):
+        raise UserError(*where_found_remedy)

@@ -66,7 +66,7 @@ class Channel:
     def __init__(self, number: int, judge_ranks: int):
         self.number, self.judges = number, range(FIRST_JUDGE, judge_ranks + 1)
         store = dist.PrefixStore(f"g2r/channel/{next(_opened)}", job_store())
-        self._group = dist.ProcessGroupGloo(store, number, judge_ranks + 1, FOR_EVER)
+        self._group: Any = dist.ProcessGroupGloo(store, number, judge_ranks + 1, FOR_EVER)
         self._under_way: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
     def send(self, receivers: Iterable[int], message: torch.Tensor) -> None:

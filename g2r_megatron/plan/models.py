@@ -4,14 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from g2r_megatron.config.layout import data_parallel_size
-from g2r_megatron.config.options import Layout
+from g2r_megatron.config.options import Dtype, Layout
 from g2r_megatron.model.hf import Geometry, HFModel
 from g2r_megatron.plan import activations
 from g2r_megatron.plan.activations import Kind
 from g2r_megatron.plan.config import PlanConfig
 from g2r_megatron.plan.stages import Stage
 
-CountStages = Callable[[str, HFModel, Layout, str, int], list[Stage]]
+CountStages = Callable[[str, HFModel, Layout, Dtype, int], list[Stage]]
 
 
 @dataclass(frozen=True)

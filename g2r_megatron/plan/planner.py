@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 from g2r_megatron.config.layout import check_layout
+from g2r_megatron.config.options import Dtype
 from g2r_megatron.errors import UserError
 from g2r_megatron.model.hf import HFModel
 from g2r_megatron.plan.checks import Problems, check_config, check_inputs, missing_files
@@ -56,12 +57,12 @@ def make_plan(config: PlanConfig) -> Plan:
     return plan
 
 
-def count_stages_as_built(name: str, hf: HFModel, layout, dtype: str, ranks: int) -> list:
+def count_stages_as_built(name: str, hf: HFModel, layout, dtype: Dtype, ranks: int) -> list:
     """``CountStages`` of the real model, built on the meta device."""
     return built_stages(name, hf, layout, dtype, ranks)
 
 
-def count_stages_by_formula(name: str, hf: HFModel, layout, dtype: str, ranks: int) -> list:
+def count_stages_by_formula(name: str, hf: HFModel, layout, dtype: Dtype, ranks: int) -> list:
     """``CountStages`` by formula."""
     return expected_stages(hf, layout, ranks)
 

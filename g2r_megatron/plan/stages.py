@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from g2r_megatron.config.layout import data_parallel_size, stage_layers
-from g2r_megatron.config.options import Layout
+from g2r_megatron.config.options import Dtype, Layout
 from g2r_megatron.model.hf import HFModel
 
 
@@ -53,7 +53,7 @@ def fake_world(rank: int, ranks: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def built_stages(name: str, hf: HFModel, layout: Layout, dtype: str, ranks: int) -> list[Stage]:
+def built_stages(name: str, hf: HFModel, layout: Layout, dtype: Dtype, ranks: int) -> list[Stage]:
     """The model's stages on ``ranks`` ranks, each counted in the model that training builds, without its memory.
 
     Raises ``UserError`` where training would. The layers are the plain torch ones: Transformer Engine's have the same
@@ -62,7 +62,7 @@ def built_stages(name: str, hf: HFModel, layout: Layout, dtype: str, ranks: int)
     stages: list[Stage] = []
     built: dict[tuple, Stage] = {}
     for stage in range(layout.pp):
-        kind = ()  # of the first stage, which finds what is wrong with the layout
+        kind: tuple = ()  # of the first stage, which finds what is wrong with the layout
         if stage:
             layers = [hf.geometry.is_moe(i) for i in _layers_of_stage(hf, layout, stage)]
             chunks = stage_layers(layout, hf.geometry.layers)[stage :: layout.pp]
@@ -79,7 +79,7 @@ def _layers_of_stage(hf: HFModel, layout: Layout, stage: int) -> list[int]:
     return [i for n in range(stage, len(split), layout.pp) for i in range(sum(split[:n]), sum(split[: n + 1]))]
 
 
-def _built_stage(name: str, hf: HFModel, layout: Layout, dtype: str, ranks: int, rank: int) -> Stage:
+def _built_stage(name: str, hf: HFModel, layout: Layout, dtype: Dtype, ranks: int, rank: int) -> Stage:
     import torch
 
     from g2r_megatron.config.options import Precision

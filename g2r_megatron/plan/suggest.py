@@ -4,7 +4,7 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from g2r_megatron.config.options import OWN_RANKS_PARTS, Layout
+from g2r_megatron.config.options import OWN_RANKS_PARTS, Dtype, Layout
 from g2r_megatron.errors import UserError
 from g2r_megatron.model.hf import HFModel
 from g2r_megatron.plan.checks import Problems
@@ -49,7 +49,7 @@ def suggest(config: PlanConfig, policy: HFModel, judge: HFModel, problems: Probl
         found += _best_of_place(place, policy, judge)
     counted: dict = {}
 
-    def count(name: str, hf: HFModel, layout: Layout, dtype: str, ranks: int) -> list:
+    def count(name: str, hf: HFModel, layout: Layout, dtype: Dtype, ranks: int) -> list:
         """As built, each model and layout once."""
         key = name, str(layout), ranks
         if key not in counted:

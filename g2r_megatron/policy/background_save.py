@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -95,15 +96,15 @@ def write_in_this_process() -> None:
 @torch.no_grad()
 def _write_buckets(transforms: list, use_msc: bool, rank: int, buckets: list, results: queue.Queue) -> None:
     """Same contract as ``write_preloaded_data_multiproc``: {bucket index: what was written} or an exception."""
-    written: dict | Exception = {}
+    written: dict[int, Any] = {}
     for i, bucket in enumerate(buckets):
         outcome, open_buckets = queue.Queue(), queue.Queue()
         open_buckets.put(i)
         FileSystemWriterAsync.write_preloaded_data(transforms, i, bucket, outcome, open_buckets, use_fsync=True)
         _, entries = outcome.get()
         if isinstance(entries, Exception):
-            written = _disk_error(entries)
-            break
+            results.put(_disk_error(entries))
+            return
         written[i] = entries
     results.put(written)
 

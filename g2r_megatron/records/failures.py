@@ -46,8 +46,8 @@ def announce(error: Exception, place: str | None = None) -> tuple[str, bool]:
     before it, and a traceback on the first rank. Later calls with the same error print nothing.
     """
     if not hasattr(error, "announced"):
-        error.announced = _announce(error, place)
-    return error.announced
+        error.announced = _announce(error, place)  # type: ignore[attr-defined]
+    return error.announced  # type: ignore[attr-defined]
 
 
 def is_announced(error: Exception) -> bool:

@@ -4,6 +4,7 @@ import json
 import math
 import secrets
 from pathlib import Path
+from typing import Any
 
 from g2r_megatron.config.options import LogConfig
 from g2r_megatron.errors import UserError, unwritable
@@ -30,7 +31,7 @@ class MetricsLog:
         self.output_dir = Path(output_dir)
         make_directory(self.output_dir)
         self._wants_tensorboard = log.tensorboard
-        self._tensorboard = None  # opened by the first log: only then is it known from which step on to purge
+        self._tensorboard: Any = None  # opened by the first log: only then is it known from which step on to purge
         self._wandb = _start_wandb(self.output_dir, log.wandb_project, config_dict) if log.wandb else None
 
     def log(self, step: int, metrics: dict[str, float]) -> None:

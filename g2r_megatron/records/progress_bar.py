@@ -6,7 +6,7 @@ from collections import deque
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
 # (metric, label, format) in the order shown; one that a step did not log is left out
@@ -37,7 +37,7 @@ class Progress:
         self._durations: deque[float] = deque(maxlen=RECENT_STEPS)  # seconds
         self._last_step_at = 0.0
         self._live: RichProgress | None = None
-        self._task = None
+        self._task: TaskID | None = None
 
     def __enter__(self) -> Self:
         self._last_step_at = time.monotonic()

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+from functools import partial
 from html import escape
 from pathlib import Path
 
@@ -188,7 +189,8 @@ def _against_seconds(group: Group, key: str) -> list[tuple[float, float, float, 
         return [(step, seconds := seconds + value) for step, value in run.series("time/step")]
 
     seconds_at = {step: seconds for step, seconds, _, _ in group.curve(elapsed)}
-    return [(seconds_at[x], *ys) for x, *ys in group.curve(lambda run: run.smooth(key)) if x in seconds_at]
+    smooth = group.curve(lambda run: run.smooth(key))
+    return [(seconds_at[x], middle, low, high) for x, middle, low, high in smooth if x in seconds_at]
 
 
 def _heat_maps(groups: list[Group]) -> str:
@@ -240,7 +242,9 @@ def _positions(groups: list[Group]) -> str:
         return [] if value is None else [(len(keys), value)]
 
     def ramp(run: Run) -> list[tuple[int, float]]:
-        return [(row["step"], row[keys[0]] - row[keys[-1]]) for row in run.rows if keys[0] in row and keys[-1] in row]
+        return [
+            (int(row["step"]), row[keys[0]] - row[keys[-1]]) for row in run.rows if keys[0] in row and keys[-1] in row
+        ]
 
     places = [Curve(g.label, g.slot, g.curve(by_place) + g.curve(at_stop), loose=len(g.curve(at_stop))) for g in groups]
     ramps = [Curve(group.label, group.slot, group.curve(ramp)) for group in groups]
@@ -273,7 +277,7 @@ def _phases(groups: list[Group]) -> str:
         total = totals[group.slot]
         if total is None:
             continue
-        parts = [(name, group.mean(lambda run, name=name: run.average(f"time/{name}")) or 0.0) for name in PHASES]
+        parts = [(name, group.mean(partial(Run.average, key=f"time/{name}")) or 0.0) for name in PHASES]
         parts.append(("other", max(0.0, total - sum(seconds for _, seconds in parts))))
         spans = "".join(_phase(name, seconds, longest) for name, seconds in parts)
         bars += f'<span class="swatch {slot_class(group.slot)}">{escape(group.label)}</span><div class="bar">{spans}</div><b>{total:.2f} s</b>'

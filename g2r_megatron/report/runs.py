@@ -1,7 +1,7 @@
 """What the report and the table say about runs: reading them, grouping seeds, and every derived number."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -51,7 +51,7 @@ class Run:
 
     def series(self, key: str) -> list[tuple[int, float]]:
         """(step, value) of every step that logged ``key``."""
-        return [(row["step"], row[key]) for row in self.rows if key in row]
+        return [(int(row["step"]), row[key]) for row in self.rows if key in row]
 
     def smooth(self, key: str) -> list[tuple[int, float]]:
         """``series`` after a trailing mean over ``WINDOW`` logged steps; the first has all of them."""
@@ -103,7 +103,7 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        return self.rows[-1]["step"]
+        return int(self.rows[-1]["step"])
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Group:
     def mean(self, number: Callable[[Run], float | None]) -> float | None:
         return mean(self.values(number))
 
-    def curve(self, series: Callable[[Run], list[tuple[float, float]]]) -> list[tuple[float, float, float, float]]:
+    def curve(self, series: Callable[[Run], Sequence[tuple[float, float]]]) -> list[tuple[float, float, float, float]]:
         """(x, mean, lowest, highest) over the runs, at the x that all of them have."""
         curves = [dict(series(run)) for run in self.runs]
         common = sorted(set.intersection(*(set(curve) for curve in curves)))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -80,7 +81,7 @@ class MegatronRolloutEngine:
                 mine |= zip(batch, results, strict=False)
                 on_progress(len(mine))
         self.model.train(training)
-        gathered = [None] * dist.get_world_size()
+        gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, mine if groups.is_replica_writer else {})
         merged = {i: result for part in gathered for i, result in part.items()}
         return [merged[i] for i in range(len(requests))]
