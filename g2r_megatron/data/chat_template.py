@@ -52,7 +52,7 @@ def template_source(tokenizer: PreTrainedTokenizerFast, options: Mapping, where:
     name = options.get("chat_template")
     if name is None:
         name = "tool_use" if options.get("tools") is not None and "tool_use" in sources else "default"
-    if name not in sources:
+    if not isinstance(name, str) or name not in sources:
         raise UserError(
             where,
             f"the tokenizer has no chat template {name!r}, but {sorted(sources)}",

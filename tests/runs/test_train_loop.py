@@ -33,11 +33,19 @@ HAZARDS = {
     *(f"advantage/position_{d}" for d in range(10)),
     *("advantage/stop_token", "advantage/max_abs", "response/length_mean", "response/finished_share"),
     *("group/zero_variance_share", "reward/mean", "reward/std", "reward/true_mean"),
+    *("judge/answer_mass", "attribution/one_token_share"),
     *("judge/true_share", "judge/agreement", "judge/gap", "ratio/first", "ratio/mean", "ratio/max", "ratio/clip_share"),
     *("loss/policy", "loss/kl", "kl/k1", "kl/k2", "kl/k3", "optimizer/grad_norm", "optimizer/lr"),
     *(f"time/{phase}" for phase in ("sample", "judge", "attribution", "update", "step")),
 }
-EVALUATION = {"eval/judge_score", "eval/true_score", "eval/agreement", "eval/length_mean", "eval/finished_share"}
+EVALUATION = {
+    "eval/judge_score",
+    "eval/true_score",
+    "eval/agreement",
+    "eval/length_mean",
+    "eval/finished_share",
+    "eval/answer_mass",
+}
 
 
 # In the ranks.
