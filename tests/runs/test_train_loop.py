@@ -184,6 +184,7 @@ def test_four_ranks_train_as_one_does(worlds, task, one_process, tmp_path, prese
     print(preset, sorted(((round(error, 9), name) for name, error in worst.items() if error), reverse=True)[:5])
     for name, error in worst.items():
         exact = name.startswith(("reward/", "eval/", "response/", "group/", "judge/")) or name == "ratio/first"
+        exact = exact and not name.endswith("answer_mass")  # of probabilities
         assert error == 0.0 if exact else error < 1e-3, name
     weights, others = (load_file(path / "hf" / "model.safetensors") for path in (run, one_process(preset)))
     start = load_file(TASK / "model" / "model.safetensors")
