@@ -118,6 +118,7 @@ def judge_config(args: argparse.Namespace) -> JudgeConfig:
         chat_template=False,
         target="log_prob",
         attribution="grad_x_embed",
+        normalize="softmax",
         standardize=False,
         smoothing="none",
         micro_batch_tokens=args.micro_batch_tokens,

@@ -136,7 +136,8 @@ def assign_credit(
     step (credit/advantages.py).
     """
     alphas = [
-        item_alphas(prompt, config.judge, body, row) for body, row in zip(rollouts.bodies, judgements, strict=True)
+        item_alphas(prompt, config.judge, body, row, key)
+        for body, row, key in zip(rollouts.bodies, judgements, rollouts.keys, strict=True)
     ]
     advantages: list[torch.Tensor] = []
     for group in rollouts.groups:

@@ -32,6 +32,7 @@ class Run:
         """``done``: the last finished step, whose checkpoint has been loaded; 0 for none."""
         self.config, self.output, self.heartbeat, self.checkpointer = config, output, heartbeat, checkpointer
         self.done = self.saved = done
+        self.first = done + 1  # the first step of this start
         self.is_writer = dist.get_rank() == 0
         self.progress = Progress(config.steps, enabled=self.is_writer)
         self.records = None

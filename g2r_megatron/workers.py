@@ -162,7 +162,8 @@ def build_judge(config: TrainConfig, inputs: Inputs, groups: ModelGroups | None 
     c = config.judge
     groups = groups or build_groups("judge", c.layout)
     model = build_model("judge", inputs.judge, groups, c.precision, c.recompute, c.spec)
-    return JudgeStage(FrozenJudge(model, c, inputs.prompt.true_ids, inputs.prompt.false_ids), inputs.prompt, c)
+    prompt = inputs.prompt
+    return JudgeStage(FrozenJudge(model, c, prompt.true_ids, prompt.false_ids, prompt.null_id), prompt, c)
 
 
 def _frozen_policy(config: TrainConfig, inputs: Inputs, groups) -> MegatronModel:

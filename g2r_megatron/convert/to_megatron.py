@@ -25,6 +25,7 @@ from g2r_megatron.convert.tensor_table import (
     row_blocks,
     share,
 )
+from g2r_megatron.data.tokenizer_files import has_tokenizer
 from g2r_megatron.errors import UserError, unwritable
 from g2r_megatron.model.hf import CHECKPOINT_FACTS, HFModel, load_model_tokenizer, open_hf_model
 from g2r_megatron.model.safetensors_files import SafetensorsReader
@@ -32,8 +33,6 @@ from g2r_megatron.model.torch_dist import copy_model_files
 from g2r_megatron.model.weights import check_tensors
 from g2r_megatron.parallel.agreement import raised_by_all
 from g2r_megatron.parallel.groups import initialize
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 def convert_to_megatron(source: str, output: Path) -> None:
@@ -49,7 +48,7 @@ def convert_to_megatron(source: str, output: Path) -> None:
         if dist.get_rank() == 0:
             check_free_space(output, reader.total_bytes)
     parameters = model_parameters(hf)
-    values = SafetensorsParameters(hf, reader)
+    values = SafetensorsParameters(hf, reader, parameters)
     parameters.sort(key=values.position)
     with new_directory(output) as directory:
         with raised_by_all():
@@ -70,7 +69,7 @@ def _open(source: str) -> tuple[HFModel, SafetensorsReader]:
         raise UserError("--hf", f"{source} is a Megatron checkpoint", "give a Hugging Face directory")
     reader = SafetensorsReader(hf.path)
     check_tensors(hf, reader)
-    if any((hf.path / name).is_file() for name in TOKENIZER_FILES):  # weights alone may be converted too
+    if has_tokenizer(hf.path) or (hf.path / "tokenizer_config.json").is_file():  # weights alone may be converted too
         load_model_tokenizer(hf)
     return hf, reader
 

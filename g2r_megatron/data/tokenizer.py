@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from tokenizers import Encoding, Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from g2r_megatron.data.chat_template import (
     ControlTexts,
@@ -29,8 +29,10 @@ from g2r_megatron.data.chat_template import (
     template_parts,
     template_sources,
 )
-from g2r_megatron.data.sentencepiece_model import LEADING_SPACES, build_backend
+from g2r_megatron.data.sentencepiece_model import LEADING_SPACES
 from g2r_megatron.data.thoughts import is_thought_mark
+from g2r_megatron.data.tokenizer_files import load_tokenizer as load_tokenizer  # found here too
+from g2r_megatron.data.tokenizer_files import vocabulary_size
 from g2r_megatron.errors import UserError
 
 # Added tokens that any text may hold: words, blanks, sentence punctuation; and signs without a word between them.
@@ -38,104 +40,6 @@ ORDINARY = re.compile(r"[\w\s.,;!?'’\"()-]*|[\W_]*")
 ROLES = ("system", "user", "assistant", "tool")
 UTF8_MAX_BYTES = 4
 REPLACEMENT = "\ufffd"
-TO_SAVE_AGAIN = "save it again with transformers' save_pretrained"
-
-
-class SentencePieceTokenizer(PreTrainedTokenizerFast):
-    """A tokenizer whose backend was made from ``tokenizer.model`` here: transformers converts no file itself."""
-
-    @classmethod
-    def convert_to_native_format(cls, **options) -> dict:
-        return options
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a Hugging Face directory; local files only, no code from the directory is run.
-
-    ``tokenizer.json`` is taken as it is (transformers 5 rebuilds some of them by the model's type, with other ids),
-    else ``tokenizer.model`` with sentencepiece's ids, else ``vocab.json`` and ``merges.txt`` by transformers. Raises
-    ``UserError`` for a missing directory, one without tokenizer files, files that cannot be read or contradict each
-    other, and tokenizers that are code.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError("tokenizer", f"{path} is not a directory", "give a Hugging Face model directory")
-    config = _json_object(path / "tokenizer_config.json")
-    code = config.get("auto_map")
-    if code and (not isinstance(code, dict) or "AutoTokenizer" in code):
-        raise UserError(
-            str(path / "tokenizer_config.json"),
-            f"the tokenizer is code (auto_map {code})",
-            "code from a model directory is never run; give a directory with a tokenizer.json and no auto_map",
-        )
-    try:
-        tokenizer = _read_tokenizer(path, config)
-        _check_added_tokens(tokenizer, path, config)
-    except UserError:
-        raise
-    except Exception as error:  # the tokenizers library raises plain Exception for a broken file
-        first_line = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            "tokenizer", f"{path} cannot be read ({type(error).__name__}: {first_line})", TO_SAVE_AGAIN
-        ) from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(
-            "tokenizer", f"{path} is a {type(tokenizer).__name__}", "a fast tokenizer is needed (tokenizer.json)"
-        )
-    return tokenizer
-
-
-def _json_object(path: Path) -> dict:
-    """The file's object; empty without the file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(str(path), f"not readable as JSON ({error})", "restore the file") from error
-    if not isinstance(content, dict):
-        raise UserError(str(path), f"a {type(content).__name__}", "must be a JSON object; restore the file")
-    return content
-
-
-def _read_tokenizer(path: Path, config: dict):
-    if (path / "tokenizer.json").is_file():
-        return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
-    if (path / "tokenizer.model").is_file():
-        return _read_sentencepiece(path, config)
-    if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    raise UserError(
-        "tokenizer",
-        f"{path} has no tokenizer files",
-        "tokenizer.json, tokenizer.model, or vocab.json and merges.txt must be there",
-    )
-
-
-def _read_sentencepiece(path: Path, config: dict) -> SentencePieceTokenizer:
-    """What the configs beside ``tokenizer.model`` leave open comes from it; begin-of-text leads every text."""
-    backend, proto = build_backend(path / "tokenizer.model")
-    tokenizer = SentencePieceTokenizer.from_pretrained(str(path), tokenizer_object=backend, local_files_only=True)
-    spec = proto.trainer_spec
-    for role, number in (("unk", spec.unk_id), ("bos", spec.bos_id), ("eos", spec.eos_id)):
-        if getattr(tokenizer, f"{role}_token") is None and 0 <= number < len(proto.pieces):
-            setattr(tokenizer, f"{role}_token", proto.pieces[number].piece)
-    tokenizer.add_bos_token = bool(config.get("add_bos_token", True)) and tokenizer.bos_token is not None
-    return tokenizer
-
-
-def _check_added_tokens(tokenizer: PreTrainedTokenizerFast, path: Path, config: dict) -> None:
-    """Raise ``UserError`` for a token that has another number than its directory says (it would be appended last)."""
-    stated = [(token, i) for token, i in _json_object(path / "added_tokens.json").items()]
-    stated += [(token["content"], i) for i, token in (config.get("added_tokens_decoder") or {}).items()]
-    vocabulary = tokenizer.get_vocab()
-    for token, number in stated:
-        if vocabulary.get(token) != int(number):
-            raise UserError(
-                f"tokenizer {path}",
-                f"token {token!r} is said to be {number}, but is {vocabulary.get(token)}",
-                "the files belong to different tokenizers; " + TO_SAVE_AGAIN,
-            )
 
 
 # ---- control tokens -------------------------------------------------------------------------------------------------
@@ -439,8 +343,9 @@ def _generation_config_eos(tokenizer: PreTrainedTokenizerFast) -> set[int]:
     except (ValueError, AttributeError) as error:
         raise UserError(str(path), f"not a JSON object ({error})", "save it again with transformers") from error
     ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    if not all(type(i) is int and 0 <= i < len(tokenizer) for i in ids):
-        raise UserError(str(path), f"eos_token_id {eos!r}", f"token ids must be whole numbers below {len(tokenizer)}")
+    if not all(type(i) is int and 0 <= i < vocabulary_size(tokenizer) for i in ids):
+        size = vocabulary_size(tokenizer)
+        raise UserError(str(path), f"eos_token_id {eos!r}", f"token ids must be whole numbers below {size}")
     return set(ids)
 
 

@@ -100,7 +100,7 @@ def judge_and_write(
     """
     layout = groups.build_groups("judge", config.judge.layout)
     model = build_model("judge", hf, layout, config.judge.precision, config.judge.recompute, config.judge.spec)
-    judge = FrozenJudge(model, config.judge, prompt.true_ids, prompt.false_ids)
+    judge = FrozenJudge(model, config.judge, prompt.true_ids, prompt.false_ids, prompt.null_id)
     stage = JudgeStage(judge, prompt, config.judge)
     health = JudgeHealth(config.judge.flat_threshold)
     with RowProgress(len(rows), done, enabled=file is not None) as progress:
@@ -108,7 +108,7 @@ def judge_and_write(
             batch = rows[first : first + config.batch_rows]
             records = []
             for row, inputs, judgements in judge_rows(stage, batch, config.seed):
-                alphas = stage.alphas(row.body, judgements)
+                alphas = stage.alphas(row.body, judgements, row_key(config.seed, row))
                 health.count(row.query.id, judgements, alphas)
                 records.append(output_record(stage, row, judgements, alphas))
                 if config.dump_inputs:
@@ -153,11 +153,15 @@ def read_rows(config: OfflineJudgeConfig, prompt: JudgePrompt | RewardPrompt) ->
     return rows
 
 
+def row_key(seed: int, row: Row) -> str:
+    """What is random about a row (a sampled verdict, the placebo) depends on this alone, not on its place in the file."""
+    return f"{seed}/{row.query.id}/{row.query.response}"
+
+
 def judge_rows(stage: JudgeStage, rows: Sequence[Row], seed: int) -> list[tuple[Row, list[JudgeInput], JudgementRow]]:
     """Verdicts of all items, attributions of those judged True with a weight (Algorithm 1), or of all scores (collective)."""
     inputs = stage.inputs([row.query for row in rows], [row.body for row in rows])
-    # a sampled verdict depends on the seed and the row alone, not on its place in the file
-    judgements = stage.verdicts(inputs, [f"{seed}/{row.query.id}/{row.query.response}" for row in rows])
+    judgements = stage.verdicts(inputs, [row_key(seed, row) for row in rows])
     weights = [kind_of(items).weights(row.query) for row, items in zip(rows, judgements, strict=True)]
     needed = [
         [judgement.verdict is not False and weight != 0 for judgement, weight in zip(items, row_weights, strict=True)]

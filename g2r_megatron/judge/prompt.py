@@ -47,7 +47,17 @@ class ResponseReader:
         config: JudgeConfig,
         policy_tokenizer: PreTrainedTokenizerFast | None,
     ):
-        """``policy_tokenizer``: of the response ids, when they are not ``tokenizer``'s."""
+        """``policy_tokenizer``: of the response ids, when they are not ``tokenizer``'s.
+
+        Raises ``UserError`` for ``judge.attribution=null_token`` without a pad token.
+        """
+        self.null_id: int | None = tokenizer.pad_token_id  # the token that says nothing
+        if config.attribution == "null_token" and self.null_id is None:
+            raise UserError(
+                "judge.attribution",
+                "null_token, but the judge's tokenizer has no pad token",
+                "give it one (pad_token in its tokenizer_config.json), or use another attribution",
+            )
         self.tokenizer, self.policy_tokenizer = tokenizer, policy_tokenizer
         self.max_length = config.max_length
         self._encode_response = lru_cache(maxsize=CACHED_RESPONSES)(self._encode_response_uncached)

@@ -5,6 +5,7 @@ sequence from them: [n].
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -14,10 +15,12 @@ from g2r_megatron.parallel.vocab import log_probs_at
 
 
 class Target(Protocol):
-    """``columns``: numbers read of a sequence; ``noun`` names them in errors."""
+    """``columns``: numbers read of a sequence; ``noun`` names them in errors. Passes to be read run in ``exact()``."""
 
     columns: int
     noun: str
+
+    def exact(self) -> AbstractContextManager[None]: ...
 
     def read(self, output: torch.Tensor) -> torch.Tensor: ...
 
@@ -28,13 +31,17 @@ class VerdictTarget:
     """(log p(True), log p(False)) of a language model, each summed over the spellings of the verdict.
 
     ``kind`` "log_prob": the target is that of the verdict given; "logit_margin": logit(True) - logit(False) =
-    log p(True) - log p(False), which does not saturate (METHOD.md steps 2 and 3).
+    log p(True) - log p(False), which does not saturate (docs/method.md steps 2 and 3).
     """
 
     columns, noun = 2, "verdict log-probs"
 
     def __init__(self, model: MegatronModel, kind: str, true_ids: list[int], false_ids: list[int]):
         self.model, self.kind, self.true_ids, self.false_ids = model, kind, true_ids, false_ids
+
+    def exact(self) -> AbstractContextManager[None]:
+        """Logits of the verdicts in fp32, from the last hidden state."""
+        return self.model.chunks[-1].logits_in_fp32(self.true_ids + self.false_ids)
 
     def read(self, output: torch.Tensor) -> torch.Tensor:
         """``output``: logits [n, v/tp] at the verdict positions."""
@@ -51,9 +58,13 @@ class VerdictTarget:
 
 
 class ScoreTarget:
-    """V of a reward model, which is its output, and its own target (METHOD.md step 8)."""
+    """V of a reward model, which is its output, and its own target (docs/method.md step 8)."""
 
     columns, noun = 1, "scores"
+
+    def exact(self) -> AbstractContextManager[None]:
+        """A score is fp32 as it is (model/reward_model.py)."""
+        return nullcontext()
 
     def read(self, output: torch.Tensor) -> torch.Tensor:
         """``output``: fp32 [n, 1]."""

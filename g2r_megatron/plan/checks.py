@@ -1,17 +1,17 @@
 """What training would refuse, found before it is queued: every problem, where training stops at the first."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from g2r_megatron.config.checks import check_train_config
 from g2r_megatron.config.options import Precision
+from g2r_megatron.data.tokenizer_files import has_tokenizer
 from g2r_megatron.errors import UserError
 from g2r_megatron.model.hf import CHECKPOINT_FACTS, HFModel, open_hf_model
+from g2r_megatron.model.hub_cache import find_directory
 from g2r_megatron.plan.config import PlanConfig
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 class Problems(list[UserError]):
@@ -62,10 +62,11 @@ def _check_place(config: PlanConfig) -> None:
 
 
 def _check_model(name: str, hf: HFModel, section) -> None:
-    from g2r_megatron.model.build import check_model, check_precision_options
+    from g2r_megatron.model.build import check_fp8_widths, check_model, check_precision_options
 
     check_model(name, hf, section.layout, Precision(dtype=section.precision.dtype), "torch")
     check_precision_options(name, section.precision, section.spec)
+    check_fp8_widths(name, hf, section.layout, section.precision)
 
 
 def missing_files(config: PlanConfig) -> list[str]:
@@ -76,13 +77,15 @@ def missing_files(config: PlanConfig) -> list[str]:
     if not config.data.train:
         lines.append("data.train is not given")
     lines += [f"data file {file} is not there" for file in (*config.data.train, *config.data.eval) if not _there(file)]
-    models = {"policy.model": config.policy.model, "judge.model": config.judge.model}
-    for option, path in models.items():
-        if path is None or (Path(path) / CHECKPOINT_FACTS).is_file() or (Path(path) / ".metadata").is_file():
+    for option, path in {"policy.model": config.policy.model, "judge.model": config.judge.model}.items():
+        if path is None:
             continue
-        if not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+        directory = find_directory(path, option)
+        if (directory / CHECKPOINT_FACTS).is_file() or (directory / ".metadata").is_file():
+            continue
+        if not has_tokenizer(directory):
             lines.append(f"{option}: {path} has no tokenizer")
-        if not any(Path(path).glob("*.safetensors")):
+        if not any(directory.glob("*.safetensors")):
             lines.append(f"{option}: {path} has no *.safetensors")
     return lines
 
@@ -91,10 +94,13 @@ def _there(file: str) -> bool:
     return Path(file).is_file()
 
 
-def check_inputs(config: PlanConfig, problems: Problems) -> None:
-    """Tokenizers, template and every data row, as training reads them. All files must be there."""
+def check_inputs(config: PlanConfig, models: Iterable[HFModel], problems: Problems) -> None:
+    """Weight files, tokenizers, template and every data row, as training reads them. All files must be there."""
+    from g2r_megatron.model.weights import check_weight_files
     from g2r_megatron.workers import read_inputs
 
+    for hf in models:
+        problems.catch(check_weight_files, hf)
     # what the machine must be able to run is not this machine's business
     plain = Precision()
     policy = replace(config.policy, precision=replace(plain, dtype=config.policy.precision.dtype), spec="torch")

@@ -44,7 +44,7 @@ def make_plan(config: PlanConfig) -> Plan:
     missing = missing_files(config)
     plan.notes += [f"not there yet: {line}" for line in missing]
     if not missing:
-        check_inputs(config, problems)
+        check_inputs(config, [policy] if judge is policy else [policy, judge], problems)
     job = problems.catch(plan_job, config, policy, judge, count_stages_as_built)
     if job is None:
         return plan
@@ -194,7 +194,7 @@ def job_notes(job: Job, work: Workload) -> list[str]:
             f"{config.judge.max_length}: training stops at such a row"
         )
     for model, length in ((job.policy, work.sequence), (job.judge, work.judge_input)):
-        positions = model.hf.config.max_position_embeddings
+        positions = model.hf.positions
         if length > positions:
             notes.append(f"{model.name}: {length} tokens at the limits, the model was made for {positions}")
         if model.layout.tp > config.gpus_per_node:

@@ -180,8 +180,8 @@ def judge_hostile(path: str, policy: str, tp: int, pp: int) -> dict:
 
 def hostile_config() -> JudgeConfig:
     return JudgeConfig(
-        template=SHORT, chat_template=False, attribution=VARIANT.attribution, target=VARIANT.target, standardize=False,
-        smoothing="none", tau=VARIANT.tau, **WORDS,
+        template=SHORT, chat_template=False, attribution=VARIANT.attribution, target=VARIANT.target,
+        normalize="softmax", standardize=False, smoothing="none", tau=VARIANT.tau, **WORDS,
     )  # fmt: skip
 
 

@@ -162,7 +162,7 @@ def expected_alphas(found: dict, config: TrainConfig, name: str, variant: Varian
 
 
 def smoothed(alpha: torch.Tensor, smoothing: str, texts: list[str]) -> torch.Tensor:
-    """As ``reference_alpha`` does it, of a distribution: METHOD.md step 4 without the softmax."""
+    """As ``reference_alpha`` does it, of a distribution: docs/method.md step 4 without the softmax."""
     as_it_is = Variant("l1", "log_prob", "none", 1, False, smoothing)
     return reference_alpha(alpha.clamp(min=1e-300).log(), as_it_is, texts)
 

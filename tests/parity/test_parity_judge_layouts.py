@@ -73,7 +73,9 @@ def stage_of(layout: Layout, path: str, variant: str):
 
     config = VARIANTS[variant].config()
     prompt = JudgePrompt(load_tokenizer(path), config)
-    judge = FrozenJudge(judge_model(layout, path, config.recompute), config, prompt.true_ids, prompt.false_ids)
+    judge = FrozenJudge(
+        judge_model(layout, path, config.recompute), config, prompt.true_ids, prompt.false_ids, prompt.null_id
+    )
     return JudgeStage(judge, prompt, config)
 
 

@@ -44,9 +44,16 @@ RESPONSES = [  # (conversation, text)
 QUERIES = [Query(f"q{i}", messages, ()) for i, messages in enumerate(CONVERSATIONS)]
 ENDS_IN_PADDING = CHATML + "{%- if not add_generation_prompt %}{{ '<|endoftext|><|endoftext|>' }}{%- endif %}"
 CONFIGS = {
-    "paper": JudgeConfig(attribution="grad_x_embed", standardize=False, smoothing="none", micro_batch_tokens=70),
+    "paper": JudgeConfig(
+        attribution="grad_x_embed", normalize="softmax", standardize=False, smoothing="none", micro_batch_tokens=70
+    ),
     "robust": JudgeConfig(
-        attribution="contracted", target="logit_margin", standardize=True, smoothing="smear", recompute="full"
+        attribution="contracted",
+        target="logit_margin",
+        normalize="softmax",
+        standardize=True,
+        smoothing="smear",
+        recompute="full",
     ),
 }
 SEEDS = {"qwen3_moe": 6}  # as 8 for the others: no score of RESPONSES is a near cancellation

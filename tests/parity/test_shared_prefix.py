@@ -62,6 +62,7 @@ class Way:
             attribution=self.attribution,
             target="log_prob",
             verdict="sample",
+            normalize="softmax",
             standardize=False,
             smoothing="none",
         )

@@ -98,7 +98,7 @@ def step_of(arguments: list[str]) -> dict:
 
 
 def paper_advantages(scores: list[float], alphas: list[torch.Tensor], finished: list[bool]) -> list[torch.Tensor]:
-    """METHOD.md step 8 with return-to-go and a z-score over all tokens, token by token."""
+    """docs/method.md step 8 with return-to-go and a z-score over all tokens, token by token."""
     returns = []
     for score, alpha, done in zip(scores, alphas, finished, strict=True):
         rewards = [score * float(a) for a in alpha] + [0.0] * done

@@ -330,6 +330,47 @@ def test_tokenizer_json_is_taken_as_it_is(tmp_path):
         assert encode_text(tokenizer, text) == build_tokenizer()(text).input_ids
 
 
+# Added tokens.
+
+
+def added(number: int, text: str, special: bool) -> dict:
+    return {"id": number, "content": text, "special": special, "normalized": False} | dict.fromkeys(
+        ("single_word", "lstrip", "rstrip"), False
+    )
+
+
+def in_tokenizer_json(path: Path) -> None:
+    build_tokenizer().save_pretrained(path)
+    whole = json.loads((path / "tokenizer.json").read_text())
+    whole["added_tokens"] += [added(400, "<late>", True), added(390, "<gap>", False)]
+    (path / "tokenizer.json").write_text(json.dumps(whole))
+
+
+def beside_vocab_and_merges(path: Path) -> None:
+    model = json.loads(build_tokenizer().backend_tokenizer.to_str())["model"]
+    (path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, model["merges"])) + "\n")
+    (path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    (path / "added_tokens.json").write_text(json.dumps({"<gap>": 390}))
+    decoder = {"400": {"content": "<late>", "special": True}, "390": {"content": "<gap>", "special": False}}
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({"added_tokens_decoder": decoder, "eos_token": "<|im_end|>"})
+    )
+
+
+@pytest.mark.parametrize("files", [in_tokenizer_json, beside_vocab_and_merges])
+def test_added_tokens_keep_ids_that_leave_gaps(tmp_path, files):
+    """The tokenizers library would number them 383 and 384, without a word."""
+    files(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert [tokenizer.convert_tokens_to_ids(token) for token in ("<gap>", "<late>", "<|im_end|>")] == [390, 400, 2]
+    assert encode_parts(tokenizer, [("a<late>b<gap>", True)]) == [67, 400, 68, 390]
+    assert special_ids(tokenizer).isdisjoint(encode_text(tokenizer, "a<late>b"))
+    assert tokenizer.decode([67, 400, 390]) == "a<late><gap>"
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 400}))
+    assert stop_token_ids(tokenizer) == {2, 400}
+
+
 # Bad input.
 
 
@@ -369,7 +410,12 @@ BAD = {
     "config_is_binary": (_write("tokenizer_config.json", b"\xff\xfe\x00"), "not readable as JSON"),
     "remote_code": (_config(auto_map={"AutoTokenizer": ["tokenization_x.X", None]}), "never run"),
     "remote_code_as_a_list": (_config(auto_map=["tokenization_x.X", None]), "never run"),
-    "wrong_number": (_config(added_tokens_decoder={"500": {"content": "<x>"}}), "'<x>' is said to be 500, but is 420"),
+    "wrong_number": (_config(added_tokens_decoder={"5": {"content": "<x>"}}), "'<x>' is said to be 5, but is 420"),
+    "lfs_pointer": (
+        _write("tokenizer.json", "version https://git-lfs.github.com/spec/v1\noid"),
+        "is a Git LFS pointer",
+    ),
+    "web_page": (_write("tokenizer_config.json", "<!DOCTYPE html>"), "is a web page"),
     "strange_added_token": (_config(added_tokens_decoder={"a": 1}), "cannot be read"),
     "wrong_number_in_added_tokens": (_write("added_tokens.json", '{"<s>": 5}'), "'<s>' is said to be 5, but is 1"),
 }
