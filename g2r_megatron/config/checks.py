@@ -118,6 +118,7 @@ def check_train_config(config: TrainConfig, world_size: int) -> None:
     _require_given("policy.model", config.policy.model, "give the Hugging Face directory the policy starts from")
     _require_given("data.train", config.data.train, "give at least one .jsonl or .parquet file of queries")
     _require_given("output_dir", config.output_dir, "give the run directory")
+    _require_given("rollout.think_end", config.rollout.think_end, "give auto, none, or the text that ends a thought")
     _check_ranges(config, TRAIN_RANGES)
     _check_judge_place(config.judge, config.rollout, world_size)
     check_layout("policy", config.policy.layout, world_size, config.judge.ranks)

@@ -165,6 +165,8 @@ def described(kind: Any) -> str:
             if get_args(kind) == (str,)
             else "a list, such as [0.5, 2]"
         )
+    if get_origin(kind) is dict:
+        return "a mapping, such as {enable_thinking: false}"
     if is_dataclass(kind):
         return "a section of options, or a YAML file of them"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"}

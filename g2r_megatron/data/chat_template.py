@@ -53,7 +53,7 @@ def template_source(tokenizer: PreTrainedTokenizerFast, options: Mapping, where:
     name = options.get("chat_template")
     if name is None:
         name = "tool_use" if options.get("tools") is not None and "tool_use" in sources else "default"
-    if name not in sources:
+    if not isinstance(name, str) or name not in sources:
         raise UserError(
             where,
             f"the tokenizer has no chat template {name!r}, but {sorted(sources)}",
@@ -217,8 +217,10 @@ class Enclosing:
     def parts(self, marked: str, rendered: Callable[[Sequence[dict]], str]) -> list[Part]:
         """What the template has written is whole between two marks; a text that it has changed needs another look."""
         doubtful = self._doubtful(marked)
-        if doubtful and self._written(marked) == self._written(rendered(self._scrubbed())):
-            doubtful = []  # the same control tokens without any data: they are the template's
+        if doubtful:
+            scrubbed = _attempt(rendered, self._scrubbed())
+            if scrubbed is not None and self._written(marked) == self._written(scrubbed):
+                doubtful = []  # the same control tokens without any data: they are the template's
         parts, at = [], 0
         for start, end in doubtful:
             parts += [*self._pieces(marked[at:start]), (self.removed(marked[start:end]), False)]
@@ -352,6 +354,11 @@ def _fresh_characters(messages: Sequence[dict]) -> Iterator[str]:
     for message in messages:
         _changed(message, note)
     return (char for number in PRIVATE if (char := chr(number)) not in used)
+
+
+def placeholder_for(messages: Sequence[dict]) -> str:
+    """A character that stands for a text which is put in later, and occurs nowhere in ``messages``."""
+    return next(_fresh_characters(messages))
 
 
 def placeholders(number: int) -> list[str]:

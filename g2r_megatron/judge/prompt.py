@@ -193,6 +193,7 @@ def verdict_ids(tokenizer: PreTrainedTokenizerFast, words: Sequence[str], option
 def _template_sides(tokenizer: PreTrainedTokenizerFast, config: JudgeConfig) -> tuple[list, list]:
     """The parts before and after the response, each part ``("text", template text)`` or ``("field", name)``."""
     check_template(config.template)
+    check_template_options(tokenizer, config.template_options, "judge.template_options", config.chat_template)
     text = _in_chat_template(tokenizer, config) if config.chat_template else config.template
     pieces = PLACEHOLDER.split(text)
     parts = [("field" if i % 2 else "text", piece) for i, piece in enumerate(pieces) if piece]
@@ -203,7 +204,6 @@ def _template_sides(tokenizer: PreTrainedTokenizerFast, config: JudgeConfig) -> 
 def _in_chat_template(tokenizer: PreTrainedTokenizerFast, config: JudgeConfig) -> str:
     """The judge's template as a user's message, up to where the verdict comes; its fields are still fields."""
     where = "judge.chat_template"
-    check_template_options(tokenizer, config.template_options, "judge.template_options", config.chat_template)
     marks = dict(zip(TEMPLATE_FIELDS, placeholders(len(TEMPLATE_FIELDS) + 1), strict=False))
     end = placeholders(len(TEMPLATE_FIELDS) + 1)[-1]
     core = config.template.rstrip()

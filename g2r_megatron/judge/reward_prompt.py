@@ -7,7 +7,7 @@ from functools import lru_cache
 from transformers import PreTrainedTokenizerFast
 
 from g2r_megatron.config.options import JudgeConfig
-from g2r_megatron.data.chat_template import Part, check_template_options, placeholders
+from g2r_megatron.data.chat_template import Part, check_template_options, placeholder_for
 from g2r_megatron.data.thoughts import begins_with_thought, without_empty_thought
 from g2r_megatron.data.tokenizer import chat_parts, data_continues, encode_parts, parts_around
 from g2r_megatron.data.types import Query
@@ -95,7 +95,7 @@ class RewardPrompt(ResponseReader):
 
     def _parts(self, messages: Sequence[dict], where: str) -> tuple[list[Part], list[Part]]:
         """What stands before and after the response, as ``encode_parts`` takes it; the last part before it has text."""
-        (mark,) = placeholders(1)
+        mark = placeholder_for(messages)
         answered = [*messages, {"role": "assistant", "content": mark}]
         parts = chat_parts(self.tokenizer, answered, where, False, self._options)
         before, after = parts_around(parts, mark, where, "the response")

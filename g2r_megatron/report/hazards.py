@@ -90,6 +90,9 @@ HAZARDS = (
         lambda run: run.judge_gap,
         lambda v: v > 0.05,
     ),
+    Hazard(
+        "Answer mass", "mean p(True) + p(False); ▲ < 0.5", "{:.3f}", _average("judge/answer_mass"), lambda v: v < 0.5
+    ),
     Hazard("Judge agreement", "with the truth; ▲ < 0.9", "{:.3f}", _average("judge/agreement"), lambda v: v < 0.9),
     Hazard(
         "Groups without variance",

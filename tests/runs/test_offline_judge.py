@@ -254,7 +254,9 @@ def test_a_zero_gradient_is_reported(tiny_hf, tmp_path):
     judged = [(r["id"], n) for r in records for n, i in enumerate(r["items"], 1) if i["attribution"] is not None]
     assert len(judged) >= 3
     lines = done.stderr.splitlines()
-    assert lines[:-1] == ["judged 4/4 rows  ETA 0:00"]  # plain text in a pipe, and no warnings of libraries
+    assert lines[0] == "judged 4/4 rows  ETA 0:00" and len(lines) == 3  # plain text in a pipe, no warnings of libraries
+    assert lines[1].startswith("g2r: warning: the judge gives only 0.0") and "judge.template" in lines[1]
+    assert "of 16 items True; answer mass 0.0" in done.stdout and "100.0% flat" in done.stdout
     assert lines[-1].startswith("g2r: warning: the judge's gradient was zero or not finite")
     assert f"in {len(judged)} of {len(judged)} backward passes" in lines[-1]
     assert all(f"{id} item {number} (zero)" in lines[-1] for id, number in judged)
