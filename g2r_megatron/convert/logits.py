@@ -54,13 +54,13 @@ def compare_logits(a: HFModel, b: HFModel, text: str | None) -> LogitReport:
     ids = load_model_tokenizer(a)(TEXT if text is None else text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise UserError("--text", repr(text), "must hold at least one token")
-    left, right = _logits(a, ids), _logits(b, ids)
+    left, right = checkpoint_logits(a, ids), checkpoint_logits(b, ids)
     absolute = (left - right).abs().max().item()
     agreement = (left.argmax(-1) == right.argmax(-1)).float().mean().item()
     return LogitReport(len(ids), absolute, absolute / max(left.abs().max().item(), 1e-30), agreement)
 
 
-def _logits(hf: HFModel, ids: list[int]) -> torch.Tensor:
+def checkpoint_logits(hf: HFModel, ids: list[int]) -> torch.Tensor:
     """[tokens, vocabulary], or [tokens, 1] of a reward model's scores; fp32, on the CPU."""
     model = build_model("verify", hf, build_groups("verify", Layout()), Precision(dtype="fp32"))
     model.freeze()
