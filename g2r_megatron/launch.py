@@ -61,6 +61,7 @@ def run_training(config: TrainConfig, inputs: Inputs, workers: Workers, output: 
     checkpointer = Checkpointer(workers.trainer, output / "checkpoints", config.checkpoint.keep_last)
     done = checkpointer.load_latest()
     with Run(config, output, done, heartbeat, checkpointer) as run:
+        run.tell_what_it_runs_on(inputs, workers.trainer.inner_optimizer)
         try:
             take_steps(config, inputs, workers, run)
         except Preempted:

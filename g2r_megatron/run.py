@@ -20,6 +20,7 @@ from g2r_megatron.records.files import replace_text
 from g2r_megatron.records.heartbeat import Heartbeat
 from g2r_megatron.records.metrics_log import MetricsLog
 from g2r_megatron.records.progress_bar import Progress
+from g2r_megatron.records.runs_on import line_of, record, runs_on
 from g2r_megatron.workers import Inputs
 
 CONFIG_FILE = "config.yaml"
@@ -59,6 +60,13 @@ class Run:
         self.progress.__exit__(*error)
         if self.records is not None:
             self.records.close()
+
+    def tell_what_it_runs_on(self, inputs: Inputs, optimizer: torch.optim.Optimizer) -> None:
+        """One line on the terminal, and one in the run's record."""
+        if self.is_writer:
+            facts = runs_on(self.config, inputs.policy, inputs.judge, optimizer)
+            record(self.output, facts)
+            self.progress.message(line_of(facts))
 
     def phase(self, name: str) -> None:
         """What happens now: sample, judge, update, eval, save."""

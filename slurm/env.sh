@@ -14,10 +14,18 @@ if [ -d "$G2R_VENV/bin" ]; then PATH=$G2R_VENV/bin:$PATH; fi
 G2R_SRUN=()   # pyxis:     G2R_SRUN=(--container-image=/images/g2r.sqsh --container-mounts="$G2R_HOME,/scratch" --container-workdir="$G2R_HOME")
 G2R_EXEC=()   # apptainer: G2R_EXEC=(apptainer exec --nv --bind /scratch /images/g2r.sif)
 
+# --- CPU threads of a rank --------------------------------------------------------------------------------------------
+# Its share of the node's cores, 16 at the most. torchrun would set 1, which starves background saves and reading data.
+share=$((${SLURM_CPUS_ON_NODE:-$(nproc)} / ${GPUS:-1}))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((share < 1 ? 1 : share > 16 ? 16 : share))}
+
 # --- Network ----------------------------------------------------------------------------------------------------------
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0    # the interface between the nodes, where NCCL picks a wrong one
 # export NCCL_IB_HCA=mlx5                                 # the InfiniBand adapters
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+# A rank that hangs ends the run after timeout_minutes; the last collectives of every rank are then in the logs of the
+# attempt. (The watchdog, its monitor and the recorder are switched on by g2r itself: parallel/groups.py.)
+export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-${LOG:-/tmp}/collectives_rank_}
 
 # --- Caches -----------------------------------------------------------------------------------------------------------
 # Compiled kernels: on the node's own disk, not in a home directory that all ranks of all nodes lock.

@@ -19,6 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from g2r_megatron.model.branch_attention import Branches, TreeAttention
 
+FLEX_COMPILATIONS = 64  # of FlexAttention in one process: policy, judge and reference together
 KEPT_ROWS = 4  # micro-batches whose masks are kept: those that a pipeline stage has in flight
 
 
@@ -195,7 +196,13 @@ def _block_mask(structure: bytes, window: int | None, device: torch.device, shar
 
 @lru_cache(maxsize=1)
 def _compiled_flex():
-    return torch.compile(flex_attention, dynamic=True)
+    """Compiled once for each head size and kind of window, with and without gradients, whatever the rows are.
+
+    (A row of a single block of 128 is one more.) Beyond its limit of compilations torch would run the plain form, which
+    builds all scores: with ``fullgraph`` that is an error.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, FLEX_COMPILATIONS)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def _flex(query, key, value, structure: torch.Tensor, window: int | None, scale: float | None, share=(0, 1)):

@@ -77,10 +77,8 @@ def initialize(seed: int, judge_ranks: int = 0, timeout_minutes: float | None = 
     if timeout_minutes is not None:
         _timeout = timedelta(minutes=timeout_minutes)
     if not on_cpu():
-        # The watchdog aborts what a dead or stuck peer has blocked, and ends the process (also the default).
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
-        # Megatron-Core overlaps communication with products by the order of their launch; read when CUDA starts.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        for name, value in gpu_environment(_timeout).items():
+            os.environ.setdefault(name, value)
     if not dist.is_initialized():
         if "RANK" in os.environ:
             if not on_cpu():
@@ -96,8 +94,27 @@ def initialize(seed: int, judge_ranks: int = 0, timeout_minutes: float | None = 
                 collective_backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=_timeout
             )
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+        minutes = _timeout.total_seconds() / 60
+        parallel_state.initialize_model_parallel(create_gloo_process_groups=False, distributed_timeout_minutes=minutes)
     seed_all(seed)
+
+
+def gpu_environment(timeout: timedelta) -> dict[str, str]:
+    """What torch and NCCL read of the environment when they start, unless it is set already.
+
+    A collective that waits for longer than ``timeout`` is ended by torch's watchdog; a watchdog that is itself stuck (in a
+    call of CUDA or NCCL that does not return), by its heartbeat monitor, as late. Before that the flight recorder writes
+    the last collectives of every rank to TORCH_FR_DUMP_TEMP_FILE + rank.
+    """
+    return {
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # abort the communicator, end the process
+        "TORCH_NCCL_ENABLE_MONITORING": "1",
+        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(max(1, round(timeout.total_seconds()))),
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_BUFFER_SIZE": "2000",  # collectives
+        # Megatron-Core overlaps communication with products by the order of their launch; read when CUDA starts.
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    }
 
 
 def make_deterministic() -> None:

@@ -8,11 +8,15 @@ import json
 import os
 import platform
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
@@ -84,6 +88,23 @@ except Exception as error:
     found["error"] = f"{type(error).__name__}: {error}"
 print("\\n" + json.dumps(found))
 """
+# A Python extension, as triton makes one on every node before its first kernel.
+EXTENSION = "#include <Python.h>\nint answer(void) { return PY_MAJOR_VERSION; }\n"
+# The judge's attention, compiled for the GPU.
+FLEX_PROBE = """
+import json, time, torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+start = time.perf_counter()
+q = torch.randn(1, 2, 256, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+mask = create_block_mask(lambda b, h, i, j: j <= i, None, None, 256, 256, device="cuda")
+out = torch.compile(flex_attention, dynamic=True, fullgraph=True)(q, q, q, block_mask=mask)
+out.float().sum().backward()
+exact = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+error = (out - exact).abs().max().item()
+print("\\n" + json.dumps({"seconds": time.perf_counter() - start, "error": error}))
+"""
+FLEX_ERROR = 0.05  # bf16 attention against bf16 attention
+NETWORK_FILE_SYSTEMS = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb", "panfs", "wekafs", "pvfs", "afs")
 
 
 def run_probe(code: str, *arguments: str) -> dict:
@@ -217,6 +238,67 @@ def check_apex() -> Finding:
     return Finding("NVIDIA Apex", "ok", version or "imported")
 
 
+def check_compiler(has_gpu: bool) -> Finding:
+    """A C compiler and Python's headers: triton compiles with them on each node, for the judge's FlexAttention."""
+    name, purpose = "C compiler", "triton builds the judge's attention with it on every node"
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return Finding(name, "broken" if has_gpu else "missing", f"no gcc or clang, and CC is not set; {purpose}")
+    with tempfile.TemporaryDirectory() as directory:
+        source = Path(directory, "extension.c")
+        source.write_text(EXTENSION)
+        include = sysconfig.get_paths()["include"]
+        command = [*shlex.split(compiler), "-shared", "-fPIC", f"-I{include}", str(source), "-o", f"{source}.so"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=PROGRAM_SECONDS, check=False)
+            said = done.stderr if done.returncode else ""
+        except (OSError, subprocess.TimeoutExpired) as error:
+            said = str(error)
+    if not said:
+        return Finding(name, "ok", f"{compiler}, with Python.h")
+    hint = "install python3-dev or a Python with headers" if "Python.h" in said else "set CC to another one"
+    return Finding(
+        name,
+        "broken" if has_gpu else "note",
+        f"{compiler} cannot build an extension ({one_line(said)}); {hint}; {purpose}",
+    )
+
+
+def check_flex_attention(has_gpu: bool) -> Finding | None:
+    """Compiled and run on the GPU, forward and backward; None without one."""
+    if not has_gpu:
+        return None
+    found = run_probe(FLEX_PROBE)
+    if "error" in found and "seconds" not in found:
+        return Finding("FlexAttention", "broken", f"does not compile ({one_line(found['error'])}); the judge needs it")
+    text = f"compiled and run in {found['seconds']:.0f} s, off plain attention by {found['error']:.1g}"
+    return Finding("FlexAttention", "ok" if found["error"] <= FLEX_ERROR else "broken", text)
+
+
+def file_system(path: Path) -> str:
+    """Type of the file system that ``path`` is on, or would be, such as "ext4" or "nfs4"."""
+    import psutil
+
+    path, kind, longest = path.expanduser().absolute(), "unknown", -1
+    for partition in psutil.disk_partitions(all=True):
+        if path.is_relative_to(partition.mountpoint) and len(partition.mountpoint) > longest:
+            kind, longest = partition.fstype, len(partition.mountpoint)
+    return kind
+
+
+def check_kernel_cache() -> Finding:
+    """Compiled kernels belong on the node's own disk: on a shared one all ranks of all nodes lock the same files."""
+    directory = Path(os.environ.get("TRITON_CACHE_DIR") or "~/.triton/cache")
+    kind = file_system(directory)
+    if kind.lower().removeprefix("fuse.").startswith(NETWORK_FILE_SYSTEMS):
+        return Finding(
+            "kernel cache",
+            "note",
+            f"{directory} is on {kind}; set TRITON_CACHE_DIR to the node's own disk (slurm/env.sh)",
+        )
+    return Finding("kernel cache", "ok", f"{directory} on {kind}")
+
+
 def check_machine() -> list[Finding]:
     """Slurm, memory, shared memory, limits, disk."""
     import psutil
@@ -260,8 +342,11 @@ def findings() -> list[Finding]:
     has_gpu, driver = check_driver()
     with ThreadPoolExecutor() as threads:  # each import waits in a process of its own
         torch, apex = threads.submit(check_torch, has_gpu), threads.submit(check_apex)
+        flex = threads.submit(check_flex_attention, has_gpu)
         packages = list(threads.map(check_package, PACKAGES, [has_gpu] * len(PACKAGES)))
-        return [check_python(), driver, *torch.result(), *packages, apex.result(), *check_machine()]
+        kernels = [check_compiler(has_gpu), flex.result(), check_kernel_cache()]
+        report = [check_python(), driver, *torch.result(), *packages, apex.result(), *kernels, *check_machine()]
+        return [finding for finding in report if finding is not None]
 
 
 def examine() -> int:

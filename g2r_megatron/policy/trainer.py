@@ -186,6 +186,11 @@ class PolicyTrainer:
         model.train()
 
     @property
+    def inner_optimizer(self) -> torch.optim.Optimizer:
+        """The one whose kernels step this rank's weights: Transformer Engine's, Apex's or torch's."""
+        return self.optimizer.chained_optimizers[0].optimizer
+
+    @property
     def learning_rate(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 

@@ -103,12 +103,70 @@ def test_a_driver_with_gpus_needs_a_torch_that_sees_them(tmp_path, monkeypatch):
     assert doctor.check_driver()[0] is False
 
 
+@pytest.mark.parametrize(
+    ("script", "has_gpu", "state", "said"),
+    [
+        ("exit 0", True, "ok", "with Python.h"),
+        ("echo 'fatal error: Python.h: No such file' >&2; exit 1", True, "broken", "install python3-dev"),
+        ("echo 'cannot execute cc1' >&2; exit 1", True, "broken", "set CC to another one"),
+        ("echo 'cannot execute cc1' >&2; exit 1", False, "note", "cannot execute cc1"),
+    ],
+)
+def test_compilers(tmp_path, monkeypatch, script, has_gpu, state, said):
+    """One that works, one without Python's headers, one that is broken: triton would find out in the middle of a run."""
+    program(tmp_path, "cc", script, monkeypatch)
+    monkeypatch.setenv("CC", str(tmp_path / "cc"))
+    finding = doctor.check_compiler(has_gpu)
+    assert finding.state == state and said in finding.what
+
+
+def test_no_compiler(tmp_path, monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert [doctor.check_compiler(has_gpu).state for has_gpu in (True, False)] == ["broken", "missing"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "state"), [("ext4", "ok"), ("tmpfs", "ok"), ("nfs4", "note"), ("fuse.beegfs", "note")]
+)
+def test_the_kernel_cache_is_on_the_node(tmp_path, monkeypatch, kind, state):
+    """The file system is that of the longest mount point above the directory."""
+    from types import SimpleNamespace
+
+    import psutil
+
+    mounts = [("/", "ext4"), (str(tmp_path), kind), (str(tmp_path / "other"), "ext4")]
+    found = [SimpleNamespace(mountpoint=place, fstype=fstype) for place, fstype in mounts]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: found)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    finding = doctor.check_kernel_cache()
+    assert finding.state == state and kind in finding.what
+
+
+def test_flex_attention_is_compiled_where_there_is_a_gpu(monkeypatch):
+    """A compiler's error, a wrong result, a right one; without a GPU there is nothing to say."""
+    answers = iter([{"error": "InductorError: no cc"}, {"seconds": 9.0, "error": 0.5}, {"seconds": 9.0, "error": 0.01}])
+    monkeypatch.setattr(doctor, "run_probe", lambda code: next(answers))
+    assert doctor.check_flex_attention(False) is None
+    assert [doctor.check_flex_attention(True).state for _ in range(3)] == ["broken", "broken", "ok"]
+
+
 def test_the_command_on_this_machine(capsys):
     """Exit code 0 and a line a thing, plain text in a pipe."""
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     names = {line.split("  ")[0] for line in out.splitlines()}
-    assert {"Python", "torch", "megatron-core", "NVIDIA Apex", "Slurm", "/dev/shm", "open files"} <= names
+    assert {
+        "Python",
+        "torch",
+        "megatron-core",
+        "NVIDIA Apex",
+        "Slurm",
+        "C compiler",
+        "kernel cache",
+        "/dev/shm",
+        "open files",
+    } <= names
     assert "\x1b" not in out and sys.executable in out and "Traceback" not in out
 
 
