@@ -15,6 +15,7 @@ from g2r_megatron.data.tokenizer import render_prompt, stop_token_ids
 from g2r_megatron.data.types import Query
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.frozen import FrozenJudge
+from g2r_megatron.judge.length_bound import check_judge_positions
 from g2r_megatron.judge.own_ranks import OwnRanks
 from g2r_megatron.judge.parts import SharedRanks
 from g2r_megatron.judge.prompt import JudgePrompt
@@ -29,6 +30,8 @@ from g2r_megatron.records.phase_times import PhaseTimes
 from g2r_megatron.rollout.megatron import MegatronRolloutEngine
 from g2r_megatron.rollout.thoughts import ThoughtEnd, thought_end
 from g2r_megatron.rollout.types import RolloutEngine
+
+POLICY_LENGTH = "rollout.max_prompt_tokens + rollout.max_response_tokens"
 
 
 @dataclass
@@ -104,6 +107,8 @@ def read_inputs(config: TrainConfig) -> Inputs:
     _check_ids(train, held_out)
     epoch_batch(len(train), config.rollout.prompts_per_step, 0, config.seed, config.data.shuffle)  # enough queries?
     prompt_ids = {query.id: _prompt_ids(config, tokenizer, query) for query in [*held_out, *train]}
+    policy.check_positions(rollout.max_prompt_tokens + rollout.max_response_tokens, POLICY_LENGTH)
+    check_judge_positions(judge, config.judge, ((q, rollout.max_response_tokens) for q in [*held_out, *train]))
     end = thought_end(tokenizer, rollout)
     return Inputs(policy, judge, tokenizer, prompt, stop_ids, end, train, held_out, prompt_ids)
 

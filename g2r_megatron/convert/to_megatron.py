@@ -25,7 +25,6 @@ from g2r_megatron.convert.tensor_table import (
     row_blocks,
     share,
 )
-from g2r_megatron.data.tokenizer_files import has_tokenizer
 from g2r_megatron.errors import UserError, unwritable
 from g2r_megatron.model.hf import CHECKPOINT_FACTS, HFModel, load_model_tokenizer, open_hf_model
 from g2r_megatron.model.safetensors_files import SafetensorsReader
@@ -69,7 +68,7 @@ def _open(source: str) -> tuple[HFModel, SafetensorsReader]:
         raise UserError("--hf", f"{source} is a Megatron checkpoint", "give a Hugging Face directory")
     reader = SafetensorsReader(hf.path)
     check_tensors(hf, reader)
-    if has_tokenizer(hf.path) or (hf.path / "tokenizer_config.json").is_file():  # weights alone may be converted too
+    if hf.has_tokenizer or (hf.path / "tokenizer_config.json").is_file():  # weights alone may be converted too
         load_model_tokenizer(hf)
     return hf, reader
 

@@ -30,6 +30,7 @@ from g2r_megatron.data.types import Query
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.frozen import FrozenJudge
 from g2r_megatron.judge.health import JudgeHealth
+from g2r_megatron.judge.length_bound import check_judge_positions
 from g2r_megatron.judge.output_file import (
     PartialFile,
     check_parts,
@@ -74,6 +75,7 @@ def judge_file(config: OfflineJudgeConfig) -> None:
     hf = open_hf_model(config.judge.model, "judge.model")
     prompt = judge_prompt(hf, load_model_tokenizer(hf), config.judge)
     rows = own_rows(config, read_rows(config, prompt))
+    check_judge_positions(hf, config.judge, ((row.query, len(row.body)) for row in rows))
     groups.initialize(config.seed)
     key, ids = job_key(config, [row.query for row in rows]), [row.query.id for row in rows]
     writes = dist.get_rank() == 0

@@ -198,8 +198,9 @@ def _as_transformers_reads(file: Path, fields: dict) -> PretrainedConfig:
         return config_class.from_dict(read)
     except Exception as error:  # its validators raise classes of their own
         reason = " ".join(str(error).split())
-        named = re.search(r"[Ff]ield '(\w+)'", reason)
-        where = f"{file} {named[1]}" if named else str(file)
+        words = reason.lower().replace(" ", "_")  # "The hidden size (33) is not ..."
+        named = [name for name in read if name in words or name.removeprefix("num_") in words]
+        where = f"{file} {', '.join(named)}".rstrip()
         raise UserError(where, f"refused by transformers ({reason})", "correct the file") from error
 
 
@@ -266,5 +267,7 @@ def _check_values(file: Path, fields: dict, config: PretrainedConfig) -> None:
     if (getattr(config, "head_dim", None) or config.hidden_size // heads) % 2:
         refuse("head_dim", getattr(config, "head_dim", config.hidden_size // heads), "even, for rotary positions")
     experts = getattr(config, "num_local_experts", 0)
+    if FAMILIES[config.model_type].dense is None and experts < 1:
+        refuse("num_local_experts", experts, "at least 1")
     if experts and config.num_experts_per_tok > experts:
         refuse("num_experts_per_tok", config.num_experts_per_tok, f"at most the {experts} experts")

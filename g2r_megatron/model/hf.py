@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from g2r_megatron.data.tokenizer_files import hide_tokens, load_tokenizer, vocabulary_size
+from g2r_megatron.data.tokenizer_files import has_tokenizer, hide_tokens, load_tokenizer, vocabulary_size
 from g2r_megatron.errors import UserError, warn
 from g2r_megatron.model.config_file import read_config, read_json
 from g2r_megatron.model.families import Family
@@ -89,6 +89,11 @@ class HFModel:
             return 1.0 / (rope["rope_theta"] ** exponent), 1.0
         with torch.device("cpu"):  # a caller that builds on the meta device asks for their values all the same
             return ROPE_INIT_FUNCTIONS[rope["rope_type"]](self.config, "cpu")
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the directory holds a tokenizer's files."""
+        return has_tokenizer(self.path)
 
     @property
     def positions(self) -> int:
