@@ -20,7 +20,7 @@ from g2r_megatron.records.files import replace_text
 from g2r_megatron.records.heartbeat import Heartbeat
 from g2r_megatron.records.metrics_log import MetricsLog
 from g2r_megatron.records.progress_bar import Progress
-from g2r_megatron.records.runs_on import line_of, record, runs_on
+from g2r_megatron.runs_on import line_of, record, runs_on
 from g2r_megatron.workers import Inputs
 
 CONFIG_FILE = "config.yaml"

@@ -72,24 +72,12 @@ def integers(d: Path) -> None:
     edit_tensors(d, DOWN, lambda t: t.update({DOWN: t[DOWN].int()}))
 
 
-def mixed_dtypes(d: Path) -> None:
-    edit_tensors(d, DOWN, lambda t: t.update({DOWN: t[DOWN].float()}))
-
-
 def missing_tensor(d: Path) -> None:
     one_file(d, lambda t: t.pop(DOWN))
 
 
 def extra_tensor(d: Path) -> None:
     one_file(d, lambda t: t.update({"model.layers.4.mlp.down_proj.weight": t[DOWN].clone()}))
-
-
-def mismatched_index(d: Path) -> None:
-    file = d / "model.safetensors.index.json"
-    index = json.loads(file.read_text())
-    names = sorted(set(index["weight_map"].values()))
-    index["weight_map"][NORM] = names[0] if index["weight_map"][NORM] != names[0] else names[1]
-    file.write_text(json.dumps(index))
 
 
 def other_config(d: Path) -> None:
@@ -131,10 +119,8 @@ SOURCES = [
     (missing_shard, "missing"),
     (truncated, "safetensors"),
     (integers, "I32|int32"),
-    (mixed_dtypes, DOWN),
     (missing_tensor, f"{DOWN} is missing"),
     (extra_tensor, "unknown tensor model.layers.4.mlp.down_proj.weight"),
-    (mismatched_index, NORM),
     (other_config, "shape .*config.json asks for"),
     (too_few_layers, "unknown tensor model.layers.3"),
     (tied_by_mistake, "lm_head.weight"),

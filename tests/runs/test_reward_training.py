@@ -231,11 +231,6 @@ BAD = {
         [],
         ["score.weight", "shape (2, 64)", "(1, 64)"],
     ),
-    "a language model's head": (
-        lambda m: edit_weights(m, lambda w: w.update({"lm_head.weight": torch.zeros(383, 64)})),
-        [],
-        ["unknown tensor lm_head.weight", "Qwen2ForSequenceClassification"],
-    ),
     "a template": (
         None,
         ["--judge.template", "{conversation}{response}{criterion}"],

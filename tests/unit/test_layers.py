@@ -45,7 +45,11 @@ MAP = {
         "a step's batch on its way from prompts to advantages",
         "config credit data errors judge policy rollout workers",
     ),
-    "run": ("what a run shows, saves, and checks of itself", "config errors experience policy records workers"),
+    "runs_on": ("what a run really runs on: devices, layers, optimizer", "config device errors model records"),
+    "run": (
+        "what a run shows, saves, and checks of itself",
+        "config credit errors experience policy records runs_on workers",
+    ),
     "eval": (
         "scores of a model on held-out rows",
         "config credit data device errors experience judge model parallel records rollout run workers",

@@ -8,12 +8,12 @@ import json
 import pytest
 import torch
 
+from g2r_megatron import runs_on
 from g2r_megatron.config.options import Layout, Precision, TrainConfig
 from g2r_megatron.errors import UserError
 from g2r_megatron.model.build import check_fp8_widths, spec_backend
 from g2r_megatron.model.hf import open_hf_model
 from g2r_megatron.model.torch_layers import TorchSpecProvider
-from g2r_megatron.records import runs_on
 
 
 @pytest.fixture
