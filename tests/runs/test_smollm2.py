@@ -9,6 +9,8 @@ import json
 import math
 import shutil
 import subprocess
+import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,8 @@ from real_runs import records
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "smollm2"
+PATIENCE = 800  # seconds for a command on a busy machine; a tenth of it on two free cores
+pytestmark = pytest.mark.timeout(PATIENCE + 60)
 TINY = [
     *("--steps", "2", "--eval_every", "0", "--rollout.prompts_per_step", "1", "--rollout.responses_per_prompt", "2"),
     *("--rollout.max_response_tokens", "6", "--checkpoint.export_hf", "false", "--log.tensorboard", "false"),
@@ -59,10 +63,16 @@ def megatron_logits(path: str, ids: list[int]) -> torch.Tensor:
     return checkpoint_logits(open_hf_model(path, "policy.model"), ids)
 
 
-def command(arguments: list[str]) -> None:
-    from g2r_megatron.cli import COMMANDS
-
-    COMMANDS[arguments[0]](arguments[1:])
+def g2r(*arguments: str) -> None:
+    """One g2r command in a process of its own; fails with what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "g2r_megatron.cli", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_config_holds_only_what_is_read(model):
@@ -86,7 +96,7 @@ def test_logits_are_those_of_transformers(worlds, model):
         assert tokenizer.decode(reference(torch.tensor([words])).logits[0, -1].argmax()) == " Paris"
 
 
-def test_judges_the_examples_rows(worlds, model, tmp_path):
+def test_judges_the_examples_rows(model, tmp_path):
     """Four rows: sentences get credit by `positive`, sums hold, and no gradient is zero."""
     output = tmp_path / "judged.jsonl"
     arguments = [
@@ -98,7 +108,7 @@ def test_judges_the_examples_rows(worlds, model, tmp_path):
         "sentence",
     ]
     rows = str(EXAMPLE / "data" / "rows.jsonl")
-    worlds[1].run(command, ["judge", "--judge.model", model, "--input", rows, "--output", str(output), *arguments])
+    g2r("judge", "--judge.model", model, "--input", rows, "--output", str(output), *arguments)
     attributed = 0
     for row in [json.loads(line) for line in output.read_text().splitlines()]:
         assert math.isclose(sum(row["token_rewards"]), row["reward"], abs_tol=1e-5)
@@ -107,15 +117,15 @@ def test_judges_the_examples_rows(worlds, model, tmp_path):
             if item["alpha"]:
                 attributed += 1
                 assert math.isclose(sum(item["alpha"]), 1, abs_tol=1e-5) and min(item["attribution"]) > 0
-                runs = 1 + sum(a != b for a, b in zip(item["alpha"], item["alpha"][1:]))
+                runs = 1 + sum(a != b for a, b in pairwise(item["alpha"]))
                 assert 3 <= runs <= len(item["alpha"]) / 3  # one value a sentence
     assert attributed
 
 
-def test_trains(worlds, model, run):
+def test_trains(model, run):
     """Two steps of the example's config with the default preset, made small."""
     config = str(EXAMPLE / "config.yaml")
-    worlds[1].run(command, ["train", "--config", config, "--policy.model", model, "--output_dir", str(run), *TINY])
+    g2r("train", "--config", config, "--policy.model", model, "--output_dir", str(run), *TINY)
     steps = [line for line in records(run, "metrics.jsonl") if "loss/policy" in line]
     assert len(steps) == 2 and all(math.isfinite(line["optimizer/grad_norm"]) for line in steps)
     assert all(line["ratio/first"] == pytest.approx(1.0, abs=1e-4) for line in steps)
