@@ -199,8 +199,10 @@ def _compiled_flex():
     """Compiled once for each head size and kind of window, with and without gradients, whatever the rows are.
 
     (A row of a single block of 128 is one more.) Beyond its limit of compilations torch would run the plain form, which
-    builds all scores: with ``fullgraph`` that is an error.
+    builds all scores: with ``fullgraph`` that is an error. Without duck shapes sizes that happen to be equal, such as 32
+    heads and 32 blocks, are not taken to be equal always.
     """
+    torch.fx.experimental._config.use_duck_shape = False
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, FLEX_COMPILATIONS)
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
