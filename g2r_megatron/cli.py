@@ -113,7 +113,11 @@ class OneLineParser(argparse.ArgumentParser):
 
 def report_command(argv: list[str]) -> None:
     """``g2r report``."""
-    parser = OneLineParser("g2r report", description="Compare runs: a table, and a self-contained HTML page.")
+    parser = OneLineParser(
+        "g2r report",
+        description="Compare runs: a table, and a self-contained HTML page with curves, hazards and token heat maps. "
+        "A run may still be in training. Next: open the page, and read docs/metrics.md for what is marked.",
+    )
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="output_dir of a g2r train run")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="page to write (%(default)s)")
     arguments = parser.parse_args(argv)
@@ -126,7 +130,11 @@ def report_command(argv: list[str]) -> None:
 
 def doctor_command(argv: list[str]) -> int:
     """``g2r doctor``."""
-    parser = OneLineParser("g2r doctor", description="What is installed and used, and what is missing for what.")
+    parser = OneLineParser(
+        "g2r doctor",
+        description="What is installed and used, and what is missing for what. "
+        "Next: make quickstart, or tools/install_gpu.sh --dry-run for the GPU stack.",
+    )
     parser.parse_args(argv)
     from g2r_megatron.plan.doctor import examine
 

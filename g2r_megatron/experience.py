@@ -165,7 +165,7 @@ def score_metrics(rollouts: Rollouts, judgements: list[JudgementRow]) -> dict[st
     rewards = [kind.reward(query, row) for query, row in zip(rollouts.queries, judgements, strict=True)]
     return (
         reward_metrics([rewards[group] for group in rollouts.groups])
-        | kind.truth_metrics(rollouts.queries, [r.text for r in rollouts.responses], judgements)
+        | kind.metrics(rollouts.queries, [r.text for r in rollouts.responses], judgements)
         | response_metrics([len(r.token_ids) for r in rollouts.responses], [r.answered for r in rollouts.responses])
     )
 

@@ -10,6 +10,7 @@ import yaml
 
 from g2r_megatron import experience
 from g2r_megatron.config.options import TrainConfig
+from g2r_megatron.credit.hazards import answer_mass_warning
 from g2r_megatron.errors import RunError
 from g2r_megatron.experience import Experience
 from g2r_megatron.policy.checkpoint import Checkpointer
@@ -31,10 +32,12 @@ class Run:
         """``done``: the last finished step, whose checkpoint has been loaded; 0 for none."""
         self.config, self.output, self.heartbeat, self.checkpointer = config, output, heartbeat, checkpointer
         self.done = self.saved = done
+        self.first = done + 1  # the first step of this start
         self.is_writer = dist.get_rank() == 0
         self.progress = Progress(config.steps, enabled=self.is_writer)
         self.records = None
         self._save_times: dict[str, float] = {}  # for the next line of metrics
+        self._said_answer_mass = False  # once a start is enough
         if self.is_writer:
             plain = asdict(config)
             self.records = MetricsLog(output, config.log, plain)
@@ -83,6 +86,9 @@ class Run:
                 f"warning: step {step}: {bad:.0f} of {metrics['attribution/passes']:.0f} judge gradients were zero or not "
                 "finite; their tokens share the item's credit evenly"
             )
+        if not self._said_answer_mass and (warning := answer_mass_warning(metrics.get("judge/answer_mass", 1.0))):
+            self.progress.message(f"warning: step {step}: {warning}")
+            self._said_answer_mass = True
         self.sample(step, batch, inputs)
 
     def sample(self, step: int, batch: Experience, inputs: Inputs) -> None:

@@ -10,6 +10,7 @@ from g2r_megatron.data.order import epoch_batch
 from g2r_megatron.eval.held_out import evaluate
 from g2r_megatron.experience import assign_credit, sample_and_submit, step_metrics
 from g2r_megatron.parallel.preemption import leave_if_asked
+from g2r_megatron.policy.trainer import check_first_ratio
 from g2r_megatron.records.phase_times import PhaseTimes
 from g2r_megatron.run import Run
 from g2r_megatron.workers import Inputs, Workers
@@ -70,6 +71,8 @@ def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run, 
                 old=log_probs.old,
                 reference=log_probs.reference,
             )
+        if step == run.first:
+            check_first_ratio(metrics, workers.trainer.model.config.params_dtype)
         metrics |= judge_metrics | step_metrics(batch, inputs, config.judge.flat_threshold) | {"attribution/mix": mix}
     metrics |= times.metrics()
     if config.judge.ranks:

@@ -4,7 +4,7 @@
 # Nothing here is needed if the repository's `make install` has made .venv and the nodes have a working network.
 
 # --- Software ---------------------------------------------------------------------------------------------------------
-# module load cuda/12.8
+# module load cuda/13.0
 
 # A virtual environment on a file system that all nodes see ...
 G2R_VENV=${G2R_VENV:-$G2R_HOME/.venv}

@@ -119,7 +119,7 @@ def _serve(rank: int, size: int, judge_ranks: int, port: int, connection) -> Non
         connection.send(reply)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -134,7 +134,7 @@ class World:
 
     def _start(self) -> None:
         _start_server()
-        port = _free_port()
+        port = free_port()
         for rank in range(self.size):
             here, there = _processes.Pipe()
             process = _processes.Process(

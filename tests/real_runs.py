@@ -60,10 +60,13 @@ def send(run: Path, number: signal.Signals) -> None:
         reached |= new
 
 
-def start(run: Path, options: list[str], ranks: int, launcher: Sequence[str] = ()) -> subprocess.Popen:
+def start(
+    run: Path, options: list[str], ranks: int, launcher: Sequence[str] = (), command: Sequence[str] | None = None
+) -> subprocess.Popen:
+    """``g2r train`` on ``ranks`` ranks. ``launcher``: options of torchrun; ``command``: another launcher in its place."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *launcher]
-    torchrun = torchrun if ranks > 1 else []
-    command = [sys.executable, *torchrun, "-m", "g2r_megatron.cli", "train", *options, "--output_dir", str(run)]
+    python = [sys.executable, *(torchrun if ranks > 1 and command is None else [])]
+    command = [*(command or ()), *python, "-m", "g2r_megatron.cli", "train", *options, "--output_dir", str(run)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", MARK: str(run)}
     with open(f"{run}.log", "ab") as log:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)

@@ -8,14 +8,16 @@
 # Transformer Engine are compiled) and git. What is there already at its pinned version is left alone, so it can be run
 # again. --no-driver: on a build node without a GPU. MAX_JOBS limits the compilers that run at once.
 #
-# The versions: megatron-core 0.16.1 takes Transformer Engine >= 2.9 and < 2.12; Transformer Engine 2.11 takes FlashAttention
-# 2.1.1 to 2.8.3; torch's default wheel is built for the CUDA version below, which nvcc must have. NVIDIA Apex is
-# not on PyPI (`apex` there is another project): it is built from source, at the commit of its tag 25.09.
+# The versions: torch is what CI runs, and what vLLM 0.28 and later ask for; a container image may bring another one, from
+# LEAST_TORCH on, which is then kept with a warning. megatron-core 0.16.1 takes Transformer Engine >= 2.9 and < 2.12;
+# whether 2.11 compiles on torch 2.13 has not been tried yet. Transformer Engine 2.11 takes FlashAttention 2.1.1 to 2.8.3;
+# torch's default wheel is built for the CUDA version below, which nvcc must have. NVIDIA Apex is not on PyPI (`apex`
+# there is another project): it is built from source, at the commit of its tag 25.09.
 set -euo pipefail
 
-TORCH=2.9.1
-TORCH_CUDA=12.8
-LEAST_DRIVER=570 # of CUDA 12.8
+TORCH=2.13.0
+LEAST_TORCH=2.11
+TORCH_CUDA=13.0
 TRANSFORMER_ENGINE=2.11.0
 FLASH_ATTN=2.8.3
 APEX_COMMIT=4bdecd06b3c4b2c0a8fb6603829a8f9f05a42b49
@@ -81,6 +83,20 @@ check_toolkit() {
     command -v git >/dev/null || problem "git: not found; install it (Apex is built from source)"
 }
 
+# A torch that an image brings is kept; what is compiled is then compiled for it.
+keep_torch_of_image() {
+    local version
+    version=$(installed torch)
+    if [ -z "$version" ] || [ "$version" = "$TORCH" ]; then return; fi
+    if [ "$(printf '%s\n' "$LEAST_TORCH" "$version" | sort -V | head -n 1)" != "$LEAST_TORCH" ]; then
+        echo "# torch $version is older than $LEAST_TORCH: replaced by $TORCH"
+        return
+    fi
+    TORCH=$version
+    TORCH_CUDA=$("$PYTHON" -c 'import torch; print(torch.version.cuda)')
+    echo "# warning: torch $TORCH (CUDA $TORCH_CUDA) is there and kept; this project is tested with the version in $0"
+}
+
 check_driver() {
     local version
     $DRIVER || return 0
@@ -91,10 +107,13 @@ check_driver() {
     version=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1) || version=
     if [ -z "$version" ]; then
         problem "nvidia-smi sees no GPU; check the driver, or give --no-driver on a build node"
-    elif [ "${version%%.*}" -lt "$LEAST_DRIVER" ]; then
-        problem "driver $version is older than $LEAST_DRIVER, which CUDA $TORCH_CUDA needs; update it"
+    elif [ "${version%%.*}" -lt "$(least_driver)" ]; then
+        problem "driver $version is older than $(least_driver), which CUDA $TORCH_CUDA needs; update it"
     fi
 }
+
+# The first driver branch that runs programs of CUDA TORCH_CUDA (NVIDIA's table of minor version compatibility).
+least_driver() { if [ "${TORCH_CUDA%%.*}" -ge 13 ]; then echo 580; else echo 525; fi; }
 
 # Version of an installed distribution without its local part (+cu128); nothing if it is not there or a CPU build.
 installed() {
@@ -157,12 +176,14 @@ install_apex() {
 }
 
 check_python
+keep_torch_of_image
 check_toolkit
 check_driver
 install torch "$TORCH" "torch==$TORCH"
 run "$PYTHON" -m pip install "setuptools>=77" wheel packaging ninja "cmake>=3.21" "pybind11[global]"
 use_headers_of_wheels
-install transformer-engine "$TRANSFORMER_ENGINE" --no-build-isolation "transformer-engine[pytorch]==$TRANSFORMER_ENGINE"
+core=core_cu${TORCH_CUDA%%.*} # Transformer Engine's own library comes compiled, one for each CUDA
+install transformer-engine "$TRANSFORMER_ENGINE" --no-build-isolation "transformer-engine[$core,pytorch]==$TRANSFORMER_ENGINE"
 if $FLASH; then install flash-attn "$FLASH_ATTN" --no-build-isolation "flash-attn==$FLASH_ATTN"; fi
 if $APEX; then install_apex; fi
 run "$PYTHON" -m pip install -e "$ROOT"

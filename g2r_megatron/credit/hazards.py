@@ -14,6 +14,8 @@ from g2r_megatron.credit.advantages import has_spread
 from g2r_megatron.credit.attribution import effective_sample_share, response_reward
 
 POSITION_BINS = 10
+ONE_TOKEN = 0.9  # an attribution with a larger alpha is on one token
+LOW_ANSWER_MASS = 0.5
 
 
 def reward_metrics(rewards: list[list[float]]) -> dict[str, float]:
@@ -42,6 +44,18 @@ def judge_metrics(
     return metrics
 
 
+def answer_mass_warning(mass: float) -> str | None:
+    """What to look at when ``mass``, the mean p(True) + p(False), is low: the judge wants to say something else."""
+    if mass >= LOW_ANSWER_MASS:
+        return None
+    return (
+        f"the judge gives only {mass:.3f} of its probability to True or False, so its verdicts mean little; look at "
+        "judge.template (does it ask for these words, and end where they come?), judge.think and judge.template_options "
+        "(does the judge think first?), judge.true_words and judge.false_words (are they its words?), and the language "
+        "of the prompts"
+    )
+
+
 def response_metrics(lengths: list[int], finished: list[bool]) -> dict[str, float]:
     """Mean length in tokens (with the stop token) and share of responses that ended with a stop token."""
     return {"response/length_mean": fmean(lengths), "response/finished_share": fmean(finished)}
@@ -55,7 +69,8 @@ def attribution_metrics(
     ``attribution/passes``; ``zero_or_nonfinite``: number of b that are all zero or hold a NaN or infinity
     (always present: 0 says that all was well); ``cos_median``: median over the finite ``cosines``, each the median
     |cos(g_t, e_t)| of a pass. Over responses of at least two tokens: mean ``ess_share`` = 1 / (T sum alpha^2),
-    ``flat_share`` of passes with ESS/T above ``flat_threshold``, mean ``max_alpha``.
+    ``flat_share`` of passes with ESS/T above ``flat_threshold``, mean ``max_alpha``, ``one_token_share`` of passes with a
+    token whose alpha is above 0.9.
     """
     bad = sum(1 for b in raw if b.numel() and not (bool(torch.isfinite(b).all()) and bool((b != 0).any())))
     finite = [cos for cos in cosines if math.isfinite(cos)]
@@ -67,7 +82,9 @@ def attribution_metrics(
         shares = [effective_sample_share(alpha) for alpha in alphas]
         metrics["ess_share"] = fmean(shares)
         metrics["flat_share"] = fmean(share > flat_threshold for share in shares)
-        metrics["max_alpha"] = fmean(float(alpha.max()) for alpha in alphas)
+        largest = [float(alpha.max()) for alpha in alphas]
+        metrics["max_alpha"] = fmean(largest)
+        metrics["one_token_share"] = fmean(alpha > ONE_TOKEN for alpha in largest)
     return {f"attribution/{name}": value for name, value in metrics.items()}
 
 

@@ -91,10 +91,8 @@ class Judgement(Protocol):
         ...
 
     @staticmethod
-    def truth_metrics(
-        queries: Sequence[Query], texts: Sequence[str], rows: Sequence["JudgementRow"]
-    ) -> dict[str, float]:
-        """The judge against the truth, where that is known."""
+    def metrics(queries: Sequence[Query], texts: Sequence[str], rows: Sequence["JudgementRow"]) -> dict[str, float]:
+        """How the judge judges, and against the truth, where that is known."""
         ...
 
     @staticmethod
@@ -132,6 +130,11 @@ class ItemJudgement:
     attribution: Tensor | None = None
     grad_norm: float | None = None
     cos: float | None = None
+
+    @property
+    def answer_mass(self) -> float:
+        """p(True) + p(False): what the judge gives to verdicts at all."""
+        return self.p_true + self.p_false
 
     def values(self) -> list:
         return [self.p_true, self.p_false, self.verdict]
@@ -175,10 +178,12 @@ class ItemJudgement:
         return token_rewards(verdicts, ItemJudgement.weights(query), alphas, query.positive_weight, length)
 
     @staticmethod
-    def truth_metrics(queries: Sequence[Query], texts: Sequence[str], rows: Sequence[JudgementRow]) -> dict[str, float]:
+    def metrics(queries: Sequence[Query], texts: Sequence[str], rows: Sequence[JudgementRow]) -> dict[str, float]:
         verdicts = [[item.verdict for item in row] for row in rows]
         truths = [true_verdicts(query, text) for query, text in zip(queries, texts, strict=True)]
-        return judge_metrics(verdicts, truths, [ItemJudgement.weights(query) for query in queries])
+        mass = fmean(item.answer_mass for row in rows for item in row)
+        metrics = judge_metrics(verdicts, truths, [ItemJudgement.weights(query) for query in queries])
+        return metrics | {"judge/answer_mass": mass}
 
     @staticmethod
     def sample_items(query: Query, text: str, row: JudgementRow, alphas: Alphas) -> list[dict]:
@@ -271,7 +276,7 @@ class ScoreJudgement:
         return score_token_rewards(row[0].score, alphas[0], length, finished).float()
 
     @staticmethod
-    def truth_metrics(queries: Sequence[Query], texts: Sequence[str], rows: Sequence[JudgementRow]) -> dict[str, float]:
+    def metrics(queries: Sequence[Query], texts: Sequence[str], rows: Sequence[JudgementRow]) -> dict[str, float]:
         """A score is on a scale of its own: only the truth's mean is left."""
         truths = [true_reward(query, text) for query, text in zip(queries, texts, strict=True)]
         known = [truth for truth in truths if truth is not None]

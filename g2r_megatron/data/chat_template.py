@@ -127,6 +127,8 @@ class ControlTexts:
 
     def spans(self, text: str, thoughts: bool) -> list[tuple[int, int]]:
         """Every place, overlapping ones too, where ``text`` spells a control token; ``thoughts``: also a thought's marks."""
+        if not self.pattern.search(text):  # much the faster question
+            return []
         pattern = self._any if thoughts else self._without_thoughts
         return [match.span(1) for match in pattern.finditer(text)]
 
@@ -155,10 +157,11 @@ def template_parts(
         return render(tokenizer, messages, where, generation_prompt, options)
 
     plain = rendered(messages)
-    enclosing, beside = Enclosing(control, messages), Beside(control, messages)
+    enclosing = Enclosing(control, messages)
     marked = _attempt(rendered, enclosing.messages)
     if marked is not None and enclosing.removed(marked) == plain:
         return enclosing.parts(marked, rendered)
+    beside = Beside(control, messages)
     other = _attempt(rendered, beside.messages)
     if other is not None and beside.removed(other) == plain:
         return beside.parts(other)
@@ -258,13 +261,17 @@ class Enclosing:
         return [m[0] for m in self.control.pattern.finditer(marked) if not is_thought_mark(m[0])]
 
     def _scrubbed(self) -> list[dict]:
-        """The messages with an x for every character that is neither blank nor part of a thought's mark."""
+        """The messages with an x for every character, in any case, of a control token that is no thought's mark."""
+        marks = [text for text in self.control.texts if is_thought_mark(text)]
+        kept = "|".join(map(re.escape, marks)) or "(?!)"
+        signs = {char.casefold() for text in self.control.texts if text not in marks for char in text}
 
         def scrub(text: str, role: str, printed: bool) -> str:
             if not printed:
                 return text
-            kept = "|".join(re.escape(t) for t in self.control.texts if is_thought_mark(t)) or "(?!)"
-            return re.sub(rf"({kept})|\S", lambda match: match[1] or "x", text)
+            return re.sub(
+                rf"({kept})|\S", lambda match: match[1] or ("x" if match[0].casefold() in signs else match[0]), text
+            )
 
         return [_changed(message, scrub) for message in self.original]
 

@@ -13,6 +13,7 @@ NAMES = {
     "eval/judge_score": "reward/mean",
     "eval/true_score": "reward/true_mean",
     "eval/agreement": "judge/agreement",
+    "eval/answer_mass": "judge/answer_mass",
     "eval/length_mean": "response/length_mean",
     "eval/finished_share": "response/finished_share",
 }

@@ -176,7 +176,7 @@ class FrozenJudge:
         def collect(batch: TreeBatch, logits: torch.Tensor):
             return None, (batch.items, self.target.read(logits))
 
-        with self.routing.recording(trees, everything) as forward:
+        with self.target.exact(), self.routing.recording(trees, everything) as forward:
             batches = self._micro_batches(trees, backward=False)
             results = run_schedule(self.model, batches, forward, collect, backward=False)
         table = torch.zeros(len(everything), self.target.columns, device=local_device())
@@ -237,7 +237,7 @@ class FrozenJudge:
         # Megatron-Core recomputes activations in train mode only, and Transformer Engine picks attention kernels that have a
         # backward only there; the model has no dropout.
         self.model.train()
-        with self.routing.replaying(inputs) as forward:
+        with self.target.exact(), self.routing.replaying(inputs) as forward:
             run_schedule(self.model, batches, from_leaf, target, backward=True)
         self.model.train(False)
         if self.model.groups.is_first_stage and len(reduced) != len(batches):

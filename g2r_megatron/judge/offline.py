@@ -7,13 +7,12 @@ over the T tokens of the response. What the judge computed in fp32 is written wi
 an fp32 number; a value that is not finite is null.
 """
 
-import math
 import os
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Self
@@ -24,12 +23,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 
 from g2r_megatron.config.options import OfflineJudgeConfig
-from g2r_megatron.credit.judgements import JudgementRow, backward_passes, kind_of, plain_numbers
+from g2r_megatron.credit.judgements import Alphas, JudgementRow, kind_of, plain_numbers
 from g2r_megatron.data.readers import read_queries
 from g2r_megatron.data.tokenizer import encode_text, token_texts
 from g2r_megatron.data.types import Query
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.frozen import FrozenJudge
+from g2r_megatron.judge.health import JudgeHealth
 from g2r_megatron.judge.length_bound import check_judge_positions
 from g2r_megatron.judge.output_file import (
     PartialFile,
@@ -49,8 +49,6 @@ from g2r_megatron.model.hf import HFModel, load_model_tokenizer, open_hf_model
 from g2r_megatron.parallel import groups
 from g2r_megatron.records.progress_bar import format_seconds
 
-SHOWN_ROWS = 20
-
 
 @dataclass(frozen=True)
 class Row:
@@ -58,32 +56,6 @@ class Row:
 
     query: Query
     body: list[int]
-
-
-@dataclass
-class GradientHealth:
-    """Backward passes, and those whose gradient was zero or not finite (such an item's alpha is uniform)."""
-
-    passes: int = 0
-    bad: list[str] = field(default_factory=list)
-
-    def count(self, row: Row, judgements: JudgementRow) -> None:
-        for number in backward_passes(judgements):
-            judgement = judgements[number]
-            self.passes += 1
-            finite = math.isfinite(judgement.grad_norm) and bool(judgement.attribution.isfinite().all())
-            if not finite or judgement.grad_norm == 0:
-                item = kind_of(judgements).name(number)
-                self.bad.append(f"{row.query.id}{item} ({'zero' if finite else 'not finite'})")
-
-    def warning(self) -> str | None:
-        if not self.bad:
-            return None
-        more = f" and {len(self.bad) - SHOWN_ROWS} more" if len(self.bad) > SHOWN_ROWS else ""
-        return (
-            f"the judge's gradient was zero or not finite in {len(self.bad)} of {self.passes} backward passes, whose "
-            f"tokens share the credit evenly: {', '.join(self.bad[:SHOWN_ROWS])}{more}"
-        )
 
 
 def judge_file(config: OfflineJudgeConfig) -> None:
@@ -115,26 +87,32 @@ def judge_file(config: OfflineJudgeConfig) -> None:
             before = f" ({done} of them before)" if done else ""
             line = f"{path}: {len(rows)} rows{before}, mean reward {fmean(file.rewards):.3f}"
             finish(config, f"{line}, {health.passes} backward passes")
-            if warning := health.warning():
+            if summary := health.summary():
+                print(f"judge: {summary}", flush=True)
+            for warning in health.warnings():
                 print(f"g2r: warning: {warning}", file=sys.stderr, flush=True)
 
 
 def judge_and_write(
     config: OfflineJudgeConfig, hf: HFModel, prompt: JudgePrompt, rows: list[Row], done: int, file: PartialFile | None
-) -> GradientHealth:
-    """Judge ``rows[done:]`` a batch at a time (collective); ``file``: on rank 0 what they are appended to."""
+) -> JudgeHealth:
+    """Judge ``rows[done:]`` a batch at a time (collective); ``file``: on rank 0 what they are appended to.
+
+    The health is that of the rows judged here, not of those ``done`` before.
+    """
     layout = groups.build_groups("judge", config.judge.layout)
     model = build_model("judge", hf, layout, config.judge.precision, config.judge.recompute, config.judge.spec)
     judge = FrozenJudge(model, config.judge, prompt.true_ids, prompt.false_ids, prompt.null_id)
     stage = JudgeStage(judge, prompt, config.judge)
-    health = GradientHealth()
+    health = JudgeHealth(config.judge.flat_threshold)
     with RowProgress(len(rows), done, enabled=file is not None) as progress:
         for first in range(done, len(rows), config.batch_rows):
             batch = rows[first : first + config.batch_rows]
             records = []
             for row, inputs, judgements in judge_rows(stage, batch, config.seed):
-                health.count(row, judgements)
-                records.append(output_record(stage, row, judgements, row_key(config.seed, row)))
+                alphas = stage.alphas(row.body, judgements, row_key(config.seed, row))
+                health.count(row.query.id, judgements, alphas)
+                records.append(output_record(stage, row, judgements, alphas))
                 if config.dump_inputs:
                     add_inputs(records[-1], inputs, prompt)
             if file is not None:
@@ -195,9 +173,9 @@ def judge_rows(stage: JudgeStage, rows: Sequence[Row], seed: int) -> list[tuple[
     return list(zip(rows, inputs, judgements, strict=True))
 
 
-def output_record(stage: JudgeStage, row: Row, judgements: JudgementRow, key: str) -> dict:
-    """The output line of one row, as plain data; ``key``: ``row_key``."""
-    query, kind, alphas = row.query, kind_of(judgements), stage.alphas(row.body, judgements, key)
+def output_record(stage: JudgeStage, row: Row, judgements: JudgementRow, alphas: Alphas) -> dict:
+    """The output line of one row, as plain data. ``alphas``: of its judgements."""
+    query, kind = row.query, kind_of(judgements)
     rewards = kind.token_rewards(query, judgements, alphas, len(row.body))
     return {
         "id": query.id,

@@ -5,6 +5,7 @@ sequence from them: [n].
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -14,10 +15,12 @@ from g2r_megatron.parallel.vocab import log_probs_at
 
 
 class Target(Protocol):
-    """``columns``: numbers read of a sequence; ``noun`` names them in errors."""
+    """``columns``: numbers read of a sequence; ``noun`` names them in errors. Passes to be read run in ``exact()``."""
 
     columns: int
     noun: str
+
+    def exact(self) -> AbstractContextManager[None]: ...
 
     def read(self, output: torch.Tensor) -> torch.Tensor: ...
 
@@ -35,6 +38,10 @@ class VerdictTarget:
 
     def __init__(self, model: MegatronModel, kind: str, true_ids: list[int], false_ids: list[int]):
         self.model, self.kind, self.true_ids, self.false_ids = model, kind, true_ids, false_ids
+
+    def exact(self) -> AbstractContextManager[None]:
+        """Logits of the verdicts in fp32, from the last hidden state."""
+        return self.model.chunks[-1].logits_in_fp32(self.true_ids + self.false_ids)
 
     def read(self, output: torch.Tensor) -> torch.Tensor:
         """``output``: logits [n, v/tp] at the verdict positions."""
@@ -54,6 +61,10 @@ class ScoreTarget:
     """V of a reward model, which is its output, and its own target (docs/method.md step 8)."""
 
     columns, noun = 1, "scores"
+
+    def exact(self) -> AbstractContextManager[None]:
+        """A score is fp32 as it is (model/reward_model.py)."""
+        return nullcontext()
 
     def read(self, output: torch.Tensor) -> torch.Tensor:
         """``output``: fp32 [n, 1]."""

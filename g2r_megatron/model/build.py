@@ -27,6 +27,7 @@ from g2r_megatron.parallel.groups import ModelGroups
 
 # Rows (tokens) of an FP8 product come in multiples of this: the recipe's block of scales, at least 16.
 FP8_TOKENS = {"tensorwise": 16, "blockwise": 128, "mxfp8": 32}
+FP8_WIDTHS = {"tensorwise": 16, "blockwise": 16, "mxfp8": 32}  # and the other sides of a product of these
 
 
 @dataclass
@@ -80,6 +81,11 @@ class MegatronModel:
         for module in self.modules:
             module.train(mode)
 
+    def weights_changed(self) -> None:
+        """The next pass of every chunk makes its FP8 copies of the weights anew (the schedule says so by itself)."""
+        for module in self.modules:
+            module.set_is_first_microbatch()
+
     def freeze(self) -> None:
         """No weight gradients from here on."""
         for chunk in self.chunks:
@@ -97,20 +103,22 @@ class MegatronModel:
 def spec_backend(name: str, spec: str, dtype: str) -> BackendSpecProvider:
     """The layers to build from: ``spec`` is "auto", "torch" or "te"; ``name`` the section, for errors.
 
-    "auto" keeps fp32 models on plain torch: Transformer Engine multiplies fp32 matrices in TF32.
+    "auto" keeps fp32 models on plain torch: Transformer Engine multiplies fp32 matrices in TF32. A bf16 model on a GPU
+    never falls back to plain torch by itself: it would be several times slower, its experts one after the other.
     """
     if spec == "torch" or (spec == "auto" and (on_cpu() or dtype == "fp32")):
         return TorchSpecProvider()
     if on_cpu():
         raise UserError(f"{name}.spec", "te without a CUDA device", "use torch or auto")
     try:
-        import transformer_engine  # noqa: F401
-    except ImportError:
-        if spec == "te":
-            raise UserError(
-                f"{name}.spec", "te, but transformer_engine is not installed", "install the gpu extra or use torch"
-            ) from None
-        return TorchSpecProvider()
+        import transformer_engine.pytorch  # noqa: F401
+    except Exception as error:  # a compiled package that does not fit its torch or CUDA can raise anything
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{name}.spec",
+            f"{spec} with {dtype} on a GPU needs Transformer Engine, which cannot be imported ({reason})",
+            f"install it (tools/install_gpu.sh), or ask for plain torch layers with {name}.spec torch",
+        ) from error
     from g2r_megatron.model.te_layers import TreeTESpecProvider
 
     return TreeTESpecProvider()
@@ -135,10 +143,7 @@ def check_precision(name: str, precision: Precision, spec: str) -> None:
     if on_cpu():
         raise UserError(where, f"{precision.fp8} without a CUDA device", "FP8 needs a GPU; use none")
     check_precision_options(name, precision, spec)
-    if isinstance(spec_backend(name, spec, precision.dtype), TorchSpecProvider):
-        raise UserError(
-            where, f"{precision.fp8} with plain torch layers", "FP8 needs Transformer Engine; install the gpu extra"
-        )
+    spec_backend(name, spec, precision.dtype)  # Transformer Engine is there
     import transformer_engine.pytorch as te
 
     available = {
@@ -149,6 +154,31 @@ def check_precision(name: str, precision: Precision, spec: str) -> None:
     can, reason = available[precision.fp8](return_reason=True)
     if not can:
         raise UserError(where, f"{precision.fp8} on this GPU ({reason})", "choose another recipe or none")
+
+
+def check_fp8_widths(name: str, hf: HFModel, layout: Layout, precision: Precision) -> None:
+    """Raise ``UserError`` for a product whose sides on one rank FP8 kernels do not take."""
+    if precision.fp8 == "none":
+        return
+    g, multiple = hf.geometry, FP8_WIDTHS[precision.fp8]
+    widths = {
+        "hidden size": g.hidden,
+        f"query heads x head size over tp {layout.tp}": g.heads * g.head_dim // layout.tp,
+        f"query and key-value heads x head size over tp {layout.tp}": (g.heads + 2 * max(g.kv_heads, layout.tp))
+        * g.head_dim
+        // layout.tp,
+    }
+    if not g.experts or g.dense_layers:
+        widths[f"feed-forward size over tp {layout.tp}"] = g.ffn // layout.tp
+    if g.experts:
+        widths[f"expert feed-forward size over etp {layout.etp}"] = g.expert_ffn // layout.etp
+    for what, width in widths.items():
+        if width % multiple:
+            raise UserError(
+                f"{name}.precision.fp8",
+                f"{precision.fp8} with a {what} of {width}, not a multiple of {multiple}",
+                "choose a smaller tensor parallel size, or none",
+            )
 
 
 def check_model(name: str, hf: HFModel, layout: Layout, precision: Precision, spec: str) -> None:
@@ -166,6 +196,7 @@ def check_model(name: str, hf: HFModel, layout: Layout, precision: Precision, sp
     )
     spec_backend(name, spec, precision.dtype)
     check_precision(name, precision, spec)
+    check_fp8_widths(name, hf, layout, precision)
 
 
 def _recompute_options(recompute: str) -> dict:

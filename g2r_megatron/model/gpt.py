@@ -8,12 +8,16 @@ one row each count their positions from 0, where GPTModel counts 0..S-1 whatever
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -108,6 +112,19 @@ class SelectiveGPTModel(GPTModel):
     """
 
     _logit_rows = None
+    fp32_ids: list[int] | None = None  # tokens whose logits are computed in fp32 (``logits_in_fp32``)
+
+    @contextmanager
+    def logits_in_fp32(self, ids: list[int]):
+        """In the block the logits at ``logit_rows`` of these tokens are fp32 products of hidden state and weight row.
+
+        bf16 logits are so coarse that those of two verdicts are often equal. A model in fp32 is left as it is.
+        """
+        self.fp32_ids = ids if self.config.params_dtype != torch.float32 else None
+        try:
+            yield
+        finally:
+            self.fp32_ids = None
 
     def forward(self, *args, logit_rows: torch.Tensor | None = None, **kwargs):
         self._logit_rows = logit_rows
@@ -133,7 +150,18 @@ class SelectiveGPTModel(GPTModel):
             logits, _ = output(selected, weight=weight)
         finally:
             output.sequence_parallel, output.allreduce_dgrad = sequence_parallel, allreduce
-        return logits.squeeze(1)
+        logits = logits.squeeze(1)
+        if self.fp32_ids is None:
+            return logits
+        return self._with_fp32_logits(logits, selected.squeeze(1), output.weight if weight is None else weight)
+
+    def _with_fp32_logits(self, logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """``logits`` [n, v/tp] as fp32, those of ``fp32_ids`` made of ``hidden`` [n, h] and rows of ``weight`` [v/tp, h]."""
+        tp, columns = self.pg_collection.tp, logits.size(1)
+        mine = [i - tp.rank() * columns for i in self.fp32_ids if i // columns == tp.rank()]
+        here = torch.tensor(mine, dtype=torch.int64, device=logits.device)
+        hidden = copy_to_tensor_model_parallel_region(hidden, group=tp)  # backward: the sum over the ranks' columns
+        return logits.float().index_copy(1, here, F.linear(hidden.float(), weight[here].float()))
 
     def _selected(self, hidden_states: torch.Tensor, rows: torch.Tensor, sequence_parallel: bool) -> torch.Tensor:
         """[n, h] at ``rows``, whole on every TP rank; ``hidden_states``: [s, b, h], a slice of s if so parallel.

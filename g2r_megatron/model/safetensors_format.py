@@ -116,7 +116,7 @@ def _parse_json(text: bytes, where: Path, what: str) -> dict:
 def _refuse_other_kinds(file: Path, head: bytes) -> None:
     """Raise ``UserError`` when a file begins as no safetensors file does, saying what it is."""
     refuse_stand_in(file, head)
-    if head.startswith(PICKLE_HEADS):
+    if head.startswith(PICKLE_HEADS) and head[8:9] != b"{":  # a header's length may begin with the same bytes
         remedy = "save the model with safe_serialization=True: pickle files can run code when they are read"
         raise UserError(str(file), f"is a pickle file with the suffix {SUFFIX}", remedy)
     if not any(head[:8]):

@@ -1,13 +1,16 @@
 """SIGUSR1 and SIGTERM: the wish to be elsewhere, and the agreement of all ranks on where to leave.
 
-A signal reaches one rank or several, at any moment; its handler only notes it. Where a rank may leave, it asks the
-others (one number is reduced), so that all leave at the same place. These places are between the phases of a step and
-between the batches of a sampling phase, always before the optimizer has touched the weights: what is saved then is the
-last finished step, and the run that goes on from there is the run that was never interrupted.
+A signal reaches one rank or several, at any moment; its handler only notes it. One that reaches the launcher alone need
+not be passed on (torchrun passes on what its --signals-to-handle names): it ends the launcher, and a rank whose launcher
+has gone takes that for the wish itself. Where a rank may leave, it asks the others (one number is reduced), so that all
+leave at the same place. These places are between the phases of a step and between the batches of a sampling phase,
+always before the optimizer has touched the weights: what is saved then is the last finished step, and the run that goes
+on from there is the run that was never interrupted.
 """
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +20,7 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 _asked = False
+_LAUNCHER = os.getppid() if "RANK" in os.environ else None  # a process that nobody launched may outlive its shell
 _KEY = f"g2r/preempted/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # in the job's store
 
 
@@ -45,22 +49,39 @@ def leave_if_asked() -> None:
 
     from g2r_megatron.device import local_device
 
-    asked = torch.tensor(int(_asked or _told()), device=local_device())
+    asked = torch.tensor(int(_wants_to_leave() or _told()), device=local_device())
     dist.all_reduce(asked, op=dist.ReduceOp.MAX)
     if asked.item():
         raise Preempted
 
 
+def _wants_to_leave() -> bool:
+    """Whether this rank was signalled, or its launcher has gone."""
+    return _asked or (_LAUNCHER is not None and os.getppid() != _LAUNCHER)
+
+
 def tell_other_side() -> None:
     """Called by a rank that is the judge's alone (parallel/sides.py), after each part: it has no say where to leave."""
+    from torch.distributed import DistError
+
     from g2r_megatron.parallel.sides import job_store
 
-    if _asked:
-        job_store().set(_KEY, "")
+    if _wants_to_leave():
+        try:
+            job_store().set(_KEY, "")
+        except DistError as gone:  # the store went with the launcher that held it: the policy's ranks find that too
+            print(f"g2r: the job's store does not answer ({gone})", file=sys.stderr, flush=True)
 
 
 def _told() -> bool:
-    """Whether a judge rank has told of its signal."""
+    """Whether a judge rank has told of its signal. A launcher that is gone took the store with it: that tells as much."""
+    from torch.distributed import DistError
+
     from g2r_megatron.parallel.sides import has_sides, job_store
 
-    return has_sides() and job_store().check([_KEY])
+    if not has_sides():
+        return False
+    try:
+        return job_store().check([_KEY])
+    except DistError:
+        return True

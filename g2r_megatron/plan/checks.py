@@ -62,10 +62,11 @@ def _check_place(config: PlanConfig) -> None:
 
 
 def _check_model(name: str, hf: HFModel, section) -> None:
-    from g2r_megatron.model.build import check_model, check_precision_options
+    from g2r_megatron.model.build import check_fp8_widths, check_model, check_precision_options
 
     check_model(name, hf, section.layout, Precision(dtype=section.precision.dtype), "torch")
     check_precision_options(name, section.precision, section.spec)
+    check_fp8_widths(name, hf, section.layout, section.precision)
 
 
 def missing_files(config: PlanConfig) -> list[str]:

@@ -23,6 +23,7 @@ GIB = 1024**3
 IMPORT_SECONDS = 180.0
 PROGRAM_SECONDS = 30.0
 SHM_GIB, OPEN_FILES, FREE_DISK_GIB = 8, 4096, 50
+TESTED_TORCH, LEAST_TORCH = "2.13.0", (2, 11)
 STYLES = {"ok": "green", "note": "yellow", "missing": "yellow", "broken": "bold red"}
 
 
@@ -136,9 +137,7 @@ def check_torch(has_gpu: bool) -> list[Finding]:
     found = run_probe(TORCH_PROBE)
     if "version" not in found:
         return [Finding("torch", "broken", f"cannot be imported ({one_line(found['error'])}); reinstall it")]
-    lines = [
-        Finding("torch", "ok", f"{found['version']}, " + (f"CUDA {found['cuda']}" if found["cuda"] else "CPU build"))
-    ]
+    lines = [torch_version(found["version"], found["cuda"])]
     if found["error"]:
         lines.append(Finding("CUDA", "broken", f"{one_line(found['error'])}; driver and torch's CUDA must fit"))
     elif found["gpus"]:
@@ -157,6 +156,17 @@ def check_torch(has_gpu: bool) -> list[Finding]:
     else:
         lines.append(Finding("GPU", "note", "none: models run on the CPU, over gloo"))
     return lines
+
+
+def torch_version(version: str, cuda: str | None) -> Finding:
+    """The tested version is right, another one since ``LEAST_TORCH`` is let through, an older one is too old."""
+    text = f"{version}, " + (f"CUDA {cuda}" if cuda else "CPU build")
+    if version.partition("+")[0] == TESTED_TORCH:
+        return Finding("torch", "ok", text)
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if (major, minor) >= LEAST_TORCH:
+        return Finding("torch", "note", f"{text}; tested with {TESTED_TORCH}")
+    return Finding("torch", "broken", f"{text}; older than {'.'.join(map(str, LEAST_TORCH))}: install {TESTED_TORCH}")
 
 
 def check_driver() -> tuple[bool, Finding]:

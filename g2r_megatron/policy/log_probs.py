@@ -79,9 +79,13 @@ class UpdateLogProbs:
 def response_log_probs(
     model: MegatronModel, sequences: Sequence[TokenSequence], plan: list, temperature: float
 ) -> list[torch.Tensor]:
-    """log p [T_i] fp32 (CPU) of every sequence in any rank's ``plan``, on every rank (collective over the world)."""
+    """log p [T_i] fp32 (CPU) of every sequence in any rank's ``plan``, on every rank (collective over the world).
+
+    In training mode, as the update runs (models here have no dropout): Transformer Engine takes other attention kernels
+    in evaluation, whose rounding is another one.
+    """
     training = model.training
-    model.train(False)
+    model.train()
 
     def collect(batch: TokenBatch, logits: torch.Tensor):
         return None, (batch.items, token_log_probs(model, batch, logits, sequences, temperature))

@@ -11,7 +11,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from g2r_megatron.config.options import OptimizerConfig, TrainConfig
 from g2r_megatron.device import local_device
-from g2r_megatron.errors import UserError
+from g2r_megatron.errors import RunError, UserError
 from g2r_megatron.model.build import MegatronModel
 from g2r_megatron.model.schedule import TokenBatch, forward_tokens, run_schedule
 from g2r_megatron.policy.log_probs import (
@@ -24,6 +24,8 @@ from g2r_megatron.policy.log_probs import (
 )
 from g2r_megatron.policy.losses import aggregation_weights, loss_metrics, policy_loss
 
+# How far the first ratios of a run may be from 1: old log-probs and update run the same kernels on the same weights.
+FIRST_RATIO = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 SUMS = ("tokens", "policy", "ratio", "clipped", "kl", "k1", "k2", "k3")
 
 
@@ -47,6 +49,22 @@ def wrap_for_training(model: MegatronModel, options: OptimizerConfig) -> None:
 
 def _finalize_gradients(modules, num_tokens, pg_collection, force_all_reduce=False):
     finalize_model_grads(modules, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
+
+
+def check_first_ratio(metrics: dict[str, float], dtype: torch.dtype) -> None:
+    """Raise ``RunError`` unless the first mini-batch's ratios are 1, to the dtype's tolerance; ``metrics`` of an update.
+
+    They are of the policy with itself: anything else means that old log-probs and update do not compute the same
+    function (stale FP8 weights, other kernels). A ratio that is not finite is a bad step's business.
+    """
+    mean, largest = metrics["ratio/first"], metrics["ratio/first_max"]
+    off = max(abs(mean - 1.0), largest - 1.0)
+    if off > FIRST_RATIO[dtype]:
+        raise RunError(
+            f"the first ratios of this run are off 1 by {off:.3g} (mean {mean:.6g}, largest {largest:.6g}; at most "
+            f"{FIRST_RATIO[dtype]:g} in {str(dtype).removeprefix('torch.')}): old log-probs and update do not agree; "
+            "run tools/gpu_check.sh, or try policy.spec torch"
+        )
 
 
 def build_optimizer(model: MegatronModel, options: OptimizerConfig):
@@ -282,7 +300,7 @@ class PolicyTrainer:
             collected.append(metrics)
         means = {name: sum(m[name] for m in collected) / len(collected) for name in collected[0]}
         means["ratio/max"] = max(m["ratio/max"] for m in collected)
-        means["ratio/first"] = collected[0]["ratio/mean"]
+        means["ratio/first"], means["ratio/first_max"] = collected[0]["ratio/mean"], collected[0]["ratio/max"]
         means["optimizer/lr"] = self.learning_rate
         means["optimizer/skipped_steps"] = float(skipped)
         self.scheduler.step(increment=1)

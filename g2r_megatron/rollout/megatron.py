@@ -63,6 +63,7 @@ class MegatronRolloutEngine:
         shares = [order[rank :: groups.dp_size] for rank in range(groups.dp_size)]  # near lengths meet, on every rank
         training = self.model.training
         self.model.train(False)
+        self.model.weights_changed()  # since the last pass, by an update; decoding steps after the first keep the copies
         with without_sequence_parallel(self.model):
             for first in range(0, len(shares[0]), self.config.batch_size):
                 between_batches()

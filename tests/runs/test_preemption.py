@@ -9,16 +9,29 @@ wanted phase. Leaves out kills (test_train_resume.py) and what Slurm makes of it
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from distributed import free_port
 from g2r_megatron.cli import main
 from g2r_megatron.errors import UserError
 from g2r_megatron.records.heartbeat import Heartbeat, read_heartbeat
-from real_runs import PATIENCE, assert_same_run, checkpoints, heartbeat, last_recorded, quickstart_options, send, start
+from real_runs import (
+    PATIENCE,
+    assert_same_run,
+    checkpoints,
+    heartbeat,
+    last_recorded,
+    log_of,
+    processes_of,
+    quickstart_options,
+    send,
+    start,
+)
 from real_runs import wait_for as wait_for_run
 
 
@@ -104,6 +117,45 @@ def test_the_command_exits_with_75(options, tmp_path):
     said = heartbeat(run)
     assert said["state"] == "preempted" and said["pid"] == process.pid and said["saved_step"] >= 1
     assert checkpoints(run)[-1] == f"step_{said['saved_step']:08d}"  # though save_every is 2
+
+
+# Starts two ranks and waits; a signal ends it as any program that does not care, and the ranks are told nothing.
+LAUNCHER = """
+import os, subprocess, sys
+port, *command = sys.argv[1:]
+place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+ranks = [subprocess.Popen(command, env={**os.environ, **place, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in (0, 1)]
+sys.exit(max(rank.wait() for rank in ranks))
+"""
+
+
+@pytest.mark.parametrize(
+    ("launcher", "number", "changes"),
+    [("silent", signal.SIGTERM, []), ("torchrun", signal.SIGUSR1, ["--judge.ranks", "1"])],
+    ids=["a launcher that forwards nothing", "torchrun with its store, judge on its own rank"],
+)
+def test_a_signal_that_only_the_launcher_gets(options, tmp_path, monkeypatch, launcher, number, changes):
+    """It ends the launcher; every rank then leaves at the same place, saves and says 75."""
+    run, codes = tmp_path / "run", tmp_path / "codes"
+    codes.mkdir()
+    monkeypatch.setenv("G2R_EXIT_CODES", str(codes))
+    launch = [sys.executable, "-c", LAUNCHER, str(free_port())] if launcher == "silent" else None
+    process = start(run, [*options, *changes], 2, command=launch)
+    try:
+        wait_for_run(lambda: last_recorded(run) >= 1, process, run)
+        os.kill(process.pid, number)
+        assert process.wait(PATIENCE) == -number
+        deadline = time.monotonic() + PATIENCE
+        while processes_of(run) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not processes_of(run), log_of(run)
+    finally:
+        send(run, signal.SIGKILL)
+    said = heartbeat(run)
+    assert said["state"] == "preempted" and said["saved_step"] == said["step"] >= 1, log_of(run)
+    assert checkpoints(run)[-1] == f"step_{said['saved_step']:08d}"
+    left = {file.name: file.read_text() for file in codes.iterdir()}
+    assert left["rank_0"] == "75\n" and left["rank_1"] == ("0\n" if changes else "75\n")  # a judge rank just ends
 
 
 def test_heartbeat(tmp_path, monkeypatch):

@@ -81,6 +81,15 @@ def test_apex(modules, files, state, said):
     assert finding.state == state and said in finding.what
 
 
+@pytest.mark.parametrize(
+    ("version", "state"),
+    [("2.13.0+cu130", "ok"), ("2.14.0a0+nv26.04", "note"), ("2.11.0", "note"), ("2.9.1+cu128", "broken")],
+)
+def test_torch_versions(version, state):
+    """The tested one, others that are let through with a word, one that is too old."""
+    assert doctor.torch_version(version, "13.0").state == state
+
+
 def test_a_driver_with_gpus_needs_a_torch_that_sees_them(tmp_path, monkeypatch):
     """torch's CPU build beside a GPU is what is broken; without a driver it is not."""
     if "+cpu" not in __import__("torch").__version__:

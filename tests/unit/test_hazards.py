@@ -97,6 +97,7 @@ def test_attribution_metrics():
             "attribution/ess_share": (1 + 0.25) / 2,
             "attribution/flat_share": 0.5,
             "attribution/max_alpha": (0.25 + 1) / 2,
+            "attribution/one_token_share": 0.5,
         }
     )
 

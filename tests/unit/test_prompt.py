@@ -1,7 +1,7 @@
 """The judge prompt and the tokenizer helpers: spans are exact, and data never becomes a control token.
 
 Tokenizers are trained here: byte-level BPE with a ChatML (Qwen) and a Llama-3 chat template, and a word-level one.
-Left out: sentencepiece tokenizers, and templates of families the project does not read.
+Left out: sentencepiece tokenizers; test_chat_templates.py has published templates.
 """
 
 import json
@@ -145,21 +145,28 @@ def test_word_level_vocabulary_cannot_inject(words):
 @pytest.mark.parametrize(
     "template, found",
     [
-        ("{% for m in messages %}{{ m.role }}{% endfor %}", "exactly once"),
-        ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "exactly once"),
-        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "exactly once"),
         ("{{ raise_exception('roles must alternate') }}", "rejects roles"),
         ("{% for m in %}", "rejects roles"),
         ("", "no chat template"),
     ],
 )
 def test_unusable_chat_templates(template, found):
-    """A template that drops, repeats or rewrites content, rejects it, is broken or missing is a one-line UserError."""
+    """A template that rejects the roles, is broken or missing is a one-line UserError."""
     tokenizer = bpe(["<e>"], eos_token="<e>")
     tokenizer.chat_template = template
     with pytest.raises(UserError, match=found) as error:
         chat_parts(tokenizer, [{"role": "user", "content": "fever"}], "row 3")
     assert str(error.value).startswith("row 3") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "{{ m.content }}{{ m.content }}", "{{ m.content[:10] }}"])
+def test_judge_needs_its_template_printed_once(content):
+    """A chat template that drops, repeats or cuts the judge's prompt leaves no place for a response."""
+    tokenizer = bpe(["<e>"], eos_token="<e>")
+    tokenizer.chat_template = "{% for m in messages %}" + content + "{% endfor %}"
+    with pytest.raises(UserError, match=r"judge\.chat_template.*exactly once") as error:
+        JudgePrompt(tokenizer, JudgeConfig())
+    assert "\n" not in str(error.value)
 
 
 def test_stop_tokens(chat, words, tmp_path):
