@@ -34,11 +34,18 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 # family -> its model_type and what its config adds to ``SHAPE``
 CONFIGS = {
     "qwen2": dict(model_type="qwen2", tie_word_embeddings=True),  # QKV bias
     "qwen3": dict(model_type="qwen3", tie_word_embeddings=False),  # q/k norm
     "llama3": dict(model_type="llama", rope_parameters=LLAMA3_ROPE, tie_word_embeddings=False),
+    "llama_yarn": dict(model_type="llama", rope_parameters=YARN_ROPE, tie_word_embeddings=False),
     "mistral": dict(model_type="mistral", sliding_window=24, tie_word_embeddings=False),
     "qwen3_moe": dict(
         model_type="qwen3_moe",

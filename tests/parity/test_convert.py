@@ -9,6 +9,7 @@ Leaves out bad input (test_convert_bad_input.py), speed and memory (benchmarks/c
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig
 
 from convert_models import DIRECTORIES, FUSED, other_files, tensors_of, to_hf, to_megatron, write_directory
 from distributed import CaseFailed, groups_of
@@ -193,6 +196,30 @@ def test_round_trip_is_bitwise(worlds, source, tmp_path, name, processes):
     assert other_files(megatron / "hf") == other_files(source(name))
     if processes == 2:
         assert {p.name for p in megatron.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
+
+
+def test_a_language_model_of_a_larger_one_with_fp32_norms_and_a_query(worlds, source, tmp_path):
+    """Mixed dtypes keep their bits where one parameter has one dtype, and their values where the wider one holds both.
+
+    What comes back is the language model alone, under its own names, which transformers loads.
+    """
+    whole, megatron, back = tmp_path / "whole", tmp_path / "megatron", tmp_path / "back"
+    shutil.copytree(source("mistral"), whole)
+    text = json.loads((whole / "config.json").read_text())
+    outer = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "vision_config": {"a": 1}}
+    (whole / "config.json").write_text(json.dumps(outer | {"text_config": text}))
+    wide = {n: t.float() if "norm" in n or n.endswith("q_proj.weight") else t for n, t in tensors_of(whole).items()}
+    tower = {"vision_tower.norm.weight": torch.ones(3)}
+    save_file({f"language_model.{n}": t for n, t in wide.items()} | tower, whole / "model.safetensors")
+    assert worlds[1].run(to_megatron, str(whole), str(megatron)) == [None]
+    assert worlds[1].run(to_hf, str(megatron), str(back)) == [None]
+    after = tensors_of(back)
+    assert after.keys() == wide.keys()
+    for name, tensor in wide.items():
+        kept = torch.float32 if name.split(".")[-2] in ("k_proj", "v_proj") else tensor.dtype
+        assert after[name].dtype == kept and torch.equal(after[name], tensor.to(kept)), name
+    config = AutoConfig.from_pretrained(back)
+    assert (config.model_type, config.architectures) == ("mistral", ["MistralForCausalLM"])
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama3", "mixtral_fused", "qwen3_moe_some_layers"])

@@ -40,6 +40,8 @@ CASES = [
     ("cp4", "qwen3", "l1_selective_recompute"),
     ("cp2_tp2", "qwen2", "paper"),
     ("cp2_dp2", "llama3", "l2_full_recompute"),
+    ("tp1pp1", "llama_yarn", "robust"),  # its factor is in the scale of the attention
+    ("cp2", "llama_yarn", "one_each_full_recompute"),
     *(("cp2_tp2sp", "mistral", way) for way in ("robust", "l1_selective_recompute")),
     ("tp2_pp2_uneven", "qwen2", "paper"),
     *(("pp3_vpp2_uneven", "qwen3", way) for way in THREE),
