@@ -20,8 +20,8 @@ class TokenBatch:
 
     ``input_ids`` int64 [b, s]; ``logit_rows`` int64 [n] into the flattened positions (row * s + position);
     ``items``: the indices of the caller's sequences, in row order. A filler (see ``replica_plan``) has no items, no
-    logit rows and one row of padding. Of a packed row also ``position_ids`` int64 [s] and ``structure`` int32 [3, s] on
-    the CPU (model/tree_attention.py).
+    logit rows and one row of padding. Of a packed row also ``position_ids`` int64 [s], ``last_position`` where the largest
+    of them may be beyond the row's length, and ``structure`` int32 [3, s] on the CPU (model/tree_attention.py).
     """
 
     input_ids: torch.Tensor
@@ -29,6 +29,7 @@ class TokenBatch:
     items: list[int]
     position_ids: torch.Tensor | None = None
     structure: torch.Tensor | None = None
+    last_position: int | None = None
 
 
 def token_batch(
@@ -76,6 +77,7 @@ def forward_tokens(
         batch.structure,
         decoder_input=decoder_input,
         logit_rows=batch.logit_rows,
+        last_position=batch.last_position,
     )
 
 
