@@ -45,7 +45,7 @@ def train_command(argv: list[str]) -> None:
     check_train_config(config, _world_size())
     with preemption.listening():
         _import_megatron()
-        from g2r_megatron.train import train
+        from g2r_megatron.launch import train
 
         train(config)
 

@@ -36,6 +36,7 @@ class ResponseReader:
     Subclasses set ``_response_continues``: whether text stands right before the response (``encode_text``).
     """
 
+    needs_rubric = True
     _response_continues: bool
 
     def __init__(
@@ -139,6 +140,10 @@ class JudgePrompt(ResponseReader):
                 "raise judge.max_length, shorten the responses, or use judge.credit=per_item",
             )
         return inputs
+
+    def described(self, item: JudgeInput) -> dict:
+        """Where and how the verdict of ``item`` is read, as plain data."""
+        return {"verdict_position": item.verdict_position, "true_ids": self.true_ids, "false_ids": self.false_ids}
 
     def _side(self, side: str, conversation: str, criterion: str) -> tuple[int, ...]:
         """Encoded text on one side of the response; cached by the fields that stand on that side."""

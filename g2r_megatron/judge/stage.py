@@ -11,12 +11,13 @@ import torch
 
 from g2r_megatron.config.options import JudgeConfig
 from g2r_megatron.credit.attribution import alpha_from_attribution, pooled_weights, sentence_ids
+from g2r_megatron.credit.judgements import ItemJudgement, Judgement, ScoreJudgement
 from g2r_megatron.data.tokenizer import token_texts
 from g2r_megatron.data.types import Query
 from g2r_megatron.judge.frozen import FrozenJudge, Pass
 from g2r_megatron.judge.prompt import JudgePrompt, ResponseReader
 from g2r_megatron.judge.reward_prompt import RewardPrompt
-from g2r_megatron.judge.types import ItemJudgement, JudgeInput, Judgement, ScoreJudgement
+from g2r_megatron.judge.types import JudgeInput
 
 
 class JudgeStage:

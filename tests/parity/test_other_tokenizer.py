@@ -12,10 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_alignment import byte_bpe, owners_of, piece_bytes
-from test_parity_judge import Variant, hf_judge, reference_alpha
-from test_tokenizer_files import KINDS, train
-from test_train_loop import metrics_of, samples_of, train_here
 from transformers import AutoModelForCausalLM
 
 from g2r_megatron.config import parsing
@@ -29,6 +25,10 @@ from g2r_megatron.records.heartbeat import Heartbeat
 from g2r_megatron.run import Run
 from g2r_megatron.train import train_step
 from g2r_megatron.workers import build_workers, read_inputs
+from test_alignment import byte_bpe, owners_of, piece_bytes
+from test_parity_judge import Variant, hf_judge, reference_alpha
+from test_tokenizer_files import KINDS, train
+from test_train_loop import metrics_of, samples_of, train_here
 from tiny_models import build_model, build_tokenizer
 
 GROUP = 6

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_alignment import byte_bpe
 from transformers import AutoModelForSequenceClassification
 
 from convert_models import tensors_of, to_hf, to_megatron
@@ -24,6 +23,7 @@ from g2r_megatron.data.tokenizer import encode_text, load_tokenizer, neutral_ids
 from g2r_megatron.data.types import Query
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.reward_prompt import RewardPrompt
+from test_alignment import byte_bpe
 from tiny_models import CHATML, build_tiny_reward_model, build_tokenizer
 
 CONVERSATIONS = [

@@ -12,7 +12,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_tokenizer_files import KINDS, train
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -24,6 +23,7 @@ from g2r_megatron.data.token_spans import decoded_bounds, encoded_bounds
 from g2r_megatron.data.tokenizer import encode_text, load_tokenizer, neutral_ids, special_ids, stand_in_id
 from g2r_megatron.data.types import Query, RubricItem
 from g2r_megatron.judge.prompt import JudgePrompt
+from test_tokenizer_files import KINDS, train
 from tiny_models import build_tokenizer
 
 BYTES = {char: byte for byte, char in bytes_to_unicode().items()}
