@@ -8,7 +8,7 @@ its ``--help`` text. An option whose default is ``None`` "follows the preset" ta
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
-Attribution = Literal["grad_x_embed", "l1", "l2", "contracted"]
+Attribution = Literal["grad_x_embed", "l1", "l2", "contracted", "gate"]
 Target = Literal["log_prob", "logit_margin"]
 Smoothing = Literal["none", "smear", "sentence"]
 Credit = Literal["per_item", "per_response"]
@@ -115,7 +115,13 @@ class JudgeConfig:
     """what is differentiated: log p(verdict) or logit(True) - logit(False) (follows the preset); a reward model's score
     is its own target"""
     attribution: Attribution | None = None
-    """b_t: g.e, L1 or L2 norm of g, or g.(e - mean) at the contracted embedding (follows the preset)"""
+    """b_t: g.e, L1 or L2 norm of g, g.(e - mean) at the contracted embedding, or the gradient at the gates that multiply
+    the attention weights of t (follows the preset)"""
+    gate_queries: Literal["branch", "all"] | None = None
+    """whose attention weights `gate` multiplies: those of what follows the response (all items in one backward with the
+    verdicts), or of all tokens after t; none: branch, for a reward model all"""
+    gate_levels: list[float] = field(default_factory=lambda: [1.0])
+    """the gates m in (0, 1] at which `gate` takes the gradient; b is their mean. Verdicts are always at 1"""
     credit: Credit = "per_item"
     """one backward for each item, or one for the weighted mean of a response's items, which then have one alpha"""
     contraction: float = 0.15

@@ -13,27 +13,15 @@ import torch.distributed as dist
 
 from g2r_megatron.config.options import JudgeConfig
 from g2r_megatron.device import local_device
-from g2r_megatron.errors import UserError
 from g2r_megatron.judge.activation_memory import check_memory
+from g2r_megatron.judge.gates import Gates
 from g2r_megatron.judge.packing import Tree, build_trees, row_structure
 from g2r_megatron.judge.routing import Routing
-from g2r_megatron.judge.targets import ScoreTarget, VerdictTarget
-from g2r_megatron.judge.types import JudgeInput
+from g2r_megatron.judge.targets import ScoreTarget, VerdictTarget, require_finite
+from g2r_megatron.judge.types import JudgeInput, Pass
 from g2r_megatron.model.build import MegatronModel
 from g2r_megatron.model.schedule import TokenBatch, replica_plan, run_schedule
 from g2r_megatron.parallel.microbatches import pack_rows, padded
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One backward: of sum_j ``weights[j]`` target(``inputs[j]``, ``verdicts[j]``); a score has no verdict (None).
-
-    Several inputs are of one response and share it (``packing.shared_length``): its embeddings are then one leaf.
-    """
-
-    inputs: Sequence[JudgeInput]
-    verdicts: Sequence[bool | None]
-    weights: Sequence[float]
 
 
 @dataclass
@@ -102,6 +90,7 @@ class FrozenJudge:
         self.target = ScoreTarget() if is_reward_model else VerdictTarget(model, config.target, true_ids, false_ids)
         model.freeze()  # frozen linears take Megatron-Core's dgrad-only path
         self.routing = Routing(model)
+        self.gates = Gates(model, config, self.target, self.routing) if config.attribution == "gate" else None
         self._mean_embedding = self._compute_mean_embedding() if config.attribution == "contracted" else None
 
     def _compute_mean_embedding(self) -> torch.Tensor | None:
@@ -157,17 +146,12 @@ class FrozenJudge:
             for items, values in results:
                 table[items] = values
         dist.all_reduce(table)
-        if not torch.isfinite(table).all():
-            bad = int((~torch.isfinite(table).all(1)).nonzero()[0])
-            raise UserError(
-                "judge.model",
-                f"the {self.target.noun} of input {bad} are not finite: {table[bad].tolist()}",
-                "check the judge's weights and judge.precision",
-            )
-        return table.cpu()
+        table = table.cpu()
+        require_finite(table, self.target.noun)
+        return table
 
     def token_gradients(self, passes: Sequence[Pass]) -> list[TokenGradients]:
-        """Gradients of every pass at its response's embeddings (collective; all ranks get all).
+        """Gradients of every pass at its response's embeddings, one leaf a pass (collective; all ranks get all).
 
         The target of an input: judge/targets.py.
         """

@@ -50,8 +50,10 @@ class RewardPrompt(ResponseReader):
                 "give it the one that the model was trained with (chat_template.jinja, or in tokenizer_config.json)",
             )
         self.pad_id = pad_id
-        before, _ = self._parts(PROBE, "judge.model")
+        before, after = self._parts(PROBE, "judge.model")
         self._response_continues = data_continues(tokenizer, before[-1][0])
+        behind = encode_parts(tokenizer, after, continues=True)
+        self.check_branch(self.score_position([-1, *behind]), "what the score is read from", "use all")
         self._sides = lru_cache(maxsize=CACHED_CONVERSATIONS)(self._sides_uncached)
 
     def build_items(self, query: Query, response_ids: Sequence[int]) -> list[JudgeInput]:

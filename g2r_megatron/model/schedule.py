@@ -31,6 +31,11 @@ class TokenBatch:
     structure: torch.Tensor | None = None
     last_position: int | None = None
 
+    @property
+    def has_targets(self) -> bool:
+        """Whether the last stage is asked for a loss; of a filler it is not."""
+        return bool(self.items)
+
 
 def token_batch(
     model: MegatronModel, sequences: Sequence[list[int]], positions: Sequence, items: list[int]
@@ -102,7 +107,7 @@ def run_schedule(
         batch = next(iterator)
 
         def loss_func(output, non_loss_data=False):
-            loss, result = on_last_stage(batch, output) if batch.items else (output.sum(), _Filler)
+            loss, result = on_last_stage(batch, output) if batch.has_targets else (output.sum(), _Filler)
             return result if non_loss_data else (loss, torch.zeros([], dtype=torch.int, device=loss.device), result)
 
         return forward(module, batch), loss_func

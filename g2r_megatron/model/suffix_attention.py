@@ -13,7 +13,12 @@ import torch
 from g2r_megatron.model.suffix_rows import Block, SuffixRow, row_blocks
 
 LOWEST = torch.finfo(torch.float32).min  # log of a sum over nothing
-CPU_SCORES, GPU_SCORES = 2**18, 2**25  # of a chunk: as many as the CPU's cache holds; enough to fill a GPU
+CPU_SCORES, GPU_SCORES = 2**18, 2**24  # of a chunk: as many as the CPU's cache holds; enough to fill a GPU
+
+
+def scores_at_once(on_cpu: bool) -> int:
+    """Scores, in fp32, of a chunk; a few tensors of so many are alive at a time."""
+    return CPU_SCORES if on_cpu else GPU_SCORES
 
 
 def suffix_attention(
@@ -157,7 +162,7 @@ class _GateSums:
 def _chunks(block: Block, q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[slice, slice, slice]]:
     """(rows of the batch, queries, keys) of a bounded number of scores each; ``q`` [batch, r, n, d], ``k`` [batch, keys, d]."""
     batch, r, n = q.shape[:3]
-    limit = GPU_SCORES if q.is_cuda else CPU_SCORES
+    limit = scores_at_once(on_cpu=not q.is_cuda)
     rows = max(1, min(n, limit // max(1, r * k.size(1))))
     together = max(1, limit // max(1, r * n * k.size(1))) if rows == n else 1
     for first in range(0, batch, together):
