@@ -140,6 +140,13 @@ class JudgeConfig:
     """a response with ESS/T above this counts as flat in the metrics"""
 
 
+def gated_queries(judge: JudgeConfig, is_reward_model: bool = False) -> str | None:
+    """What ``judge.gate_queries`` means: None without gates; a reward model may read its score where the response ends."""
+    if judge.attribution != "gate":
+        return None
+    return judge.gate_queries or ("all" if is_reward_model else "branch")
+
+
 @dataclass
 class RolloutConfig:
     """Sampling of responses."""

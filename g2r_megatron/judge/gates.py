@@ -17,7 +17,7 @@ from itertools import groupby
 import torch
 import torch.distributed as dist
 
-from g2r_megatron.config.options import JudgeConfig
+from g2r_megatron.config.options import JudgeConfig, gated_queries
 from g2r_megatron.device import local_device
 from g2r_megatron.judge.activation_memory import check_suffix_memory
 from g2r_megatron.judge.routing import Routing
@@ -26,11 +26,6 @@ from g2r_megatron.judge.targets import Target, require_finite
 from g2r_megatron.judge.types import JudgeInput, Pass
 from g2r_megatron.model.build import MegatronModel
 from g2r_megatron.model.schedule import run_schedule
-
-
-def gated_queries(config: JudgeConfig, is_reward_model: bool) -> str:
-    """``judge.gate_queries``, by default "branch", and "all" for a reward model: its score may be read at the response's end."""
-    return config.gate_queries or ("all" if is_reward_model else "branch")
 
 
 @dataclass

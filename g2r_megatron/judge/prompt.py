@@ -7,7 +7,7 @@ from functools import lru_cache
 from transformers import PreTrainedTokenizerFast
 
 from g2r_megatron.config.checks import TEMPLATE_FIELDS, check_template
-from g2r_megatron.config.options import JudgeConfig
+from g2r_megatron.config.options import JudgeConfig, gated_queries
 from g2r_megatron.credit.alignment import Alignment, align
 from g2r_megatron.data.token_spans import decoded_bounds, encoded_bounds
 from g2r_megatron.data.tokenizer import (
@@ -47,7 +47,7 @@ class ResponseReader:
     ):
         """``policy_tokenizer``: of the response ids, when they are not ``tokenizer``'s."""
         self.tokenizer, self.policy_tokenizer = tokenizer, policy_tokenizer
-        self.gates_branch = config.attribution == "gate" and config.gate_queries == "branch"
+        self.gates_branch = gated_queries(config, not self.needs_rubric) == "branch"
         self.max_length = config.max_length
         self._encode_response = lru_cache(maxsize=CACHED_RESPONSES)(self._encode_response_uncached)
 
@@ -103,7 +103,6 @@ class JudgePrompt(ResponseReader):
         Raises ``UserError`` for a bad template, a missing chat template, or verdict words that cannot work.
         """
         super().__init__(tokenizer, config, policy_tokenizer)
-        self.gates_branch = config.attribution == "gate" and config.gate_queries in (None, "branch")
         self.one_sequence = config.credit == "per_response"
         self.true_ids = verdict_ids(tokenizer, config.true_words, "judge.true_words")
         self.false_ids = verdict_ids(tokenizer, config.false_words, "judge.false_words")
