@@ -5,20 +5,23 @@ window), and differentiates the target by m. Tolerance (fp32): 1e-4 of b's norm,
 and GPUs; attention alone, with chunks and bf16, is in tests/unit/test_suffix_attention.py.
 """
 
+import json
 from dataclasses import dataclass, replace
 from functools import cache
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from distributed import ALL_LAYOUTS, fits
-from g2r_megatron.config.options import JudgeConfig, Layout
+from g2r_megatron.config.options import PRESETS, JudgeConfig, Layout, fill_from_preset
 from g2r_megatron.credit.attribution import pooled_weights
 from g2r_megatron.data.tokenizer import encode_text, load_tokenizer
 from g2r_megatron.judge.prompt import JudgePrompt
-from test_shared_prefix import QUERY, RESPONSES, TEMPLATES, WEIGHTS, on, stage_of
-from tiny_models import build_tiny_hf
+from g2r_megatron.judge.types import JudgeInput
+from test_alignment import byte_bpe
+from test_shared_prefix import CRITERIA, QUERY, RESPONSES, TEMPLATES, WEIGHTS, on, stage_of
+from tiny_models import build_tiny_hf, build_tiny_reward_model
 
 # qwen2: windows in some layers; mistral: in all, of 24 positions, shorter than the prefix
 FAMILIES = ("qwen2", "qwen3", "llama3", "mistral", "qwen3_moe", "mixtral")
@@ -29,7 +32,7 @@ WINDOW = 24
 class Way:
     """How the judge is run. ``budget`` 1: an item a micro-batch; 90: rows of a few; 8192: everything in one row."""
 
-    queries: str = "branch"
+    queries: str | None = "branch"
     levels: tuple[float, ...] = (1.0,)
     target: str = "logit_margin"
     template: str = "criterion_last"
@@ -208,3 +211,238 @@ def test_gates_equal_a_float_mask_under_autograd(worlds, directory, reference, l
     """Both kinds of queries, levels, targets, pooled or not, recomputed or not; windows, experts, virtual stages."""
     found = on(worlds, layout, judge_all, directory(family, layers), layout, WAYS[way])
     check(found, reference, WAYS[way], family, layers)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("queries", ["branch", "all"])
+def test_any_order_of_the_template(worlds, directory, reference, template, queries):
+    """Also where the criterion stands before the response, so that each item has a prefix of its own."""
+    for layout in ("tp1pp1", "tp2pp1sp"):
+        way = Way(queries, template=template, budget=200)
+        check(on(worlds, layout, judge_all, directory("qwen3"), layout, way), reference, way, "qwen3", 4)
+
+
+@pytest.mark.parametrize("name", ["branch_log_prob_levels_full_recompute", "all_levels_full_recompute"])
+def test_the_same_bits_every_time(worlds, directory, name):
+    """Twice the same passes on four ranks: every number is the same (asserted in the ranks)."""
+    on(worlds, "tp2pp2sp", judge_all, directory("qwen2"), "tp2pp2sp", WAYS[name], True)
+
+
+# Properties of b.
+
+
+def judged_items(layout: Layout, path: str, way: Way, criteria: tuple[str, ...]) -> list[list[float]]:
+    """b of each of ``criteria`` on the longest response."""
+    stage = stage_of(path, "tp1pp1", way.config())
+    by_text = {item.criterion: item for item in QUERY.rubric}
+    query = replace(QUERY, rubric=tuple(by_text[text] for text in criteria))
+    inputs = stage.inputs([query], [encode_text(stage.prompt.tokenizer, RESPONSES[1])])
+    judgements = stage.verdicts(inputs, ["0"])
+    stage.attribute(inputs, judgements, [[True] * len(criteria)], [[1.0] * len(criteria)])
+    return [judgement.attribution.tolist() for judgement in judgements[0]]
+
+
+@pytest.mark.parametrize("queries", ["branch", "all"])
+def test_other_criteria_change_nothing(worlds, directory, queries):
+    """In another order, or alone: an item's b is its own."""
+    path, way = directory("qwen3"), Way(queries)
+    found = on(worlds, "tp1pp1", judged_items, path, way, CRITERIA)
+    turned = on(worlds, "tp1pp1", judged_items, path, way, CRITERIA[::-1])[::-1]
+    alone = [on(worlds, "tp1pp1", judged_items, path, way, (text,))[0] for text in CRITERIA]
+    for other in (turned, alone):
+        torch.testing.assert_close(torch.tensor(other), torch.tensor(found), rtol=1e-4, atol=1e-6)
+
+
+def test_a_token_that_no_gated_query_sees_has_no_gradient(worlds, directory):
+    """A window of 24 positions in every layer: what a branch's first token is too far from is exactly 0."""
+    for b in on(worlds, "tp1pp1", judged_items, directory("mistral"), Way(), CRITERIA):
+        visible = torch.tensor(b[-(WINDOW - 1) :])
+        assert len(b) > WINDOW and all(value == 0 for value in b[: -(WINDOW - 1)]) and bool((visible != 0).any())
+
+
+def margin(path: str, m: torch.Tensor, queries: str, k: int) -> float:
+    """The logit margin of item ``k`` on the longest response at gates ``m`` [T], in fp64."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager").eval()
+    tokenizer = load_tokenizer(path)
+    prompt = JudgePrompt(tokenizer, Way(queries).config())
+    item = prompt.build(QUERY, QUERY.rubric[k], encode_text(tokenizer, RESPONSES[1]))
+    with torch.no_grad():
+        mask = mask_of(model, m, item, queries)
+        mask = {kind: x.double() for kind, x in mask.items()} if isinstance(mask, dict) else mask.double()
+        logits = model(torch.tensor([item.input_ids]), attention_mask=mask).logits[0, item.verdict_position]
+    log_probs = logits.log_softmax(-1)
+    return float(log_probs[prompt.true_ids].logsumexp(0) - log_probs[prompt.false_ids].logsumexp(0))
+
+
+@pytest.mark.parametrize("queries", ["branch", "all"])
+def test_sums_over_the_levels_are_complete_and_slopes_are_real(worlds, directory, queries):
+    """The sum of b over levels (i + 1/2) / 32 is F(response) - F(response hidden); b_t at 1 is F's numerical derivative."""
+    path, n, k = directory("qwen3"), 32, 0
+    way = Way(queries, levels=tuple((i + 0.5) / n for i in range(n)))
+    (b,) = on(worlds, "tp1pp1", judged_items, path, way, CRITERIA[:1])
+    (slopes,) = on(worlds, "tp1pp1", judged_items, path, Way(queries), CRITERIA[:1])
+    ones = torch.ones(len(b))
+    whole = margin(path, ones, queries, k) - margin(path, 0 * ones, queries, k)
+    assert sum(b) == pytest.approx(whole, rel=0.01)
+    for t in (0, len(b) // 2):
+        step = torch.zeros(len(b)).index_fill_(0, torch.tensor([t]), 2.0**-6)
+        numerical = (margin(path, ones + step, queries, k) - margin(path, ones - step, queries, k)) * 2.0**5
+        assert slopes[t] == pytest.approx(numerical, rel=0.01, abs=1e-3 * max(map(abs, slopes)))
+
+
+def test_items_that_need_no_credit_keep_none(worlds, directory):
+    """Where the verdict pass makes all of them, and where only those that are asked for are made."""
+    for queries in ("branch", "all"):
+        assert on(worlds, "tp1pp1dp2", attribute_one, directory("qwen3"), queries) == [[None, True, None], [None] * 3]
+
+
+def attribute_one(layout: Layout, path: str, queries: str) -> list[list[bool | None]]:
+    stage = stage_of(path, "tp1pp1dp2", Way(queries).config())
+    bodies = [encode_text(stage.prompt.tokenizer, text) for text in RESPONSES[:2]]
+    inputs = stage.inputs([QUERY] * 2, bodies)
+    judgements = stage.verdicts(inputs, ["0", "1"])
+    stage.attribute(inputs, judgements, [[False, True, False], [False] * 3], [WEIGHTS] * 2)
+    return [[None if j.attribution is None else bool(j.attribution.any()) for j in row] for row in judgements]
+
+
+def saved_tensors(layout: Layout, path: str) -> dict[str, list[int]]:
+    """Sizes of what the backward of one response's branches keeps that is as long as its prefix, and of all else."""
+    stage = stage_of(path, "tp1pp1", Way().config())
+    inputs = stage.inputs([QUERY], [encode_text(stage.prompt.tokenizer, RESPONSES[1] * 4)])
+    prefix, model = inputs[0][0].response_end, stage.judge.model
+    weights = {t.untyped_storage().data_ptr() for t in (*model.chunks[0].parameters(), *model.chunks[0].buffers())}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = tensor.shape, storage.nbytes(), storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        stage.verdicts(inputs, ["0"])
+    kept = model.geometry.kv_heads * model.geometry.head_dim * prefix * 4
+    suffixes = sum(len(item.input_ids) - prefix for item in inputs[0])
+    assert suffixes < prefix
+    long = [n for shape, n, _ in saved.values() if prefix in shape]
+    return {"long": long, "kept": kept, "layers": model.geometry.layers, "rest": len(saved) - len(long)}
+
+
+def test_of_a_prefix_only_keys_and_values_are_kept(worlds, directory):
+    """Two tensors a layer, of exactly that size, are as long as the prefix."""
+    found = on(worlds, "tp1pp1", saved_tensors, directory("qwen3"))
+    assert found["long"] == [found["kept"]] * (2 * found["layers"]) and found["rest"] > 0
+
+
+# A reward model, another tokenizer, and the command line.
+
+
+def score_all(layout: Layout, path: str, name: str, way: Way) -> list[tuple]:
+    """(input ids, response's span, score, b) of every response."""
+    import test_reward_model as reward
+    from g2r_megatron.judge.frozen import FrozenJudge
+    from g2r_megatron.judge.reward_prompt import RewardPrompt
+    from g2r_megatron.judge.stage import JudgeStage
+
+    config = JudgeConfig(
+        attribution="gate", gate_queries=way.queries, gate_levels=list(way.levels), recompute=way.recompute
+    )
+    model = reward.megatron_model(path, name, way.recompute)
+    prompt = RewardPrompt(load_tokenizer(path), config, None, model.hf.config.pad_token_id)
+    stage = JudgeStage(FrozenJudge(model, config, [], []), prompt, config)
+    bodies = [encode_text(prompt.tokenizer, text) for _, text in reward.RESPONSES]
+    inputs = stage.inputs([reward.QUERIES[q] for q, _ in reward.RESPONSES], bodies)
+    rows = stage.verdicts(inputs, [""] * len(bodies))
+    stage.attribute(inputs, rows, [[True]] * len(rows), [[1.0]] * len(rows))
+    return [
+        (item.input_ids, item.response_start, item.response_end, row[0].score, row[0].attribution.tolist())
+        for (item,), row in zip(inputs, rows, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("queries", [None, "branch"])
+@pytest.mark.parametrize("layout", ["tp1pp1", "tp2pp2sp", "cp2"])
+def test_reward_model(worlds, tmp_path, layout, queries):
+    """Scores and b of a tiny Llama; by default all later queries are gated."""
+    path = build_tiny_reward_model("llama3", tmp_path / "reward")
+    way = Way(queries, levels=(1.0, 0.25), recompute="full" if layout == "cp2" else "none")
+    found = on(worlds, layout, score_all, str(path), layout, way)
+    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    for ids, start, end, score, b in found:
+        wanted, item = [], JudgeInput(ids, start, end, len(ids) - 1)
+        for level in (1.0, 0.25):
+            m = torch.full((end - start,), level, requires_grad=True)
+            mask = mask_of(model, m, item, queries or "all")
+            hidden = model.model(torch.tensor([ids]), attention_mask=mask, use_cache=False).last_hidden_state
+            value = model.score(hidden)[0, -1, 0]
+            assert level != 1 or score == pytest.approx(value.item(), rel=1e-5, abs=1e-6)
+            wanted.append(torch.autograd.grad(value, m)[0])
+        expected = torch.stack(wanted).mean(0)
+        assert (torch.tensor(b) - expected).norm() <= 1e-4 * expected.norm()
+
+
+def gates_by_command(layout: Layout, arguments: list[str]) -> None:
+    """`g2r judge` with these options."""
+    from g2r_megatron.config.options import OfflineJudgeConfig
+    from g2r_megatron.config.parsing import parse
+    from g2r_megatron.judge.offline import judge_file
+
+    config = parse(OfflineJudgeConfig, "g2r judge", arguments)
+    judge_file(replace(config, judge=fill_from_preset(config.judge, PRESETS[config.preset]["judge"])))
+
+
+def test_dumped_inputs_repeat_the_attribution(worlds, directory, tmp_path):
+    """`g2r judge --dump-inputs`: b of every item judged True, by autograd on the ids it read; None for the others."""
+    path, rows, output = directory("qwen3"), tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    rubric = [{"criterion": text, "weight": 1} for text in CRITERIA]
+    row = {"id": "a", "prompt": "fever?", "rubric": rubric, "response": RESPONSES[1]}
+    rows.write_text(json.dumps(row) + "\n")
+    options = {"judge.model": path, "input": rows, "output": output, "judge.attribution": "gate", "seed": 2}
+    options |= {"judge.target": "logit_margin", "judge.verdict": "sample", "dump_inputs": "true"}
+    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    worlds.on("tp2pp1", gates_by_command, [*arguments, "--judge.layout.tp", "2"])
+    (record,) = [json.loads(line) for line in output.read_text().splitlines()]
+    assert {item["verdict"] for item in record["items"]} == {True, False}
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    for item in record["items"]:
+        if not item["verdict"]:
+            assert item["attribution"] is None
+            continue
+        read = JudgeInput(*(item[key] for key in ("input_ids", "response_start", "response_end", "verdict_position")))
+        m = torch.ones(read.response_end - read.response_start, requires_grad=True)
+        logits = model(torch.tensor([read.input_ids]), attention_mask=mask_of(model, m, read, "branch")).logits
+        log_probs = logits[0, read.verdict_position].log_softmax(-1)
+        value = log_probs[item["true_ids"]].logsumexp(0) - log_probs[item["false_ids"]].logsumexp(0)
+        expected = torch.autograd.grad(value, m)[0]
+        assert (torch.tensor(item["attribution"]) - expected).norm() <= 1e-4 * expected.norm()
+
+
+def judged_in_other_tokens(layout: Layout, path: str, policy: str) -> dict:
+    """b of a response of another tokenizer's ids, and alpha over those ids."""
+    from g2r_megatron.judge.frozen import FrozenJudge
+    from g2r_megatron.judge.stage import JudgeStage
+    from test_shared_prefix import judge_model
+
+    config, other = Way().config(), load_tokenizer(policy)
+    prompt = JudgePrompt(load_tokenizer(path), config, other)
+    model = judge_model(path, "tp1pp1", "none")
+    stage = JudgeStage(FrozenJudge(model, config, prompt.true_ids, prompt.false_ids), prompt, config)
+    body = encode_text(other, RESPONSES[1])
+    inputs = stage.inputs([QUERY], [body])
+    rows = stage.verdicts(inputs, ["0"])
+    stage.attribute(inputs, rows, [[True] * 3], [WEIGHTS])
+    return {
+        "b": [item.attribution.tolist() for item in rows[0]],
+        "alphas": [(len(alpha), float(alpha.sum())) for alpha in stage.alphas(body, rows[0])],
+        "tokens": len(body),
+    }
+
+
+def test_another_tokenizer(worlds, directory, tmp_path):
+    """b is over the judge's own tokens of the text, as if the judge's tokenizer had made them; alpha over the policy's."""
+    byte_bpe(460).save_pretrained(tmp_path)
+    found = on(worlds, "tp1pp1", judged_in_other_tokens, directory("qwen3"), str(tmp_path))
+    own = on(worlds, "tp1pp1", judged_items, directory("qwen3"), Way(), CRITERIA)
+    torch.testing.assert_close(torch.tensor(found["b"]), torch.tensor(own))
+    assert found["tokens"] != len(own[0])
+    assert found["alphas"] == [(found["tokens"], pytest.approx(1.0))] * 3
