@@ -111,9 +111,10 @@ def suffix_activation_bytes(
     bytes_per_number: int = 4,
     window: bool = False,
     rows: int = 1,
+    backward: bool = True,
     **options,
 ) -> int:
-    """Peak bytes of one rank while it runs a row of prefixes and a row of suffixes with gradients (judge/suffixes.py).
+    """Peak bytes of one rank while it runs a row of prefixes and a row of suffixes (judge/suffixes.py).
 
     ``options``: the others of ``judge_activation_bytes``. Of the prefixes one layer is at work, and every layer keeps keys
     and values, all of them on each context parallel rank; suffixes are kept as any row is.
@@ -123,15 +124,17 @@ def suffix_activation_bytes(
     prefix = judge_activation_bytes(
         geometry, layers=layers, row_tokens=prefix_tokens, verdicts=0, backward=False, window=window, **common
     )
-    suffixes = judge_activation_bytes(geometry, layers=layers, row_tokens=suffix_tokens, verdicts=verdicts, **common)
+    suffixes = judge_activation_bytes(
+        geometry, layers=layers, row_tokens=suffix_tokens, verdicts=verdicts, backward=backward, **common
+    )
     masks = 4 * suffix_tokens / cp * (prefix_tokens + suffix_tokens) if window or cp > 1 else 0
     return round(keys + max(prefix, suffixes + masks) + 3 * 4 * scores_at_once(on_cpu=on_cpu()))
 
 
 def check_suffix_memory(
-    model: MegatronModel, plans: Sequence[SuffixPlan], inputs: Sequence[JudgeInput], config
+    model: MegatronModel, plans: Sequence[SuffixPlan], inputs: Sequence[JudgeInput], config, backward: bool = True
 ) -> None:
-    """As ``check_memory``, of rows of suffixes with gradients; ``config``: the JudgeConfig."""
+    """As ``check_memory``, of rows of suffixes; ``config``: the JudgeConfig."""
     layout, need, tokens, verdicts = model.groups.layout, 0, (0, 0), 0
     for plan in plans:
         prefix, suffixes = planned_tokens(plan, inputs)
@@ -150,11 +153,12 @@ def check_suffix_memory(
             recompute=config.recompute,
             window=model.hf.sliding_window is not None,
             rows=min(rows_in_flight(layout.pp, layout.vpp), len(plans)),
+            backward=backward,
         )
         if found > need:
             need, tokens, verdicts = found, (prefix, suffixes), count
     if need > free_bytes():
-        work = f"attribution over {tokens[1]} tokens with {verdicts} verdicts behind {tokens[0]} tokens"
+        work = f"{'attribution' if backward else 'a pass'} over {tokens[1]} tokens with {verdicts} verdicts behind {tokens[0]} tokens"
         _refuse(work, need, config)
 
 

@@ -241,7 +241,7 @@ def run_suffixes(
     module: torch.nn.Module,
     batch: SuffixBatch,
     forward: Callable,
-    decoder_input: torch.Tensor | None,
+    decoder_input: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A micro-batch through one chunk: its prefixes, without gradient, and its suffixes.
 
@@ -255,10 +255,9 @@ def run_suffixes(
         tokens = batch.prefix.input_ids.size(1) // cut
         with torch.no_grad(), keys_and_values_only(chunk):
             if received is not None:
-                chunk.set_input_tensor([received.detach()[:tokens].clone()])
-                received = received[tokens:]
+                chunk.set_input_tensor([received[:tokens].clone()])
             prefix = forward(module, batch.prefix)
     if received is not None:
-        chunk.set_input_tensor([received])
+        chunk.set_input_tensor([received if prefix is None else received[tokens:]])
     output = forward(module, batch, decoder_input)
     return output if prefix is None or chunk.post_process else torch.cat([prefix, output])

@@ -17,11 +17,14 @@ from distributed import ALL_LAYOUTS, fits
 from g2r_megatron.config.options import PRESETS, JudgeConfig, Layout, fill_from_preset
 from g2r_megatron.credit.attribution import pooled_weights
 from g2r_megatron.data.tokenizer import encode_text, load_tokenizer
+from g2r_megatron.errors import UserError
 from g2r_megatron.judge.prompt import JudgePrompt
+from g2r_megatron.judge.reward_prompt import RewardPrompt
+from g2r_megatron.judge.suffixes import Suffix, SuffixUnit
 from g2r_megatron.judge.types import JudgeInput
 from test_alignment import byte_bpe
 from test_shared_prefix import CRITERIA, QUERY, RESPONSES, TEMPLATES, WEIGHTS, on, stage_of
-from tiny_models import build_tiny_hf, build_tiny_reward_model
+from tiny_models import CHATML, build_tiny_hf, build_tiny_reward_model, build_tokenizer
 
 # qwen2: windows in some layers; mistral: in all, of 24 positions, shorter than the prefix
 FAMILIES = ("qwen2", "qwen3", "llama3", "mistral", "qwen3_moe", "mixtral")
@@ -341,7 +344,6 @@ def score_all(layout: Layout, path: str, name: str, way: Way) -> list[tuple]:
     """(input ids, response's span, score, b) of every response."""
     import test_reward_model as reward
     from g2r_megatron.judge.frozen import FrozenJudge
-    from g2r_megatron.judge.reward_prompt import RewardPrompt
     from g2r_megatron.judge.stage import JudgeStage
 
     config = JudgeConfig(
@@ -446,3 +448,45 @@ def test_another_tokenizer(worlds, directory, tmp_path):
     torch.testing.assert_close(torch.tensor(found["b"]), torch.tensor(own))
     assert found["tokens"] != len(own[0])
     assert found["alphas"] == [(found["tokens"], pytest.approx(1.0))] * 3
+
+
+def test_a_reward_model_with_an_empty_branch_is_refused():
+    """Its template ends with the response: one line that names the option."""
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = CHATML.replace("+ '<|im_end|>\n' ", "")
+    RewardPrompt(tokenizer, JudgeConfig(attribution="gate"))
+    with pytest.raises(UserError, match=r"judge.gate_queries: branch, but .* ends with the response"):
+        RewardPrompt(tokenizer, JudgeConfig(attribution="gate", gate_queries="branch"))
+
+
+# Suffixes that see less than their prefix.
+
+
+def hidden_sentences(layout: Layout, path: str, name: str, spans: list[tuple[int, int]], budget: int) -> list:
+    """(log p(True), log p(False)) of an item while response tokens ``spans`` are hidden from all that follows."""
+    stage = stage_of(path, name, replace(Way().config(), micro_batch_tokens=budget))
+    (inputs,) = stage.inputs([QUERY], [encode_text(stage.prompt.tokenizer, RESPONSES[1])])
+    start = inputs[0].response_start
+    suffixes = [Suffix(n, 0, start + end, start + begin) for n, (begin, end) in enumerate(spans)]
+    unit = SuffixUnit(max(suffix.visible for suffix in suffixes), [[suffix] for suffix in suffixes])
+    return stage.judge.read_suffixes([unit], inputs).tolist()
+
+
+@pytest.mark.parametrize(("layout", "family"), [("tp1pp1", "qwen2"), ("tp2pp2sp", "qwen3"), ("cp2", "qwen3")])
+@pytest.mark.parametrize("budget", [1, 8192])
+def test_suffixes_over_a_part_of_their_prefix(worlds, directory, layout, family, budget):
+    """What hiding a run of response tokens from all later positions does, as transformers says with a mask."""
+    spans, path = [(0, 3), (3, 9), (9, 10)], directory(family)
+    found = on(worlds, layout, hidden_sentences, path, layout, spans, budget)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    tokenizer = load_tokenizer(path)
+    prompt = JudgePrompt(tokenizer, Way().config())
+    item = prompt.build(QUERY, QUERY.rubric[0], encode_text(tokenizer, RESPONSES[1]))
+    for (begin, end), values in zip(spans, found, strict=True):
+        mask = mask_of(model, torch.ones(item.response_end - item.response_start), item, "all")
+        for part in mask.values() if isinstance(mask, dict) else [mask]:
+            part[..., item.response_start + end :, item.response_start + begin : item.response_start + end] = -1e30
+        with torch.no_grad():
+            logits = model(torch.tensor([item.input_ids]), attention_mask=mask).logits[0, -1].log_softmax(-1)
+        expected = [logits[ids].logsumexp(0).item() for ids in (prompt.true_ids, prompt.false_ids)]
+        assert values == pytest.approx(expected, abs=1e-5)
