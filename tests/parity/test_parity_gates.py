@@ -234,12 +234,14 @@ def test_the_same_bits_every_time(worlds, directory, name):
 # Properties of b.
 
 
-def judged_items(layout: Layout, path: str, way: Way, criteria: tuple[str, ...]) -> list[list[float]]:
-    """b of each of ``criteria`` on the longest response."""
+def judged_items(
+    layout: Layout, path: str, way: Way, criteria: tuple[str, ...], response: str = RESPONSES[1]
+) -> list[list[float]]:
+    """b of each of ``criteria`` on the response."""
     stage = stage_of(path, "tp1pp1", way.config())
     by_text = {item.criterion: item for item in QUERY.rubric}
     query = replace(QUERY, rubric=tuple(by_text[text] for text in criteria))
-    inputs = stage.inputs([query], [encode_text(stage.prompt.tokenizer, RESPONSES[1])])
+    inputs = stage.inputs([query], [encode_text(stage.prompt.tokenizer, response)])
     judgements = stage.verdicts(inputs, ["0"])
     stage.attribute(inputs, judgements, [[True] * len(criteria)], [[1.0] * len(criteria)])
     return [judgement.attribution.tolist() for judgement in judgements[0]]
@@ -258,7 +260,8 @@ def test_other_criteria_change_nothing(worlds, directory, queries):
 
 def test_a_token_that_no_gated_query_sees_has_no_gradient(worlds, directory):
     """A window of 24 positions in every layer: what a branch's first token is too far from is exactly 0."""
-    for b in on(worlds, "tp1pp1", judged_items, directory("mistral"), Way(), CRITERIA):
+    response = 2 * RESPONSES[1]
+    for b in on(worlds, "tp1pp1", judged_items, directory("mistral"), Way(), CRITERIA, response):
         visible = torch.tensor(b[-(WINDOW - 1) :])
         assert len(b) > WINDOW and all(value == 0 for value in b[: -(WINDOW - 1)]) and bool((visible != 0).any())
 

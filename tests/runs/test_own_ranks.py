@@ -268,7 +268,8 @@ def test_a_judge_with_experts_on_two_ranks(worlds, moe_task, tmp_path):
 
 def test_gates_on_own_ranks(worlds, task, tmp_path):
     """Verdicts and gates come from one pass; a tensor parallel judge that recomputes."""
-    task = [*task, "--judge.attribution", "gate", "--judge.recompute", "full", *layouts(judge={"tp": 2})]
+    task = [*task, "--judge.attribution", "gate", "--judge.recompute", "full"]
+    task += layouts(policy={"tp": 2}, judge={"tp": 2})
     shared, own = tmp_path / "shared", tmp_path / "own"
     assert worlds[2].run(train_here, [*task, "--output_dir", str(shared)]) == ["", ""]
     assert worlds[4, 2].run(train_here, [*task, "--judge.ranks", "2", "--output_dir", str(own)]) == [""] * 4
