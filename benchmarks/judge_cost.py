@@ -1,6 +1,7 @@
 """What dense rewards cost beside the sparse judge calls that others make: time and peak memory, each way in its own process.
 
     python benchmarks/judge_cost.py --data healthbench.jsonl [--rows 4 --rounds 3 --response-tokens 400]
+    python benchmarks/judge_cost.py --prefix-tokens 1500 --ways c gate gate-all contracted-all a-one gate-twice
 
 A random model (hidden 512, 8 layers by default: arithmetic dominates) judges responses to HealthBench conversations with
 their own rubrics (without --data, synthetic rows of the same sizes), with the default judge template and a byte-level
@@ -14,6 +15,11 @@ tokenizer trained on that text. The ways:
     e      this project, dense, judge.credit=per_response: c and one backward a response for the items judged True
     d-all, e-all  the same where every item is judged True: the most that it can cost
     d-rec, e-rec  d and e with judge.recompute=full
+    contracted-all  d-all with judge.attribution=contracted
+    gate   this project, judge.attribution=gate over the branches: verdicts and attributions of all items in one pass
+    gate-all  the same with judge.gate_queries=all: c and a backward for each item, all judged True
+    a-one  a on the first item of each row: the memory that the attribution of one item takes by autograd
+    gate-twice  gate on twice as many items (with --prefix-tokens)
 
 What a random model says means nothing: every second item counts as judged True, in the rows named -all every item.
 Responses are random text of the given length. The ways take turns, round after round, and the medians are reported; CPU
@@ -52,6 +58,7 @@ from g2r_megatron.parallel import cpu
 from g2r_megatron.parallel.groups import build_groups, initialize
 
 WAYS = ("a", "b", "b-own", "c", "d", "e", "d-all", "e-all", "d-rec", "e-rec")
+GATE_WAYS = ("contracted-all", "gate", "gate-all", "a-one", "gate-twice")
 WORDS = ["fever", "rash", "doctor", "water", "rest", "pain", "dose", "day", "child", "test", "advice", "sleep", "heart"]
 
 
@@ -117,7 +124,8 @@ def judge_config(args: argparse.Namespace) -> JudgeConfig:
     return JudgeConfig(
         chat_template=False,
         target="log_prob",
-        attribution="grad_x_embed",
+        attribution=next((name for name in ("gate", "contracted") if args.way.startswith(name)), "grad_x_embed"),
+        gate_queries="all" if args.way == "gate-all" else None,
         normalize="softmax",
         standardize=False,
         smoothing="none",
@@ -125,6 +133,22 @@ def judge_config(args: argparse.Namespace) -> JudgeConfig:
         recompute="full" if args.way.endswith("-rec") else "none",
         credit="per_response" if args.way.startswith("e") else "per_item",
     )
+
+
+def sized_inputs(args: argparse.Namespace) -> list[list[JudgeInput]]:
+    """Rows of ``items`` items of ``item_tokens`` tokens behind ``prefix_tokens`` that end with the response: random ids."""
+    numbers = random.Random(3)
+
+    def ids(count: int) -> list[int]:
+        return [numbers.randrange(1, args.vocab) for _ in range(count)]
+
+    rows = []
+    for _ in range(args.rows):
+        prefix, end = ids(args.prefix_tokens), args.prefix_tokens
+        last = end + args.item_tokens - 1
+        items = [prefix + ids(args.item_tokens) for _ in range(args.items * (2 if args.way == "gate-twice" else 1))]
+        rows.append([JudgeInput(item, end - args.response_tokens, end, last) for item in items])
+    return rows
 
 
 class Judged:
@@ -141,7 +165,12 @@ class Judged:
             self.bodies.append(ids[start : start + args.response_tokens])
         self.config, self.directory = judge_config(args), directory
         self.prompt = JudgePrompt(tokenizer, self.config)
-        self.inputs = [self.prompt.build_items(q, body) for q, body in zip(self.queries, self.bodies, strict=True)]
+        if args.prefix_tokens:
+            self.inputs = sized_inputs(args)
+        else:
+            self.inputs = [self.prompt.build_items(q, body) for q, body in zip(self.queries, self.bodies, strict=True)]
+        if args.way == "a-one":
+            self.inputs = [row[:1] for row in self.inputs]
         self.passes = 0
         self.model = None  # of ways a and b
 
@@ -173,7 +202,7 @@ class Judged:
                     logits = model(ids, use_cache=False, logits_to_keep=1).logits
                     logits[0, -1].log_softmax(-1)[[*self.prompt.true_ids, *self.prompt.false_ids]].tolist()
 
-        return naive if way == "a" else sparse
+        return sparse if way == "b" else naive
 
     def own(self, way: str):
         """function(rows) for the other ways."""
@@ -187,9 +216,12 @@ class Judged:
         def run(rows) -> None:
             if way == "b-own":
                 rows = [[item] for row in rows for item in row]
-            judgements = stage.verdicts(rows, [str(i) for i in range(len(rows))])
-            if way[0] in "de":
-                marks = [[way.endswith("-all") or k % 2 == 0 for k in range(len(row))] for row in rows]
+            attributes = way[0] in "de" or way in GATE_WAYS
+            judgements = stage.verdicts(rows, [str(i) for i in range(len(rows))], attributes)
+            if attributes:
+                marks = [
+                    [way in GATE_WAYS or way.endswith("-all") or k % 2 == 0 for k in range(len(row))] for row in rows
+                ]
                 for row, true in zip(judgements, marks, strict=True):
                     for item, verdict in zip(row, true, strict=True):
                         item.verdict = verdict
@@ -215,11 +247,16 @@ def serve(args: argparse.Namespace, directory: str, connection) -> None:
     """Measure one way in this process whenever asked to."""
     cpu.install()
     judged = Judged(args, directory)
-    function = judged.hugging_face(args.way) if args.way in ("a", "b") else judged.own(args.way)
+    function = judged.hugging_face(args.way) if args.way in ("a", "b", "a-one") else judged.own(args.way)
     first = judged.inputs[0][0].input_ids
     function([[JudgeInput([*first[:12], 5 + k], 4, 8, 12) for k in range(2)]])  # warm-up
     while connection.recv():
         connection.send(measure(judged, function))
+
+
+def synchronize() -> None:
+    if not on_cpu():
+        torch.cuda.synchronize()
 
 
 def measure(judged: Judged, function) -> dict:
@@ -229,7 +266,7 @@ def measure(judged: Judged, function) -> dict:
     before = memory(reset=True)
     start, start_cpu = time.perf_counter(), time.process_time()
     function(judged.inputs)
-    torch.cuda.synchronize()
+    synchronize()
     return {
         "seconds": time.perf_counter() - start,
         "CPU seconds": time.process_time() - start_cpu,
@@ -249,8 +286,8 @@ def rounds(args: argparse.Namespace, directory: str):
     processes.set_forkserver_preload(
         ["g2r_megatron.judge.stage", "transformers.models.qwen3"]
     )  # imported once, for all
-    connections, found = {}, {way: [] for way in WAYS}
-    for way in WAYS:
+    connections, found = {}, {way: [] for way in args.ways}
+    for way in args.ways:
         connections[way], there = processes.Pipe()
         own = argparse.Namespace(**vars(args), way=way)
         processes.Process(target=serve, args=(own, directory, there), daemon=True).start()
@@ -266,31 +303,71 @@ def rounds(args: argparse.Namespace, directory: str):
 
 
 def table(results: dict[str, dict]) -> str:
-    """Ratios are of CPU seconds where there is no GPU."""
+    """Times and memory of each way, and beside the ways a, b and c where they were run."""
     clock = "CPU seconds" if on_cpu() else "seconds"
-    rows = [
-        f"| way | s | CPU s | MiB | backward passes | {clock} / a | memory / a | {clock} / b |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    a, b = results["a"], results["b"]
+    beside = [(key, name) for name, key in (("a", clock), ("a", "MiB"), ("b", clock), ("c", clock)) if name in results]
+    heads = ["way", "s", "CPU s", "MiB", "backward passes", *(f"{key} / {name}" for key, name in beside)]
+    rows = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for way, r in results.items():
-        ratios = r[clock] / a[clock], r["MiB"] / a["MiB"], r[clock] / b[clock]
+        ratios = [r[key] / results[name][key] for key, name in beside]
         figures = [f"{r['seconds']:.1f}", f"{r['CPU seconds']:.1f}", f"{r['MiB']:.0f}", f"{r['backward passes']:.0f}"]
         rows.append("| " + " | ".join([way, *figures, *(f"{ratio:.2f}" for ratio in ratios)]) + " |")
     return "\n".join(rows)
 
 
-def targets(results: dict[str, dict]) -> str:
+def targets(args: argparse.Namespace, results: dict[str, dict]) -> str:
+    """The goals whose ways were run, with what was found."""
     clock = "CPU seconds" if on_cpu() else "seconds"
-    a, b, d, e = (results[way] for way in "abde")
+    gate_goal = 1.6 if args.prefix_tokens < 3000 else 1.4
+    floor = f" (FLOP floor {gate_flops(args) / sparse_flops(args):.2f})" if args.prefix_tokens else ""
     goals = [
-        ("d at most half of a's time", d[clock] / a[clock], 0.5),
-        ("d at most a third of a's memory", d["MiB"] / a["MiB"], 1 / 3),
-        ("e below b in time", e[clock] / b[clock], 1.0),
-        ("with every item judged True: d at most half of a's time", results["d-all"][clock] / a[clock], 0.5),
-        ("with every item judged True: e below b", results["e-all"][clock] / b[clock], 1.0),
+        ("d at most half of a's time", "d", "a", clock, 0.5),
+        ("d at most a third of a's memory", "d", "a", "MiB", 1 / 3),
+        ("e below b in time", "e", "b", clock, 1.0),
+        ("with every item judged True: d at most half of a's time", "d-all", "a", clock, 0.5),
+        ("with every item judged True: e below b", "e-all", "b", clock, 1.0),
+        (f"gate beside c, every item attributed{floor}", "gate", "c", clock, gate_goal),
+        ("gate-all beside contracted-all", "gate-all", "contracted-all", clock, 0.6),
+        ("gate's memory beside autograd of one item", "gate", "a-one", "MiB", 0.2),
+        ("gate's memory with twice as many items", "gate-twice", "gate", "MiB", 1.1),
     ]
-    return "\n".join(f"- {name}: {found:.2f}, {'met' if found <= goal else 'missed'}" for name, found, goal in goals)
+    lines = []
+    for name, way, beside, key, goal in goals:
+        if way in results and beside in results:
+            found = results[way][key] / results[beside][key]
+            lines.append(f"- {name}: {found:.2f}, {'met' if found <= goal else 'missed'} ({goal:.2g})")
+    return "\n".join(lines)
+
+
+def _sizes(args: argparse.Namespace) -> tuple[float, float, float, float]:
+    """FLOPs of a token's products in one layer, of its MLP alone, of one query-key pair in one layer, of one verdict's logits."""
+    h, q, k = args.hidden, args.hidden, 64 * max(args.hidden // 128, 1)
+    mlp = 2 * 3 * h * 3 * h
+    return 2 * h * (2 * q + 2 * k) + mlp, mlp, 4 * q, 2 * h * args.vocab
+
+
+def _branch_pairs(args: argparse.Namespace) -> float:
+    return args.items * args.item_tokens * (args.prefix_tokens + args.item_tokens / 2)
+
+
+def sparse_flops(args: argparse.Namespace) -> float:
+    """Of one row's verdicts, prefix once."""
+    token, _, pair, logits = _sizes(args)
+    tokens = args.prefix_tokens + args.items * args.item_tokens
+    return (
+        args.layers * (tokens * token + pair * (args.prefix_tokens**2 / 2 + _branch_pairs(args))) + args.items * logits
+    )
+
+
+def gate_flops(args: argparse.Namespace) -> float:
+    """Of verdicts and gates: the prefix without the last layer's MLP, branches forward and backward.
+
+    The backward computes the scores again, and of prefix keys only what they do to the queries: 3 products for 2.
+    """
+    token, mlp, pair, logits = _sizes(args)
+    prefix = args.prefix_tokens * (args.layers * token - mlp) + args.layers * pair * args.prefix_tokens**2 / 2
+    branches = args.items * args.item_tokens * token * 2 + pair * 2.5 * _branch_pairs(args)
+    return prefix + args.layers * branches + 2 * args.items * logits
 
 
 def main() -> None:
@@ -298,6 +375,12 @@ def main() -> None:
     sizes = dict(rows=4, rounds=3, response_tokens=400, hidden=512, layers=8, vocab=8192, micro_batch_tokens=1)
     for name, default in sizes.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    parser.add_argument(
+        "--prefix-tokens", type=int, default=0, help="rows of random ids with a prefix of so many tokens"
+    )
+    parser.add_argument("--items", type=int, default=11, help="of such a row")
+    parser.add_argument("--item-tokens", type=int, default=60, help="of each of them")
+    parser.add_argument("--ways", nargs="+", choices=WAYS + GATE_WAYS, default=WAYS)
     parser.add_argument("--data", help="HealthBench rows (jsonl or parquet); default: synthetic ones")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
@@ -307,19 +390,24 @@ def main() -> None:
         write_model(args, text, directory)
         for number, results in enumerate(rounds(args, directory), 1):
             report = markdown(args, source, number, {name: getattr(args, name) for name in sizes}, results)
-            (args.output / "judge_cost.md").write_text(report)
+            name = f"judge_cost_gates_{args.prefix_tokens}.md" if args.prefix_tokens else "judge_cost.md"
+            (args.output / name).write_text(report)
     print(report)
 
 
 def markdown(args: argparse.Namespace, source: str, done: int, sizes: dict, results: dict[str, dict]) -> str:
-    first = results["a"]
+    first = next(iter(results.values()))
     counts = {key: first[key] for key in ("items", "tokens of separate items", "tokens with shared prefixes")}
+    if args.prefix_tokens:
+        sizes = sizes | dict(prefix_tokens=args.prefix_tokens, items=args.items, item_tokens=args.item_tokens)
+        source = f"{args.rows} rows of random ids"
     given = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in sizes.items())
     return "\n".join(
         [
             "# What judging costs",
             "",
-            f"`python benchmarks/judge_cost.py {'--data FILE ' if args.data else ''}{given}`",
+            f"`python benchmarks/judge_cost.py {'--data FILE ' if args.data else ''}{given}"
+            + ("`" if args.ways == WAYS else f" --ways {' '.join(args.ways)}`"),
             "",
             f"{source}: " + ", ".join(f"{value:.0f} {key}" for key, value in counts.items()) + ".",
             f"Medians of {done} rounds in which the ways take turns. {machine()}",
@@ -328,7 +416,7 @@ def markdown(args: argparse.Namespace, source: str, done: int, sizes: dict, resu
             "",
             table(results),
             "",
-            targets(results),
+            targets(args, results),
             "",
         ]
     )

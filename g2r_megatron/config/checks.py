@@ -199,6 +199,7 @@ def _check_judge(judge: JudgeConfig, world_size: int) -> None:
             "per_response with {criterion} before {response} in judge.template",
             "put the criterion after the response, so that its items share it, or use per_item",
         )
+    _check_gates(judge)
     if judge.normalize == "positive" and judge.tau != JudgeConfig.tau:
         raise UserError(
             "judge.tau",
@@ -209,6 +210,21 @@ def _check_judge(judge: JudgeConfig, world_size: int) -> None:
         raise UserError(
             "judge.shuffle", "true with judge.attribution uniform", "leave it out: all tokens weigh the same"
         )
+
+
+def _check_gates(judge: JudgeConfig) -> None:
+    levels = judge.gate_levels
+    if not levels or not all(POSITIVE_FRACTION.holds(level) for level in levels) or len(set(levels)) < len(levels):
+        raise UserError(
+            "judge.gate_levels", str(levels), f"give at least one number, each {POSITIVE_FRACTION} and there once"
+        )
+    for option, default in (("gate_queries", None), ("gate_levels", [1.0])):
+        if judge.attribution != "gate" and (value := getattr(judge, option)) != default:
+            raise UserError(
+                f"judge.{option}",
+                f"{value} with judge.attribution {judge.attribution}",
+                "it is an option of judge.attribution=gate: set that, or leave it out",
+            )
 
 
 def _check_grpo(grpo: GrpoConfig, rollout: RolloutConfig) -> None:

@@ -8,7 +8,7 @@ its ``--help`` text. An option whose default is ``None`` "follows the preset" ta
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
-Attribution = Literal["grad_x_embed", "l1", "l2", "contracted", "grad_norm_product", "null_token", "uniform"]
+Attribution = Literal["grad_x_embed", "l1", "l2", "contracted", "gate", "grad_norm_product", "null_token", "uniform"]
 Target = Literal["log_prob", "logit_margin"]
 Dtype = Literal["fp32", "bf16"]
 Smoothing = Literal["none", "smear", "sentence"]
@@ -122,8 +122,14 @@ class JudgeConfig:
     """what is differentiated: log p(verdict) or logit(True) - logit(False) (follows the preset); a reward model's score
     is its own target"""
     attribution: Attribution | None = None
-    """b_t: g.e, L1 or L2 norm of g, g.(e - mean) at the contracted embedding, L2 norm of the elementwise product of g and
-    e, g.(e - e of the pad token), or none (uniform: no backward pass) (follows the preset)"""
+    """b_t: g.e, L1 or L2 norm of g, g.(e - mean) at the contracted embedding, the gradient at the gates that multiply the
+    attention weights of t, L2 norm of the elementwise product of g and e, g.(e - e of the pad token), or none (uniform:
+    no backward pass) (follows the preset)"""
+    gate_queries: Literal["branch", "all"] | None = None
+    """whose attention weights `gate` multiplies: those of what follows the response (all items in one backward with the
+    verdicts), or of all tokens after t; none: branch, for a reward model all"""
+    gate_levels: list[float] = field(default_factory=lambda: [1.0])
+    """the gates m in (0, 1] at which `gate` takes the gradient; b is their mean. Verdicts are always at 1"""
     credit: Credit = "per_item"
     """one backward for each item, or one for the weighted mean of a response's items, which then have one alpha"""
     contraction: float = 0.15
@@ -143,6 +149,13 @@ class JudgeConfig:
     """a placebo: the alpha of whole sentences (of tokens, unless smoothing=sentence) in a random order"""
     flat_threshold: float = 0.95
     """a response with ESS/T above this counts as flat in the metrics"""
+
+
+def gated_queries(judge: JudgeConfig, is_reward_model: bool = False) -> str | None:
+    """What ``judge.gate_queries`` means: None without gates; a reward model may read its score where the response ends."""
+    if judge.attribution != "gate":
+        return None
+    return judge.gate_queries or ("all" if is_reward_model else "branch")
 
 
 @dataclass

@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from g2r_megatron.device import free_bytes, on_cpu
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.packing import Tree
+from g2r_megatron.judge.suffixes import SuffixPlan, planned_tokens
+from g2r_megatron.judge.types import JudgeInput
 from g2r_megatron.model.build import MegatronModel
 from g2r_megatron.model.hf import Geometry
+from g2r_megatron.model.suffix_attention import scores_at_once
 from g2r_megatron.parallel.microbatches import padded
 
 GIB = 2**30
@@ -91,12 +94,78 @@ def check_memory(model: MegatronModel, rows: Sequence[Sequence[Tree]], config, b
         )
         if found > need:
             need, tokens, verdicts = found, length, items
-    free = free_bytes()
-    if need > free:
+    if need > free_bytes():
         work = "attribution" if backward else "a verdict pass"
-        raise UserError(
-            "judge.micro_batch_tokens",
-            f"{work} over {tokens} tokens with {verdicts} criteria needs about {need / GIB:.2f} GiB on each rank, "
-            f"{free / GIB:.2f} GiB are free (micro_batch_tokens {config.micro_batch_tokens})",
-            "lower it, set judge.recompute to full, spread the judge with judge.layout, or shorten responses",
+        _refuse(f"{work} over {tokens} tokens with {verdicts} criteria", need, config)
+
+
+def suffix_activation_bytes(
+    geometry: Geometry,
+    *,
+    layers: int,
+    prefix_tokens: int,
+    suffix_tokens: int,
+    verdicts: int,
+    tp: int = 1,
+    cp: int = 1,
+    bytes_per_number: int = 4,
+    window: bool = False,
+    rows: int = 1,
+    backward: bool = True,
+    **options,
+) -> int:
+    """Peak bytes of one rank while it runs a row of prefixes and a row of suffixes (judge/suffixes.py).
+
+    ``options``: the others of ``judge_activation_bytes``. Of the prefixes one layer is at work, and every layer keeps keys
+    and values, all of them on each context parallel rank; suffixes are kept as any row is.
+    """
+    common = dict(tp=tp, cp=cp, bytes_per_number=bytes_per_number, rows=rows, **options)
+    keys = 2 * bytes_per_number * max(geometry.kv_heads, tp) * geometry.head_dim / tp * prefix_tokens * layers * rows
+    prefix = judge_activation_bytes(
+        geometry, layers=layers, row_tokens=prefix_tokens, verdicts=0, backward=False, window=window, **common
+    )
+    suffixes = judge_activation_bytes(
+        geometry, layers=layers, row_tokens=suffix_tokens, verdicts=verdicts, backward=backward, **common
+    )
+    masks = 4 * suffix_tokens / cp * (prefix_tokens + suffix_tokens) if window or cp > 1 else 0
+    return round(keys + max(prefix, suffixes + masks) + 3 * 4 * scores_at_once(on_cpu=on_cpu()))
+
+
+def check_suffix_memory(
+    model: MegatronModel, plans: Sequence[SuffixPlan], inputs: Sequence[JudgeInput], config, backward: bool = True
+) -> None:
+    """As ``check_memory``, of rows of suffixes; ``config``: the JudgeConfig."""
+    layout, need, tokens, verdicts = model.groups.layout, 0, (0, 0), 0
+    for plan in plans:
+        prefix, suffixes = planned_tokens(plan, inputs)
+        count = sum(len(unit.suffixes) for unit in plan.units)
+        found = suffix_activation_bytes(
+            model.geometry,
+            layers=sum(len(chunk.decoder.layers) for chunk in model.chunks),
+            prefix_tokens=padded(prefix, model.length_multiple),
+            suffix_tokens=padded(suffixes, model.length_multiple),
+            verdicts=count,
+            tp=layout.tp,
+            sp=layout.sp,
+            cp=layout.cp,
+            etp=layout.etp,
+            bytes_per_number=model.config.params_dtype.itemsize,
+            recompute=config.recompute,
+            window=model.hf.sliding_window is not None,
+            rows=min(rows_in_flight(layout.pp, layout.vpp), len(plans)),
+            backward=backward,
         )
+        if found > need:
+            need, tokens, verdicts = found, (prefix, suffixes), count
+    if need > free_bytes():
+        work = f"{'attribution' if backward else 'a pass'} over {tokens[1]} tokens with {verdicts} verdicts behind {tokens[0]} tokens"
+        _refuse(work, need, config)
+
+
+def _refuse(work: str, need: float, config) -> None:
+    raise UserError(
+        "judge.micro_batch_tokens",
+        f"{work} needs about {need / GIB:.2f} GiB on each rank, {free_bytes() / GIB:.2f} GiB are free "
+        f"(micro_batch_tokens {config.micro_batch_tokens})",
+        "lower it, set judge.recompute to full, spread the judge with judge.layout, or shorten responses",
+    )

@@ -14,26 +14,16 @@ import torch.distributed as dist
 from g2r_megatron.config.options import JudgeConfig
 from g2r_megatron.device import local_device
 from g2r_megatron.errors import UserError
-from g2r_megatron.judge.activation_memory import check_memory
+from g2r_megatron.judge.activation_memory import check_memory, check_suffix_memory
+from g2r_megatron.judge.gates import Gates
 from g2r_megatron.judge.packing import Tree, build_trees, row_structure
 from g2r_megatron.judge.routing import Routing
-from g2r_megatron.judge.targets import ScoreTarget, VerdictTarget
-from g2r_megatron.judge.types import JudgeInput
+from g2r_megatron.judge.suffixes import SuffixBatch, SuffixUnit, plan_suffixes, run_suffixes, suffix_batches
+from g2r_megatron.judge.targets import ScoreTarget, VerdictTarget, require_finite
+from g2r_megatron.judge.types import JudgeInput, Pass
 from g2r_megatron.model.build import MegatronModel
-from g2r_megatron.model.schedule import TokenBatch, replica_plan, run_schedule
+from g2r_megatron.model.schedule import TokenBatch, forward_tokens, replica_plan, run_schedule
 from g2r_megatron.parallel.microbatches import pack_rows, padded
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One backward: of sum_j ``weights[j]`` target(``inputs[j]``, ``verdicts[j]``); a score has no verdict (None).
-
-    Several inputs are of one response and share it (``packing.shared_length``): its embeddings are then one leaf.
-    """
-
-    inputs: Sequence[JudgeInput]
-    verdicts: Sequence[bool | None]
-    weights: Sequence[float]
 
 
 @dataclass
@@ -114,6 +104,7 @@ class FrozenJudge:
         model.freeze()  # frozen linears take Megatron-Core's dgrad-only path
         self.routing = Routing(model)
         self._baseline = self._baseline_embedding(null_id)
+        self.gates = Gates(model, config, self.target, self.routing) if config.attribution == "gate" else None
 
     def _baseline_embedding(self, null_id: int | None) -> torch.Tensor | None:
         """What embeddings are compared with [h], on the first stage; None: with nothing.
@@ -180,21 +171,41 @@ class FrozenJudge:
             batches = self._micro_batches(trees, backward=False)
             results = run_schedule(self.model, batches, forward, collect, backward=False)
         table = torch.zeros(len(everything), self.target.columns, device=local_device())
+        return self._gathered(table, results)
+
+    @torch.no_grad()
+    def read_suffixes(self, units: Sequence[SuffixUnit], inputs: Sequence[JudgeInput]) -> torch.Tensor:
+        """What ``target`` reads at the end of every suffix of ``units``: fp32 [suffixes, columns], by their numbers (collective).
+
+        Every rank passes the same units of ``inputs``; each prefix is run once. Raises ``UserError`` as ``_read`` does.
+        """
+        self.model.train(False)
+        plans = plan_suffixes(self.model, units, inputs, self.config.micro_batch_tokens)
+        check_suffix_memory(self.model, plans, inputs, self.config, backward=False)
+        batches = suffix_batches(self.model, plans, inputs, again=False)
+
+        def run(module: torch.nn.Module, batch: SuffixBatch) -> torch.Tensor:
+            return run_suffixes(self.model, module, batch, forward_tokens)
+
+        def collect(batch: SuffixBatch, logits: torch.Tensor):
+            return None, (batch.items, self.target.read(logits))
+
+        results = run_schedule(self.model, batches, run, collect, backward=False)
+        table = torch.zeros(sum(len(unit.suffixes) for unit in units), self.target.columns, device=local_device())
+        return self._gathered(table, results)
+
+    def _gathered(self, table: torch.Tensor, results: list) -> torch.Tensor:
+        """``table`` with the rows of ``results``, (numbers, values) of this replica, on the CPU of every rank (collective)."""
         if self.model.groups.is_replica_writer:
-            for items, values in results:
-                table[items] = values
+            for numbers, values in results:
+                table[numbers] = values
         dist.all_reduce(table)
-        if not torch.isfinite(table).all():
-            bad = int((~torch.isfinite(table).all(1)).nonzero()[0])
-            raise UserError(
-                "judge.model",
-                f"the {self.target.noun} of input {bad} are not finite: {table[bad].tolist()}",
-                "check the judge's weights and judge.precision",
-            )
-        return table.cpu()
+        table = table.cpu()
+        require_finite(table, self.target.noun)
+        return table
 
     def token_gradients(self, passes: Sequence[Pass]) -> list[TokenGradients]:
-        """Gradients of every pass at its response's embeddings (collective; all ranks get all).
+        """Gradients of every pass at its response's embeddings, one leaf a pass (collective; all ranks get all).
 
         The target of an input: judge/targets.py.
         """

@@ -87,7 +87,8 @@ def judge_part(stage: JudgeStage, part: Part, grpo: GrpoConfig) -> Judged:
     start = time.perf_counter()
     queries = [query for query in part.queries for _ in range(part.group_size)]
     inputs = stage.inputs(queries, part.bodies)
-    judgements = stage.verdicts(inputs, part.keys)
+    attributed = bool(part.mix) and grpo.advantage != "sequence"
+    judgements = stage.verdicts(inputs, part.keys, attributed)
     judged = time.perf_counter()
     if part.mix is not None:
         needed: list[list[bool]] = []

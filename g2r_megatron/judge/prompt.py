@@ -7,7 +7,7 @@ from functools import lru_cache
 from transformers import PreTrainedTokenizerFast
 
 from g2r_megatron.config.checks import TEMPLATE_FIELDS, check_template
-from g2r_megatron.config.options import JudgeConfig
+from g2r_megatron.config.options import JudgeConfig, gated_queries
 from g2r_megatron.credit.alignment import Alignment, align
 from g2r_megatron.data.chat_template import check_template_options, conversation_text, placeholders, render
 from g2r_megatron.data.thoughts import closed, open_thought
@@ -59,6 +59,7 @@ class ResponseReader:
                 "give it one (pad_token in its tokenizer_config.json), or use another attribution",
             )
         self.tokenizer, self.policy_tokenizer = tokenizer, policy_tokenizer
+        self.gates_branch = gated_queries(config, not self.needs_rubric) == "branch"
         self.max_length = config.max_length
         self._encode_response = lru_cache(maxsize=CACHED_RESPONSES)(self._encode_response_uncached)
 
@@ -77,6 +78,11 @@ class ResponseReader:
         text, policy_bounds = decoded_bounds(self.policy_tokenizer, body)
         ids, judge_bounds = encoded_bounds(self.tokenizer, text, self._response_continues)
         return ids, align(judge_bounds, policy_bounds)
+
+    def check_branch(self, tokens: int, where: str, remedy: str) -> None:
+        """Raise ``UserError`` if only ``tokens`` = 0 are read behind the response where their attention is what is gated."""
+        if self.gates_branch and tokens <= 0:
+            raise UserError("judge.gate_queries", f"branch, but {where} ends with the response", remedy)
 
     def check_length(self, query: Query, tokens: int) -> None:
         """Raise ``UserError`` naming the query for a judge input of more than ``judge.max_length`` tokens."""
@@ -120,6 +126,7 @@ class JudgePrompt(ResponseReader):
         self._before, self._after = _template_sides(tokenizer, config)
         self._leading = [] if config.chat_template else list(leading_ids(tokenizer))
         kind, text = self._before[-1] if self._before else ("text", "")
+        self.check_branch(len(self._after), "judge.template", "let something follow {response}, or use all")
         self._response_continues = kind == "field" or data_continues(tokenizer, text)
         # the text around a response recurs for every response of the group, the criterion for every item
         self._encode_side = lru_cache(maxsize=CACHED_SIDES)(self._encode_side_uncached)
@@ -136,6 +143,7 @@ class JudgePrompt(ResponseReader):
         input_ids = [*before, *response, *after]
         self.check_length(query, len(input_ids))
         start = len(before)
+        self.check_branch(len(after), f"a judge input of query {query.id!r}", "let something follow it, or use all")
         return JudgeInput(input_ids, start, start + len(response), len(input_ids) - 1)
 
     def build_items(self, query: Query, response_ids: Sequence[int]) -> list[JudgeInput]:

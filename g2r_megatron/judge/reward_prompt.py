@@ -56,9 +56,11 @@ class RewardPrompt(ResponseReader):
             )
         check_template_options(tokenizer, config.template_options, "judge.template_options", chat_template=True)
         self.pad_id, self._options = pad_id, config.template_options
-        before, _ = self._parts(PROBE, "judge.model")
+        before, after = self._parts(PROBE, "judge.model")
         self._response_continues = data_continues(tokenizer, before[-1][0])
         self._prints_thought = _without_empty_thought(before) != before
+        behind = encode_parts(tokenizer, after, continues=True)
+        self.check_branch(self.score_position([-1, *behind]), "what the score is read from", "use all")
         self._sides = lru_cache(maxsize=CACHED_CONVERSATIONS)(self._sides_uncached)
 
     def build_items(self, query: Query, response_ids: Sequence[int]) -> list[JudgeInput]:

@@ -25,6 +25,7 @@ from megatron.core.transformer.moe.router_replay import RouterReplayAction
 
 from g2r_megatron.device import local_device
 from g2r_megatron.judge.packing import Tree
+from g2r_megatron.judge.suffixes import SegmentBatch
 from g2r_megatron.judge.types import JudgeInput
 from g2r_megatron.model.build import MegatronModel
 from g2r_megatron.model.schedule import forward_tokens
@@ -143,10 +144,13 @@ class Routing:
 
         def forward(module: torch.nn.Module, batch: "TreeBatch", decoder_input=None) -> torch.Tensor:
             chunk = self.model.modules.index(module)
-            rows = [tree_rows(tree, [self._places[keys[item]] for item in tree.items]) for tree in batch.trees]
+            rows = self._table_rows(batch, keys)
             experts = self._experts(self._here(rows, batch), chunk)
             for router, indices in zip(self.routers[chunk], experts, strict=True):
-                router.router_replay.set_target_indices(indices)
+                if torch.is_grad_enabled():
+                    router.router_replay.set_target_indices(indices)
+                else:  # a row of prefixes (judge/suffixes.py), which no backward will run again
+                    router.router_replay.target_topk_idx = indices
             output = forward_tokens(module, batch, decoder_input)
             if not self._recompute:  # nobody will ask for them again
                 for router in self.routers[chunk]:
@@ -155,6 +159,33 @@ class Routing:
 
         with self._acting(RouterReplayAction.REPLAY_FORWARD):
             yield forward
+
+    @contextmanager
+    def choosing(self) -> Iterator[Callable]:
+        """Yields ``forward_tokens`` for a pass that gives verdicts and gradients at once: what it chooses is its own.
+
+        Layers that are recomputed choose again what their forward did. What verdict passes recorded is let go.
+        """
+        if not self.model.geometry.experts:
+            yield forward_tokens
+            return
+        self._table, self._places, self._replayed = self._empty(0), {}, False
+
+        def forward(module: torch.nn.Module, batch: "TreeBatch", decoder_input=None) -> torch.Tensor:
+            output = forward_tokens(module, batch, decoder_input)
+            if self._recompute and torch.is_grad_enabled():
+                for router in self.routers[self.model.modules.index(module)]:
+                    router.router_replay.replay_backward_list.append(router.router_replay.get_recorded_indices())
+            return output
+
+        with self._acting(RouterReplayAction.RECORD):
+            yield forward
+
+    def _table_rows(self, batch: "TreeBatch", keys: list[bytes]) -> list[torch.Tensor]:
+        """Table rows of the tokens of each tree or segment of ``batch``; ``keys`` of the inputs."""
+        if isinstance(batch, SegmentBatch):
+            return [self._places[keys[s.item]].rows(s.low, s.high) for s in batch.segments]
+        return [tree_rows(tree, [self._places[keys[item]] for item in tree.items]) for tree in batch.trees]
 
     def _here(self, rows: list[torch.Tensor], batch: "TreeBatch") -> torch.Tensor:
         """Table rows of this rank's positions of a packed row; -1 for padding."""
@@ -188,7 +219,7 @@ class Routing:
 
         def before(router: torch.nn.Module, _inputs) -> None:
             # a layer that will be recomputed runs without gradients first
-            again = action is RouterReplayAction.REPLAY_FORWARD and self._recompute and torch.is_grad_enabled()
+            again = self._recompute and torch.is_grad_enabled()
             router.router_replay.set_router_replay_action(RouterReplayAction.REPLAY_BACKWARD if again else action)
 
         routers = [router for chunk in self.routers for router in chunk]

@@ -15,10 +15,10 @@ from g2r_megatron.credit.judgements import ItemJudgement, Judgement, JudgementRo
 from g2r_megatron.credit.sentences import sentence_ids
 from g2r_megatron.data.tokenizer import token_texts
 from g2r_megatron.data.types import Query
-from g2r_megatron.judge.frozen import FrozenJudge, Pass
+from g2r_megatron.judge.frozen import FrozenJudge
 from g2r_megatron.judge.prompt import JudgePrompt, ResponseReader
 from g2r_megatron.judge.reward_prompt import RewardPrompt
-from g2r_megatron.judge.types import JudgeInput
+from g2r_megatron.judge.types import JudgeInput, Pass
 
 
 class JudgeStage:
@@ -34,11 +34,17 @@ class JudgeStage:
         """The judge inputs of each response. ``bodies``: response token ids without the stop token."""
         return [self.prompt.build_items(query, body) for query, body in zip(queries, bodies, strict=True)]
 
-    def verdicts(self, inputs: list[list[JudgeInput]], keys: Sequence[str]) -> list[list[Judgement]]:
+    def verdicts(
+        self, inputs: list[list[JudgeInput]], keys: Sequence[str], attributed: bool = True
+    ) -> list[list[Judgement]]:
         """Verdicts of every item of every response, or its score (collective).
 
-        ``keys``: one string a response that seeds sampled verdicts, so that they depend on nothing else.
+        ``keys``: one string a response that seeds sampled verdicts, so that they depend on nothing else. ``attributed``:
+        ``attribute`` will be asked for some. Where the pass that gives verdicts gives attributions too
+        (judge/gates.py), it then gives all of them, and ``attribute`` keeps what is needed.
         """
+        if attributed and self._in_one_pass:
+            return self._verdicts_and_gates(inputs, keys)
         if isinstance(self.prompt, RewardPrompt):
             return [[ScoreJudgement(score)] for score in self.judge.scores(inputs).tolist()]
         probabilities = iter(self.judge.verdict_log_probs(inputs).exp().tolist())
@@ -50,8 +56,28 @@ class JudgeStage:
     def _judgement(self, probabilities: Sequence[float], key: str) -> ItemJudgement:
         p_true, p_false = probabilities
         if self.config.verdict == "sample":
-            return ItemJudgement(p_true, p_false, random.Random(key).random() * (p_true + p_false) < p_true)
+            return ItemJudgement(p_true, p_false, _draw(key) * (p_true + p_false) < p_true)
         return ItemJudgement(p_true, p_false, p_true > p_false)
+
+    @property
+    def _in_one_pass(self) -> bool:
+        """Whether verdicts and attributions come out of one pass."""
+        return self.judge.gates is not None and self.judge.gates.queries == "branch"
+
+    def _verdicts_and_gates(self, inputs: list[list[JudgeInput]], keys: Sequence[str]) -> list[list[Judgement]]:
+        draws = None
+        if self.config.verdict == "sample":
+            draws = [_draw(f"{key}/{k}") for row, key in zip(inputs, keys, strict=True) for k in range(len(row))]
+        values, verdicts, gates = self.judge.gates.verdicts(inputs, draws)
+        if isinstance(self.prompt, RewardPrompt):
+            found: list[Judgement] = [ScoreJudgement(score) for (score,) in values.tolist()]
+        else:
+            probabilities = values.exp().tolist()
+            found = [ItemJudgement(*p, verdict) for p, verdict in zip(probabilities, verdicts, strict=True)]
+        for judgement, b in zip(found, gates, strict=True):
+            _credit([judgement], b)
+        judgements = iter(found)
+        return [[next(judgements) for _ in row] for row in inputs]
 
     def attribute(
         self,
@@ -76,6 +102,13 @@ class JudgeStage:
                 factors = pooled_weights([row_weights[k] for k in items]) if len(items) > 1 else [1.0]
                 passes.append(Pass([row[k] for k in items], [found[k].verdict for k in items], factors))
                 credited.append([found[k] for k in items])
+        if self._in_one_pass:
+            self._keep(credited, passes, judgements)
+            return
+        if self.judge.gates is not None:
+            for together, b in zip(credited, self.judge.gates.gradients(passes), strict=True):
+                _credit(together, b)
+            return
         for together, gradients in zip(credited, self.judge.token_gradients(passes), strict=True):
             attribution = gradients.attribution(self.config.attribution)
             for item in together:
@@ -83,9 +116,32 @@ class JudgeStage:
                 item.grad_norm = gradients.l2.square().sum().sqrt().item()
                 item.cos = gradients.cos
 
+    def _keep(self, credited: list[list[Judgement]], passes: list[Pass], judgements: list[list[Judgement]]) -> None:
+        """Of the attributions that the verdict pass gave, those of each pass's items, combined by its weights."""
+        combined = [
+            sum(weight * item.attribution for weight, item in zip(one.weights, items, strict=True))
+            for one, items in zip(passes, credited, strict=True)
+        ]
+        for row in judgements:
+            for judgement in row:
+                judgement.attribution = judgement.grad_norm = judgement.cos = None
+        for items, b in zip(credited, combined, strict=True):
+            _credit(items, b)
+
     def alphas(self, body: list[int], judgements: JudgementRow, key: str = "") -> list[torch.Tensor | None]:
         """``item_alphas`` of one response."""
         return item_alphas(self.prompt, self.config, body, judgements, key)
+
+
+def _draw(key: str) -> float:
+    """What decides a sampled verdict: a number in [0, 1) that depends on ``key`` alone."""
+    return random.Random(key).random()
+
+
+def _credit(items: list[Judgement], b: torch.Tensor) -> None:
+    """Gates' b [T] of ``items``. Their gradient is b itself; it has no angle to an embedding."""
+    for item in items:
+        item.attribution, item.grad_norm, item.cos = b, b.norm().item(), float("nan")
 
 
 def item_alphas(

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from g2r_megatron.errors import UserError
 from g2r_megatron.model.build import MegatronModel
 from g2r_megatron.parallel.vocab import log_probs_at
 
@@ -24,7 +25,20 @@ class Target(Protocol):
 
     def read(self, output: torch.Tensor) -> torch.Tensor: ...
 
-    def of(self, values: torch.Tensor, verdicts: Sequence[bool | None]) -> torch.Tensor: ...
+    def of(self, values: torch.Tensor, verdicts: Sequence[bool | None] | torch.Tensor) -> torch.Tensor: ...
+
+    def decide(self, values: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor: ...
+
+
+def require_finite(table: torch.Tensor, noun: str) -> None:
+    """Raise ``UserError`` if a row of ``table`` [inputs, columns] is not finite."""
+    if not torch.isfinite(table).all():
+        bad = int((~torch.isfinite(table).all(1)).nonzero()[0])
+        raise UserError(
+            "judge.model",
+            f"the {noun} of input {bad} are not finite: {table[bad].tolist()}",
+            "check the judge's weights and judge.precision",
+        )
 
 
 class VerdictTarget:
@@ -50,11 +64,16 @@ class VerdictTarget:
         split = len(self.true_ids)
         return torch.stack([log_probs[:, :split].logsumexp(1), log_probs[:, split:].logsumexp(1)], dim=1)
 
-    def of(self, values: torch.Tensor, verdicts: Sequence[bool | None]) -> torch.Tensor:
+    def of(self, values: torch.Tensor, verdicts: Sequence[bool] | torch.Tensor) -> torch.Tensor:
         if self.kind == "logit_margin":
             return values[:, 0] - values[:, 1]
-        chosen = torch.tensor([0 if verdict else 1 for verdict in verdicts], device=values.device)
+        chosen = 1 - torch.as_tensor(verdicts, device=values.device).long()
         return values.gather(1, chosen.unsqueeze(1)).squeeze(1)
+
+    def decide(self, values: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
+        """The verdicts, bool [n], where ``values`` are: the likelier ones, or by ``draws`` fp64 [n] in [0, 1)."""
+        true, false = values.exp().double().unbind(1)
+        return true > false if draws is None else draws * (true + false) < true
 
 
 class ScoreTarget:
@@ -70,5 +89,9 @@ class ScoreTarget:
         """``output``: fp32 [n, 1]."""
         return output
 
-    def of(self, values: torch.Tensor, verdicts: Sequence[bool | None]) -> torch.Tensor:
+    def of(self, values: torch.Tensor, verdicts: Sequence[None] | torch.Tensor) -> torch.Tensor:
         return values[:, 0]
+
+    def decide(self, values: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
+        """A score has no verdict: bool [n], all False."""
+        return torch.zeros(values.size(0), dtype=torch.bool, device=values.device)

@@ -1,5 +1,6 @@
 """What the judge reads for one (response, criterion) pair, or a reward model for one response."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -12,3 +13,15 @@ class JudgeInput:
     response_start: int
     response_end: int
     verdict_position: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One attribution: of sum_j ``weights[j]`` target(``inputs[j]``, ``verdicts[j]``); a score has no verdict (None).
+
+    Several inputs are of one response and share it (``packing.shared_length``).
+    """
+
+    inputs: Sequence[JudgeInput]
+    verdicts: Sequence[bool | None]
+    weights: Sequence[float]

@@ -66,6 +66,28 @@ def _attention_spec(config, backend: BackendSpecProvider) -> ModuleSpec:
     )
 
 
+class PrefixLayer(TransformerLayer):
+    """A layer that can leave out what follows its attention, where only keys and values are asked for (``prefix_only``)."""
+
+    prefix_only = False
+
+    def _forward_mlp(self, hidden_states, *args, **kwargs):
+        return hidden_states if self.prefix_only else super()._forward_mlp(hidden_states, *args, **kwargs)
+
+
+@contextmanager
+def keys_and_values_only(chunk: GPTModel):
+    """Let the model's last layer, if this chunk has it, end with its attention: nobody reads what it makes of a prefix."""
+    last = [layer for layer in chunk.decoder.layers if layer.layer_number == chunk.config.num_layers]
+    for layer in last:
+        layer.prefix_only = True
+    try:
+        yield
+    finally:
+        for layer in last:
+            layer.prefix_only = False
+
+
 def _layer_spec(config, backend: BackendSpecProvider, moe: bool) -> ModuleSpec:
     """One layer: pre-norm, RMSNorm fused into the products that follow it, SwiGLU or experts of it."""
     if moe:
@@ -82,7 +104,7 @@ def _layer_spec(config, backend: BackendSpecProvider, moe: bool) -> ModuleSpec:
             ),
         )
     return ModuleSpec(
-        module=TransformerLayer,
+        module=PrefixLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=_attention_spec(config, backend),
             self_attn_bda=get_bias_dropout_add,
@@ -105,13 +127,14 @@ class SelectiveGPTModel(GPTModel):
     """GPTModel whose ``forward`` takes ``logit_rows`` and heeds ``position_ids``.
 
     ``position_ids``: None (0..s-1), or int64 [s] for a batch of one row. Under context parallelism this rank's input and
-    its ``position_ids`` are s of the row's positions, and there is no None.
+    its ``position_ids`` are s of the row's positions, and there is no None. ``last_position``: the largest of them, to be
+    given where it may be beyond the row's length.
 
     ``logit_rows``: int64 [n], indices into the flattened ``[b, s]`` positions (b * s_total + s). The last pipeline
     stage then returns logits ``[n, vocab / tp]``; other stages ignore it. Without it, GPTModel as it is.
     """
 
-    _logit_rows = None
+    _logit_rows = _last_position = None
     fp32_ids: list[int] | None = None  # tokens whose logits are computed in fp32 (``logits_in_fp32``)
 
     @contextmanager
@@ -126,13 +149,15 @@ class SelectiveGPTModel(GPTModel):
         finally:
             self.fp32_ids = None
 
-    def forward(self, *args, logit_rows: torch.Tensor | None = None, **kwargs):
-        self._logit_rows = logit_rows
+    def forward(self, *args, logit_rows: torch.Tensor | None = None, last_position: int | None = None, **kwargs):
+        self._logit_rows, self._last_position = logit_rows, last_position
         return super().forward(*args, **kwargs)
 
     def _preprocess(self, input_ids, position_ids, *args, **kwargs):
         decoder_input, rotary, *rest = super()._preprocess(input_ids, None, *args, **kwargs)
         # rotary: [s of the whole row, 1, 1, d], the angles of positions 0..s-1
+        if self._last_position is not None:
+            rotary = self.rotary_pos_emb(self._last_position + 1)
         return decoder_input, rotary if position_ids is None else rotary[position_ids], *rest
 
     def _postprocess(self, hidden_states, *args, **kwargs):

@@ -20,8 +20,8 @@ class TokenBatch:
 
     ``input_ids`` int64 [b, s]; ``logit_rows`` int64 [n] into the flattened positions (row * s + position);
     ``items``: the indices of the caller's sequences, in row order. A filler (see ``replica_plan``) has no items, no
-    logit rows and one row of padding. Of a packed row also ``position_ids`` int64 [s] and ``structure`` int32 [3, s] on
-    the CPU (model/tree_attention.py).
+    logit rows and one row of padding. Of a packed row also ``position_ids`` int64 [s], ``last_position`` where the largest
+    of them may be beyond the row's length, and ``structure`` int32 [3, s] on the CPU (model/tree_attention.py).
     """
 
     input_ids: torch.Tensor
@@ -29,6 +29,12 @@ class TokenBatch:
     items: list[int]
     position_ids: torch.Tensor | None = None
     structure: torch.Tensor | None = None
+    last_position: int | None = None
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether the last stage is asked for a loss; of a filler it is not."""
+        return bool(self.items)
 
 
 def token_batch(
@@ -79,6 +85,7 @@ def forward_tokens(
         batch.structure,
         decoder_input=decoder_input,
         logit_rows=batch.logit_rows,
+        last_position=batch.last_position,
     )
 
 
@@ -106,7 +113,7 @@ def run_schedule(
         batch = next(iterator)
 
         def loss_func(output, non_loss_data=False):
-            loss, result = on_last_stage(batch, output) if batch.items else (output.sum(), _Filler)
+            loss, result = on_last_stage(batch, output) if batch.has_targets else (output.sum(), _Filler)
             return result if non_loss_data else (loss, torch.zeros([], dtype=torch.int, device=loss.device), result)
 
         return forward(module, batch), loss_func

@@ -15,13 +15,14 @@ class TreeTEAttention(TEDotProductAttention):
             config, layer_number, *args, softmax_scale=softmax_scale, pg_collection=pg_collection, **kwargs
         )
         self.tree_scale, self.tree_window = softmax_scale, layer_window(config, layer_number)
-        self.tree_cp_group = pg_collection.cp
+        self.tree_cp_group, self.tree_layer = pg_collection.cp, layer_number
 
     def forward(self, query, key, value, attention_mask, *args, **kwargs):
         """``query`` [sq, b, np, hn], ``key``/``value`` [sk, b, ng, hn] -> [sq, b, np * hn]."""
         if attention_mask is None:
             return super().forward(query, key, value, attention_mask, *args, **kwargs)
-        return row_attention(query, key, value, attention_mask, self.tree_window, self.tree_scale, self.tree_cp_group)
+        options = self.tree_window, self.tree_scale, self.tree_cp_group, self.tree_layer
+        return row_attention(query, key, value, attention_mask, *options)
 
 
 class TreeTESpecProvider(TESpecProvider):

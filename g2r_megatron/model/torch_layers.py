@@ -115,7 +115,7 @@ class SDPACoreAttention(torch.nn.Module):
         super().__init__()
         self.cp_group = pg_collection.cp
         self.softmax_scale = softmax_scale
-        self.window = layer_window(config, layer_number)
+        self.window, self.layer_number = layer_window(config, layer_number), layer_number
 
     def forward(
         self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None
@@ -129,7 +129,8 @@ class SDPACoreAttention(torch.nn.Module):
             raise ValueError("SDPACoreAttention takes no attention_bias or packed_seq_params")
         value = value.contiguous()  # a view of the whole QKV projection, which the backward would keep for it
         if attention_mask is not None:
-            return row_attention(query, key, value, attention_mask, self.window, self.softmax_scale, self.cp_group)
+            options = self.window, self.softmax_scale, self.cp_group, self.layer_number
+            return row_attention(query, key, value, attention_mask, *options)
         if self.cp_group.size() > 1:
             raise ValueError("under context parallelism only packed rows can be run")
         causal = attn_mask_type == AttnMaskType.causal

@@ -18,6 +18,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from g2r_megatron.model.branch_attention import Branches, TreeAttention
+from g2r_megatron.model.suffix_attention import suffix_attention
+from g2r_megatron.model.suffix_rows import find_row
 
 FLEX_COMPILATIONS = 64  # of FlexAttention in one process: policy, judge and reference together
 KEPT_ROWS = 4  # micro-batches whose masks are kept: those that a pipeline stage has in flight
@@ -47,16 +49,26 @@ def row_attention(
     window: int | None,
     scale: float | None,
     cp_group: torch.distributed.ProcessGroup,
+    layer: int,
 ) -> torch.Tensor:
-    """Core attention over this context parallel rank's positions of a row (collective over ``cp_group``).
+    """Core attention of ``layer`` over this context parallel rank's positions of a row (collective over ``cp_group``).
 
-    ``query`` [S/C, 1, np, d], ``key``/``value`` [S/C, 1, ng, d] -> [S/C, 1, np * d]; ``structure`` [3, S] is the row's.
+    ``query`` [S/C, 1, np, d], ``key``/``value`` [S/C, 1, ng, d] -> [S/C, 1, np * d]; ``structure`` is the row's: [3, S]; with
+    a fourth line, whose first number is that of the ``KeptKeys`` that keep keys and values; or [1, S], the number of a
+    ``SuffixRow``.
     """
     if cp_group.size() > 1:
         both = gather_positions(torch.cat([key, value], dim=-1), cp_group)
         key, value = both.split([key.size(-1), value.size(-1)], dim=-1)
     q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-    context = tree_attention(q, k, v, structure, window, scale, (cp_group.rank(), cp_group.size()))
+    share = cp_group.rank(), cp_group.size()
+    if structure.size(0) == 1:
+        row = find_row(int(structure[0, 0]))
+        context = suffix_attention(q, k, v, row, layer, window, scale, share)
+    else:
+        if structure.size(0) > 3:
+            find_row(int(structure[3, 0])).put(layer, k, v)
+        context = tree_attention(q, k, v, structure[:3], window, scale, share)
     return context.permute(2, 0, 1, 3).flatten(2)
 
 

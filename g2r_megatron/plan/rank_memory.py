@@ -8,7 +8,9 @@ from g2r_megatron.plan.models import Job, PlannedModel
 from g2r_megatron.plan.workload import (
     Passes,
     Rollout,
+    Workload,
     attribution_passes,
+    kept_prefix_tokens,
     policy_passes,
     reference_passes,
     rollout,
@@ -79,6 +81,14 @@ def row_bytes(model: PlannedModel, layers: int, passes: Passes) -> dict[str, flo
     return {"row": FP32 * passes.tokens**2 / layout.cp + gathered}
 
 
+def prefix_key_bytes(model: PlannedModel, stage: int, work: Workload, passes: Passes) -> float:
+    """Keys and values of the prefixes of the micro-batches in flight (judge/suffixes.py); CP ranks have all of them."""
+    g, tokens = model.geometry, kept_prefix_tokens(work, passes)
+    rows = activations.in_flight(model.layout, stage, passes.micro_batches)
+    heads = max(1, g.kv_heads / model.layout.tp)
+    return rows * 2 * model.kind.a * tokens * heads * g.head_dim * model.stages[stage].layer_count
+
+
 def rollout_bytes(model: PlannedModel, stage: int, sampling: Rollout) -> dict[str, float]:
     """The KV cache, and the prompts' pass (without sequence parallelism) or the drawing of tokens."""
     g, layout = model.geometry, replace(model.layout, sp=False)
@@ -128,6 +138,8 @@ def _add_judge(group: RankMemory, job: Job, work, offload: bool) -> None:
         passes = attribution_passes(work, config, model.ranks)
         layers = 1 if model.kind.recompute == "full" else model.stages[stage].layer_count
         phases["attribution"] = update_bytes(model, stage, passes) | row_bytes(model, layers, passes)
+        if work.gates:
+            phases["attribution"]["prefix keys"] = prefix_key_bytes(model, stage, work, passes)
     if job.judge_is_reference:
         phases["reference"] = forward_bytes(model, stage, reference_passes(work, config, model.ranks))
     if offload:

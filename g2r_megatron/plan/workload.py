@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, replace
 
 from g2r_megatron.config.layout import data_parallel_size
-from g2r_megatron.config.options import Layout
+from g2r_megatron.config.options import Layout, gated_queries
 from g2r_megatron.parallel.microbatches import padded
 from g2r_megatron.plan.config import PlanConfig
 
@@ -45,6 +45,7 @@ class Workload:
     shares_prefix: bool  # the criterion comes last: the items of a response share what stands before it
     pooled: bool  # one backward pass a response
     parts: int  # sampled and judged one after the other
+    gates: str | None  # whose queries a gate attribution gates; "branch": verdicts and attributions come from one pass
 
     @property
     def sequence(self) -> int:
@@ -82,6 +83,7 @@ def workload(config: PlanConfig) -> Workload:
         shares_prefix=template.index("{criterion}") > template.index("{response}"),
         pooled=config.judge.credit == "per_response",
         parts=config.judge.parts,
+        gates=gated_queries(config.judge) if attributes else None,
     )
 
 
@@ -120,6 +122,9 @@ def reference_passes(work: Workload, config: PlanConfig, ranks: int) -> Passes:
 def verdict_passes(work: Workload, config: PlanConfig, ranks: int) -> Passes:
     """One tree a response, cut where it is longer than ``judge.max_length``; without sharing one sequence an item."""
     c = config.judge
+    if work.gates == "branch":  # the prefixes; their branches are the attribution's
+        count = work.responses * (1 if work.shares_prefix else work.items)
+        return _judge_passes(config, ranks, count, work.judge_prefix, work.judge_prefix / 2, 0)
     if not work.shares_prefix:
         return _judge_passes(config, ranks, work.responses * work.items, work.judge_input, work.judge_input / 2, 1)
     room = max(1, (c.max_length - work.judge_prefix) // work.criterion)
@@ -130,7 +135,18 @@ def verdict_passes(work: Workload, config: PlanConfig, ranks: int) -> Passes:
 
 
 def attribution_passes(work: Workload, config: PlanConfig, ranks: int) -> Passes:
-    """One sequence an attributed item, or one tree of them a response (``judge.credit=per_response``)."""
+    """One sequence an attributed item, or one tree of them a response (``judge.credit=per_response``).
+
+    Of gates: what has gradients. That are the branches of all items, or response and branch of the attributed ones.
+    """
+    if work.gates == "branch":
+        items = max(1, min(work.items, config.judge.micro_batch_tokens // work.criterion))
+        count = work.responses * math.ceil(work.items / items)
+        context = work.judge_prefix + work.criterion / 2
+        return _judge_passes(config, ranks, count, items * work.criterion, context, items)
+    if work.gates == "all":
+        count, length = math.ceil(work.responses * work.attributed), work.response + work.criterion
+        return _judge_passes(config, ranks, count, length, work.judge_input - length / 2, 1)
     if work.pooled:
         items = math.ceil(work.attributed)
         length = work.judge_prefix + items * work.criterion
@@ -138,6 +154,15 @@ def attribution_passes(work: Workload, config: PlanConfig, ranks: int) -> Passes
         return _judge_passes(config, ranks, count, length, _tree_context(work, items), items)
     count = math.ceil(work.responses * work.attributed)
     return _judge_passes(config, ranks, count, work.judge_input, work.judge_input / 2, 1)
+
+
+def kept_prefix_tokens(work: Workload, passes: Passes) -> float:
+    """Tokens of prefixes whose keys and values are kept while one of the attribution's micro-batches of gates is run."""
+    if work.gates is None:
+        return 0
+    if work.gates == "all":
+        return passes.logit_rows * (work.judge_prefix - work.response)
+    return math.ceil(passes.logit_rows / work.items) * work.judge_prefix
 
 
 def _tree_context(work: Workload, items: int) -> float:

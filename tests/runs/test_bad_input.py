@@ -87,6 +87,12 @@ OPTIONS = [
     (["--judge.true_words", "[yes]"], ["judge.true_words", "'True'", "quoted"]),  # YAML's boolean
     (["--judge.normalize", "positive", "--judge.tau", "0.5"], ["judge.tau", "only the softmax has a temperature"]),
     (["--judge.attribution", "uniform", "--judge.shuffle"], ["judge.shuffle", "all tokens weigh the same"]),
+    (["--judge.attribution", "gate", "--judge.gate_levels", "[]"], ["judge.gate_levels", "[]", "at least one"]),
+    (["--judge.attribution", "gate", "--judge.gate_levels", "[1, 0]"], ["judge.gate_levels", "0.0]", "more than 0"]),
+    (["--judge.attribution", "gate", "--judge.gate_levels", "[1.5]"], ["judge.gate_levels", "[1.5]", "at most 1"]),
+    (["--judge.attribution", "gate", "--judge.gate_queries", "some"], ["judge.gate_queries", "'some'", "branch, all"]),
+    (["--judge.gate_queries", "all"], ["judge.gate_queries", "all with judge.attribution contracted", "=gate"]),
+    (["--judge.gate_levels", "[0.5]"], ["judge.gate_levels", "[0.5] with judge.attribution contracted", "=gate"]),
     (["--optimizer.lr=-1e-6"], ["optimizer.lr", "-1e-06", "more than 0"]),
     (["--optimizer.min_lr", "1"], ["optimizer.min_lr", "1", "optimizer.lr"]),
     (["--optimizer.warmup_steps", "100"], ["optimizer.warmup_steps", "100", "less than steps"]),
@@ -245,6 +251,14 @@ FILES = {
     "another format": (None, ["--format", "healthbench"], ["healthbench", "g2r", "auto"]),
     "a judge input is too long": (None, ["--judge.max_length", "20"], ["judge.max_length", "'r1'", "20"]),
     "a verdict of several tokens": (None, ["--judge.true_words", "[Affirmative]"], ["judge.true_words", "Affirmative"]),
+    "gates of an empty branch": (
+        None,
+        [
+            *("--judge.attribution", "gate", "--judge.chat_template", "false"),
+            *("--judge.template", "{criterion} {conversation} {response}"),
+        ],
+        ["judge.gate_queries", "branch, but judge.template ends with the response", "all"],
+    ),
     "batch_rows 0": (None, ["--batch_rows", "0"], ["batch_rows", "0", "at least 1"]),
     "a layout for more ranks": (None, ["--judge.layout.tp", "2"], ["judge.layout", "2 ranks", "start 2 processes"]),
     "a shard too many": (None, ["--shards", "2", "--shard", "2"], ["shard", "2 of 2", "from 0"]),

@@ -266,6 +266,17 @@ def test_a_judge_with_experts_on_two_ranks(worlds, moe_task, tmp_path):
     assert_same_run(own, shared)
 
 
+def test_gates_on_own_ranks(worlds, task, tmp_path):
+    """Verdicts and gates come from one pass; a tensor parallel judge that recomputes."""
+    task = [*task, "--judge.attribution", "gate", "--judge.recompute", "full"]
+    task += layouts(policy={"tp": 2}, judge={"tp": 2})
+    shared, own = tmp_path / "shared", tmp_path / "own"
+    assert worlds[2].run(train_here, [*task, "--output_dir", str(shared)]) == ["", ""]
+    assert worlds[4, 2].run(train_here, [*task, "--judge.ranks", "2", "--output_dir", str(own)]) == [""] * 4
+    assert_same_run(own, shared)
+    assert all(line["attribution/zero_or_nonfinite"] == 0 for line in records(own, "metrics.jsonl") if "loss" in line)
+
+
 def test_the_judge_works_while_the_policy_samples(worlds, task, tmp_path):
     """By the order of events: a part is judged, gradients included, before the policy has begun to sample the next."""
     events = tmp_path / "events"

@@ -1,0 +1,215 @@
+"""Attention of a suffix row (model/suffix_rows.py), with a backward that also sums the scores' gradients by key.
+
+The results of a tree's blocks are merged by their log-sum-exps. In the backward, with P = exp(score - merged log-sum-exp), the
+gradient of the scores is dS = P (dO V^T - delta), delta = the sum of dO O: dQ, dK, dV follow from it as ever, and its column
+sums over the gated queries are the gates' gradients. All of it is plain matrix products over chunks of queries, with scores
+and sums in fp32: the same code, and the same bits every time, on CPU and GPU. Kept keys and values get no gradient.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from g2r_megatron.model.suffix_rows import Block, SuffixRow, row_blocks
+
+LOWEST = torch.finfo(torch.float32).min  # log of a sum over nothing
+CPU_SCORES, GPU_SCORES = 2**18, 2**24  # of a chunk: as many as the CPU's cache holds; enough to fill a GPU
+
+
+def scores_at_once(on_cpu: bool) -> int:
+    """Scores, in fp32, of a chunk; a few tensors of so many are alive at a time."""
+    return CPU_SCORES if on_cpu else GPU_SCORES
+
+
+def suffix_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    row: SuffixRow,
+    layer: int,
+    window: int | None,
+    scale: float | None,
+    share: tuple[int, int],
+) -> torch.Tensor:
+    """``query`` [1, heads, q, d], ``key``/``value`` [1, groups, S, d] of the whole suffix row -> [1, heads, q, d].
+
+    ``share`` (r, C): the queries are the row's positions r, r + C, .... Padding comes out as 0.
+    """
+    kept = row.kept.take(layer) if row.kept is not None else (key[0, :, :0], value[0, :, :0])
+    blocks = row_blocks(row, window, share, query.device)
+    scale = query.size(-1) ** -0.5 if scale is None else scale
+    return SuffixAttention.apply(query, key, value, *kept, blocks, scale)
+
+
+class SuffixAttention(torch.autograd.Function):
+    """``apply(query, key, value, kept keys [groups, P, d], kept values, blocks of each tree, scale)`` -> like query."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, kept_key, kept_value, trees: tuple[list[Block], ...], scale: float):
+        q, own, kept = _grouped(query, key), (key[0], value[0]), (kept_key, kept_value)
+        out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+        sums = torch.full(q.shape[:3], LOWEST, device=q.device)
+        for block in (block for blocks in trees for block in blocks):
+            found, found_sums = _look(block, q, *(kept if block.kept else own), scale)
+            here, here_sums = out[:, :, block.queries], sums[:, :, block.queries]
+            merged = torch.logaddexp(here_sums, found_sums)
+            here.mul_((here_sums - merged).exp().unsqueeze(-1))
+            here.add_(found.mul_((found_sums - merged).exp().unsqueeze(-1)))
+            here_sums.copy_(merged)
+        out = out.to(query.dtype).view_as(query)
+        ctx.save_for_backward(query, key, value, kept_key, kept_value, out, sums)
+        ctx.trees, ctx.scale = trees, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        query, key, value, *kept, out, sums = ctx.saved_tensors
+        q, g = _grouped(query, key), _grouped(gradient, key)
+        delta = (g.float() * out.view_as(q)).sum(-1)
+        dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q, key[0], value[0]))
+        for block in (block for blocks in ctx.trees for block in blocks):
+            of_keys = None if block.kept else (dk, dv)
+            keys = kept if block.kept else (key[0], value[0])
+            _look_back(block, q, *keys, g, sums, delta, dq, of_keys, ctx.scale)
+        dq = dq.to(query.dtype).view_as(query)
+        return dq, dk.to(key.dtype).unsqueeze(0), dv.to(value.dtype).unsqueeze(0), None, None, None, None
+
+
+def _grouped(x: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """[1, heads, n, d] -> [groups, heads of a group, n, d], contiguous."""
+    return x[0].unflatten(0, (key.size(1), -1)).contiguous()
+
+
+def _look(block: Block, q, key, value, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 (result [groups, r, n, d], log-sum-exp [groups, r, n]) of the block's n queries over its keys alone."""
+    q, k, v = _batched(block, q[:, :, block.queries]), _keys(block, key), _keys(block, value)
+    out, sums = (torch.empty(shape, dtype=torch.float32, device=q.device) for shape in (q.shape, q.shape[:3]))
+    for batch, rows, keys in _chunks(block, q, k):
+        scores = _scores(block, q, k, batch, rows, keys, scale)
+        # nothing but -inf where a query sees none of these keys: its result is 0
+        highest = scores.amax(-1, keepdim=True).clamp_(min=LOWEST)
+        scores.sub_(highest).exp_()
+        total = scores.sum(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
+        found = _product(scores.flatten(1, 2).to(v.dtype), v[batch, keys]).view(*scores.shape[:3], -1)
+        out[batch, :, rows] = found.div_(total)
+        sums[batch, :, rows] = total.log_().add_(highest).clamp_(min=LOWEST).squeeze(-1)
+    return _unbatched(block, out), _unbatched(block, sums)
+
+
+def _look_back(block: Block, q, key, value, g, sums, delta, dq, of_keys, scale: float) -> None:
+    """Add the block's part to ``dq`` (fp32, like ``q``), to ``of_keys`` (dk, dv) unless None, and to the gates' table."""
+    queries = block.queries
+    q, g, sums, delta = (_batched(block, x[:, :, queries]) for x in (q, g, sums, delta))
+    k, v = _keys(block, key), _keys(block, value)
+    if block.branches is not None:
+        real = block.branches.real.repeat_interleave(key.size(0), 0)[:, None]
+        g, delta = g * real.unsqueeze(-1), delta * real  # padding asks for nothing
+    block_dq = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    block_dk, block_dv = (torch.zeros(k.shape, dtype=torch.float32, device=k.device) for _ in range(2))
+    gates = _GateSums(block, q)
+    for batch, rows, keys in _chunks(block, q, k):
+        scores = _scores(block, q, k, batch, rows, keys, scale)
+        p = scores.sub_(sums[batch, :, rows].unsqueeze(-1)).exp_()
+        g_rows = g[batch, :, rows].flatten(1, 2)
+        ds = _product(g_rows, v[batch, keys].mT).view_as(p)
+        ds.sub_(delta[batch, :, rows].unsqueeze(-1)).mul_(p)
+        flat = ds.flatten(1, 2).to(k.dtype)
+        block_dq[batch, :, rows] = _product(flat, k[batch, keys]).mul_(scale).view(*ds.shape[:3], -1)
+        if of_keys is not None:
+            block_dk[batch, keys] += _product(flat.mT, q[batch, :, rows].flatten(1, 2)).mul_(scale)
+            block_dv[batch, keys] += _product(p.flatten(1, 2).to(g.dtype).mT, g_rows)
+        gates.add(ds, batch, rows)
+    dq[:, :, queries] += _unbatched(block, block_dq)
+    if of_keys is not None:
+        for whole, part in zip(of_keys, (block_dk, block_dv), strict=True):
+            whole[:, block.keys] += _unbatched(block, part.unsqueeze(1)).squeeze(1)
+    gates.finish()
+
+
+class _GateSums:
+    """The column sums of a block's dS over its gated queries, added to the table when the block is done."""
+
+    def __init__(self, block: Block, q: torch.Tensor):
+        self.block, (batch, _, n) = block, q.shape[:3]
+        if block.table is not None:
+            rows = n if block.branches is None else batch
+            self._sums = torch.zeros(rows, block.table.size(1), dtype=torch.float32, device=q.device)
+
+    def add(self, ds: torch.Tensor, batch: slice, rows: slice) -> None:
+        """``ds`` fp32 [batch, r, rows, keys]; keys after the last of the chunk have no part in it."""
+        block = self.block
+        if block.table is None:
+            return
+        ds = ds[..., block.columns]
+        columns = slice(0, ds.size(-1))
+        if block.gated is not None:
+            ds = ds * block.gated[rows, columns]
+        if block.branches is None:
+            self._sums[rows, columns] += ds.sum((0, 1))
+        else:
+            self._sums[batch, columns] += ds.sum((1, 2))
+
+    def finish(self) -> None:
+        block = self.block
+        if block.table is None:
+            return
+        sums = self._sums
+        if block.branches is not None:
+            sums = sums.unflatten(0, (block.shares.size(1), -1)).sum(1)
+        block.table.add_(block.shares @ sums)
+
+
+def _chunks(block: Block, q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """(rows of the batch, queries, keys) of a bounded number of scores each; ``q`` [batch, r, n, d], ``k`` [batch, keys, d]."""
+    batch, r, n = q.shape[:3]
+    limit = scores_at_once(on_cpu=not q.is_cuda)
+    rows = max(1, min(n, limit // max(1, r * k.size(1))))
+    together = max(1, limit // max(1, r * n * k.size(1))) if rows == n else 1
+    for first in range(0, batch, together):
+        for low in range(0, n, rows):
+            high = min(low + rows, n)
+            seen = min(high, k.size(1)) if block.causal else k.size(1)
+            yield slice(first, first + together), slice(low, high), slice(0, seen)
+
+
+def _scores(block: Block, q, k, batch: slice, rows: slice, keys: slice, scale: float) -> torch.Tensor:
+    """fp32 [batch, r, rows, keys]: scaled, masked, gated."""
+    some = q[batch, :, rows]
+    scores = _product(some.flatten(1, 2), k[batch, keys].mT).view(*some.shape[:3], -1).mul_(scale)
+    if block.mask is not None:
+        scores.add_(block.mask[rows, keys])
+    if block.log_level is not None:
+        columns = scores[..., block.columns]
+        if block.branches is None:
+            level = block.log_level[:, :, rows]
+        else:
+            level = block.log_level.repeat_interleave(q.size(0) // block.log_level.size(0), 0)[batch]
+        columns.add_(level if block.gated is None else level * block.gated[rows, : columns.size(-1)])
+    return scores
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b [batch, n, m], summed up and returned in fp32 whatever the factors are."""
+    if a.dtype == torch.float32:
+        return torch.bmm(a, b)
+    return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.bmm(a.float(), b.float())
+
+
+def _keys(block: Block, x: torch.Tensor) -> torch.Tensor:
+    """The block's keys (or values) of [groups, S, d]: [batch, n, d]."""
+    return _batched(block, x[:, None, block.keys]).squeeze(1)
+
+
+def _batched(block: Block, x: torch.Tensor) -> torch.Tensor:
+    """[groups, r, n, ...] as it is, or taken apart into [branches * groups, r, longest, ...]."""
+    if block.branches is None:
+        return x
+    return block.branches.batch(x.flatten(0, 1).unsqueeze(0)).unflatten(1, x.shape[:2]).flatten(0, 1)
+
+
+def _unbatched(block: Block, x: torch.Tensor) -> torch.Tensor:
+    """The inverse of ``_batched``."""
+    if block.branches is None:
+        return x
+    apart = x.unflatten(0, (block.branches.rows.size(0), -1))  # [branches, groups, r, longest, ...]
+    return block.branches.flat(apart.flatten(1, 2))[0].unflatten(0, apart.shape[1:3])
