@@ -55,6 +55,7 @@ class Way:
             recompute=self.recompute,
             micro_batch_tokens=self.budget,
             verdict="sample",
+            normalize="softmax",
             standardize=False,
             smoothing="none",
         )
