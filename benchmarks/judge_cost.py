@@ -36,6 +36,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from g2r_megatron.config.options import JudgeConfig, Layout, Precision
+from g2r_megatron.credit.judgements import backward_passes
 from g2r_megatron.data.readers import read_queries
 from g2r_megatron.data.tokenizer import encode_text, load_tokenizer
 from g2r_megatron.data.types import Query, RubricItem
@@ -44,7 +45,7 @@ from g2r_megatron.judge.frozen import FrozenJudge
 from g2r_megatron.judge.packing import tree_tokens
 from g2r_megatron.judge.prompt import JudgePrompt
 from g2r_megatron.judge.stage import JudgeStage
-from g2r_megatron.judge.types import JudgeInput, backward_passes
+from g2r_megatron.judge.types import JudgeInput
 from g2r_megatron.model.build import build_model
 from g2r_megatron.model.hf import open_hf_model
 from g2r_megatron.parallel import cpu
@@ -117,6 +118,7 @@ def judge_config(args: argparse.Namespace) -> JudgeConfig:
         chat_template=False,
         target="log_prob",
         attribution="grad_x_embed",
+        normalize="softmax",
         standardize=False,
         smoothing="none",
         micro_batch_tokens=args.micro_batch_tokens,

@@ -23,8 +23,8 @@ from g2r_megatron import experience
 from g2r_megatron.config import parsing
 from g2r_megatron.config.options import TrainConfig, resolve_preset
 from g2r_megatron.credit.advantages import mix_at
+from g2r_megatron.credit.judgements import backward_passes
 from g2r_megatron.data.order import epoch_batch
-from g2r_megatron.judge.types import backward_passes
 from g2r_megatron.train import update
 from g2r_megatron.workers import Inputs, Workers, build_workers, read_inputs
 

@@ -15,9 +15,8 @@ from typing import NoReturn
 from g2r_megatron.config import parsing
 from g2r_megatron.config.checks import check_judge_config, check_train_config
 from g2r_megatron.config.options import PRESETS, OfflineJudgeConfig, TrainConfig, fill_from_preset, resolve_preset
-from g2r_megatron.errors import RunError, UserError
+from g2r_megatron.errors import Preempted, RunError, UserError
 from g2r_megatron.parallel import preemption
-from g2r_megatron.parallel.preemption import Preempted
 from g2r_megatron.records.failures import announce, is_announced
 
 USAGE = """usage: g2r COMMAND [options]
@@ -30,7 +29,31 @@ commands:
   report  compare runs: a table and a self-contained page  g2r report RUN_DIR [RUN_DIR ...] --output report.html
 
 "g2r COMMAND --help" lists every option. Several ranks: torchrun --nproc-per-node N -m g2r_megatron.cli COMMAND ...
+
+new here?
+  make quickstart                                  a whole training on a CPU, in minutes
+  g2r doctor                                       is everything installed?
+  g2r train --print_config > my.yaml               a config to fill in: policy.model, data.train, output_dir
+  g2r train --config my.yaml                       train
 """
+
+# What a command without any option is answered.
+FIRST_STEPS = {
+    "g2r train": (
+        "policy.model, data.train, output_dir",
+        "write a config with `g2r train --print_config > my.yaml`, fill these in, and run `g2r train --config my.yaml` "
+        "(an example: examples/quickstart/config.yaml; g2r train --help)",
+    ),
+    "g2r judge": (
+        "judge.model, input, output",
+        "give them as in `g2r judge --judge.model DIR --input rows.jsonl --output judged.jsonl` "
+        "(an example: g2r judge --config examples/quickstart/judge.yaml --output judged.jsonl; g2r judge --help)",
+    ),
+    "g2r plan": (
+        "policy.model",
+        "give the config of the training and its nodes, as in `g2r plan --config my.yaml --nodes 2` (g2r plan --help)",
+    ),
+}
 
 
 def _import_megatron() -> None:
@@ -39,20 +62,28 @@ def _import_megatron() -> None:
     import_megatron()
 
 
+def _parsed(config_class: type[parsing.Config], prog: str, argv: list[str]) -> parsing.Config:
+    """The config that ``argv`` asks for; ``UserError`` with the first steps if there is no option at all."""
+    if not argv:
+        missing, remedy = FIRST_STEPS[prog]
+        raise UserError(missing, "missing", remedy)
+    return parsing.parse(config_class, prog, argv)
+
+
 def train_command(argv: list[str]) -> None:
     """``g2r train``."""
-    config = resolve_preset(parsing.parse(TrainConfig, "g2r train", argv))
+    config = resolve_preset(_parsed(TrainConfig, "g2r train", argv))
     check_train_config(config, _world_size())
     with preemption.listening():
         _import_megatron()
-        from g2r_megatron.train import train
+        from g2r_megatron.launch import train
 
         train(config)
 
 
 def judge_command(argv: list[str]) -> None:
     """``g2r judge``."""
-    config = parsing.parse(OfflineJudgeConfig, "g2r judge", argv)
+    config = _parsed(OfflineJudgeConfig, "g2r judge", argv)
     config.judge = fill_from_preset(config.judge, PRESETS[config.preset]["judge"])
     check_judge_config(config, _world_size())
     _import_megatron()
@@ -65,7 +96,7 @@ def plan_command(argv: list[str]) -> int:
     """``g2r plan``."""
     from g2r_megatron.plan.config import PlanConfig
 
-    config = resolve_preset(parsing.parse(PlanConfig, "g2r plan", argv))
+    config = resolve_preset(_parsed(PlanConfig, "g2r plan", argv))
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # models are built on no device at all, also where there is a GPU
     _import_megatron()
     from g2r_megatron.plan.command import run_plan
@@ -160,11 +191,13 @@ def _dispatch(argv: list[str]) -> int | None:
 
 
 def _usage(argv: list[str]) -> int:
-    if argv and argv[0] in ("-h", "--help"):
+    if not argv:
+        print(USAGE, end="", file=sys.stderr)
+        return 2
+    if argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0
-    found = repr(argv[0]) if argv else "missing"
-    raise UserError("command", found, f"must be one of {', '.join(COMMANDS)} (g2r --help)")
+    raise UserError("command", repr(argv[0]), f"must be one of {', '.join(COMMANDS)} (g2r --help)")
 
 
 def _world_size() -> int:

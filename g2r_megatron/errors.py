@@ -1,5 +1,8 @@
-"""The exceptions that end a command with one line instead of a traceback."""
+"""The exceptions that end a command with one line instead of a traceback, and warnings of one line."""
 
+import os
+import sys
+from functools import cache
 from pathlib import Path
 
 
@@ -20,6 +23,17 @@ class RunError(Exception):
     """A run that cannot go on though its input was good. One line, exit code 1."""
 
 
+class Preempted(Exception):
+    """All ranks have agreed to leave (parallel/preemption.py). The weights are those of the last finished step."""
+
+
 def unwritable(path: Path, error: OSError) -> UserError:
     """The ``UserError`` for a file that the disk or its permissions refuse."""
     return UserError(str(path), f"cannot be written ({error.strerror})", "free disk space or choose another place")
+
+
+@cache
+def warn(line: str) -> None:
+    """Say on stderr what works, but perhaps not as meant: once a process, and of a world only on its first rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"g2r: warning: {line}", file=sys.stderr, flush=True)

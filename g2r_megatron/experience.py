@@ -1,12 +1,11 @@
-"""One step's batch on its way from prompts to advantages: sample and send to the judge, credit, measure."""
+"""One step's batch on its way from prompts to advantages: sample and send to the judge, assign credit, measure."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from g2r_megatron.config.options import TrainConfig
-from g2r_megatron.credit import grading
 from g2r_megatron.credit.advantages import group_advantages
 from g2r_megatron.credit.hazards import (
     advantage_metrics,
@@ -15,83 +14,99 @@ from g2r_megatron.credit.hazards import (
     response_metrics,
     reward_metrics,
 )
+from g2r_megatron.credit.judgements import JudgementRow, backward_passes, kind_of
 from g2r_megatron.credit.truth import key_token_mask, true_reward
 from g2r_megatron.data.tokenizer import token_texts
 from g2r_megatron.data.types import Query
-from g2r_megatron.judge.own_ranks import OwnRanks
-from g2r_megatron.judge.parts import Part, SharedRanks
+from g2r_megatron.judge.parts import Part
+from g2r_megatron.judge.prompt import ResponseReader
 from g2r_megatron.judge.stage import item_alphas
-from g2r_megatron.judge.types import Judgement, backward_passes
-from g2r_megatron.policy.log_probs import TokenSequence
-from g2r_megatron.rollout.megatron import MegatronRolloutEngine, Request
-from g2r_megatron.rollout.types import Response
-from g2r_megatron.workers import Inputs
+from g2r_megatron.policy.log_probs import TokenSequence, UpdateLogProbs
+from g2r_megatron.rollout.types import Request, Response, RolloutEngine
+from g2r_megatron.workers import Inputs, Workers
 
 
-@dataclass
-class Experience:
-    """N = queries x G responses, grouped by query; every list below has N entries."""
+@dataclass(frozen=True)
+class Rollouts:
+    """N = queries x G sampled responses, grouped by query; every list has N entries."""
 
     group_size: int
     queries: list[Query]
     responses: list[Response]
-    keys: list[str]
-    judgements: list[list[Judgement]] = field(default_factory=list)
-    alphas: list[list[torch.Tensor | None]] = field(default_factory=list)
-    advantages: list[torch.Tensor] = field(default_factory=list)
+    keys: list[str]  # what seeded the sampling of each response
 
     @property
     def sequences(self) -> list[TokenSequence]:
         return [TokenSequence(r.prompt_ids, r.token_ids) for r in self.responses]
 
     @property
+    def bodies(self) -> list[list[int]]:
+        """The token ids that the judge reads, [T] a response: without the stop token."""
+        return [r.body_ids for r in self.responses]
+
+    @property
+    def finished(self) -> list[bool]:
+        return [r.finished for r in self.responses]
+
+    @property
     def groups(self) -> list[slice]:
         return [slice(i, i + self.group_size) for i in range(0, len(self.queries), self.group_size)]
 
+
+@dataclass(frozen=True)
+class Experience(Rollouts):
+    """Rollouts with what the judge said of them and the credit that their tokens got."""
+
+    judgements: list[JudgementRow]
+    alphas: list[list[torch.Tensor | None]]  # [T] of each judgement that was attributed
+    advantages: list[torch.Tensor]  # fp32 [T + finished]
+
     def reward(self, i: int) -> float:
         """The judge's score of response ``i``."""
-        return grading.reward(self.queries[i], self.judgements[i])
+        return kind_of(self.judgements[i]).reward(self.queries[i], self.judgements[i])
 
 
 def sample_and_submit(
-    engine: MegatronRolloutEngine,
-    judge: SharedRanks | OwnRanks,
+    workers: Workers,
     inputs: Inputs,
+    *,
     queries: list[Query],
     group_size: int,
     key: str,
-    *,
     parts: int,
     mix: float | None,
     temperature: float | None = None,
     between_batches: Callable[[], None] = lambda: None,
-) -> Experience:
+) -> Rollouts:
     """``sample`` in ``parts`` parts of whole groups; each goes to the judge before the next is begun (collective).
 
-    ``mix``: as in ``Part``. The judgements are ``judge.results()``.
+    ``mix``: as in ``Part``. The judgements come from ``workers.judge.judge_submitted()``.
     """
-    batch = Experience(group_size, [], [], [])
+    sampled: list[Rollouts] = []
     for part in range(parts):
         some = queries[part * len(queries) // parts : (part + 1) * len(queries) // parts]
         if not some:
             continue
-        sampled = sample(engine, inputs, some, group_size, key, temperature, between_batches)
-        judge.submit(Part(some, group_size, [r.body_ids for r in sampled.responses], sampled.keys, mix))
-        batch.queries += sampled.queries
-        batch.responses += sampled.responses
-        batch.keys += sampled.keys
-    return batch
+        found = sample(workers.engine, inputs, some, group_size, key, temperature, between_batches)
+        workers.judge.submit(Part(some, group_size, found.bodies, found.keys, mix))
+        sampled.append(found)
+    return Rollouts(
+        group_size,
+        [query for found in sampled for query in found.queries],
+        [response for found in sampled for response in found.responses],
+        [name for found in sampled for name in found.keys],
+    )
 
 
 def sample(
-    engine: MegatronRolloutEngine,
+    engine: RolloutEngine,
     inputs: Inputs,
     queries: list[Query],
     group_size: int,
     key: str,
     temperature: float | None = None,
     between_batches: Callable[[], None] = lambda: None,
-) -> Experience:
+) -> Rollouts:
     """``group_size`` responses a query. ``key`` and the query's id seed the sampling, nothing else does (collective)."""
     repeated = [query for query in queries for _ in range(group_size)]
     keys = [f"{key}/{query.id}/{j}" for query in queries for j in range(group_size)]
@@ -102,40 +117,51 @@ def sample(
         body = ids[:-1] if finished else ids
         text = inputs.tokenizer.decode(body, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         responses.append(Response(prompts[i], ids, finished, text))
-    return Experience(group_size, repeated, responses, keys)
+    return Rollouts(group_size, repeated, responses, keys)
 
 
-def credit(batch: Experience, inputs: Inputs, config: TrainConfig, mix: float) -> None:
-    """Alphas and advantages from the judgements."""
-    bodies = [r.body_ids for r in batch.responses]
-    batch.alphas = [
-        item_alphas(inputs.prompt, config.judge, body, row) for body, row in zip(bodies, batch.judgements, strict=True)
+def assign_credit(
+    rollouts: Rollouts, judgements: list[JudgementRow], *, prompt: ResponseReader, config: TrainConfig, mix: float
+) -> Experience:
+    """Token weights alpha of every attributed judgement, and from them the advantages of every token.
+
+    ``prompt``: of the judge; it knows how the judge's tokens lie on the policy's. ``mix``: the weight of alpha in this
+    step (credit/advantages.py).
+    """
+    alphas = [
+        item_alphas(prompt, config.judge, body, row, key)
+        for body, row, key in zip(rollouts.bodies, judgements, rollouts.keys, strict=True)
     ]
-    batch.advantages = []
-    for group in batch.groups:
-        members = batch.responses[group]
-        lengths, finished = [len(r.body_ids) for r in members], [r.finished for r in members]
-        query, rows = batch.queries[group.start], batch.judgements[group]
-        scores = grading.group_scores(query, rows, batch.alphas[group], lengths, finished)
-        batch.advantages += group_advantages(scores, config.grpo, mix)
+    advantages: list[torch.Tensor] = []
+    for group in rollouts.groups:
+        rows, lengths = judgements[group], [len(body) for body in rollouts.bodies[group]]
+        scores = kind_of(rows[0]).group_scores(
+            rollouts.queries[group.start], rows, alphas[group], lengths, rollouts.finished[group]
+        )
+        advantages += group_advantages(scores, config.grpo, mix)
+    return Experience(
+        rollouts.group_size, rollouts.queries, rollouts.responses, rollouts.keys, judgements, alphas, advantages
+    )
 
 
-def score_metrics(batch: Experience) -> dict[str, float]:
+def step_metrics(batch: Experience, inputs: Inputs, flat_threshold: float) -> dict[str, float]:
+    """What a training step reports of its batch: scores, the health of the credit, where the advantages went."""
+    return score_metrics(batch, batch.judgements) | credit_metrics(batch, inputs, flat_threshold)
+
+
+def score_metrics(rollouts: Rollouts, judgements: list[JudgementRow]) -> dict[str, float]:
     """Rewards, verdicts against the truth where it is known, response lengths."""
-    rewards = [[batch.reward(i) for i in range(g.start, g.stop)] for g in batch.groups]
-    finished = [r.finished for r in batch.responses]
+    kind = kind_of(judgements[0])
+    rewards = [kind.reward(query, row) for query, row in zip(rollouts.queries, judgements, strict=True)]
     return (
-        reward_metrics(rewards)
-        | grading.metrics(batch.queries, [r.text for r in batch.responses], batch.judgements)
-        | response_metrics([len(r.token_ids) for r in batch.responses], finished)
+        reward_metrics([rewards[group] for group in rollouts.groups])
+        | kind.truth_metrics(rollouts.queries, [r.text for r in rollouts.responses], judgements)
+        | response_metrics([len(r.token_ids) for r in rollouts.responses], rollouts.finished)
     )
 
 
 def credit_metrics(batch: Experience, inputs: Inputs, flat_threshold: float) -> dict[str, float]:
     """Health of the attributions and where the advantages went."""
-    attributed = [
-        (i, k) for i, row in enumerate(batch.judgements) for k, j in enumerate(row) if j.attribution is not None
-    ]
     passes = [(i, k) for i, row in enumerate(batch.judgements) for k in backward_passes(row)]
     metrics = attribution_metrics(
         [batch.judgements[i][k].attribution for i, k in passes],
@@ -143,30 +169,26 @@ def credit_metrics(batch: Experience, inputs: Inputs, flat_threshold: float) -> 
         [batch.judgements[i][k].cos for i, k in passes],
         flat_threshold,
     )
-    key_alphas, masks, texts = [], [], {}
-    for i, k in attributed:
-        if grading.is_score(batch.judgements[i]):  # of the response as a whole, not of an item with a check
-            continue
-        check = batch.queries[i].rubric[k].check
-        if check is not None:
-            if i not in texts:
-                texts[i] = token_texts(inputs.tokenizer, batch.responses[i].body_ids)
-            key_alphas.append(batch.alphas[i][k])
-            masks.append(key_token_mask(check, texts[i]))
-    finished = [r.finished for r in batch.responses]
-    largest = max(float(a.abs().max()) for a in batch.advantages)
+    key_alphas, masks = [], []
+    for i, row in enumerate(batch.judgements):
+        checks = kind_of(row).checks(batch.queries[i])
+        checked = [k for k, judgement in enumerate(row) if judgement.attribution is not None and checks[k] is not None]
+        texts = token_texts(inputs.tokenizer, batch.responses[i].body_ids) if checked else []
+        key_alphas += [batch.alphas[i][k] for k in checked]
+        masks += [key_token_mask(checks[k], texts) for k in checked]
     return (
         metrics
         | key_token_metrics(key_alphas, masks)
-        | advantage_metrics(batch.advantages, finished)
-        | {"advantage/max_abs": largest}
+        | advantage_metrics(batch.advantages, batch.finished)
+        | {"advantage/max_abs": max(float(a.abs().max()) for a in batch.advantages)}
     )
 
 
 def sample_record(batch: Experience, inputs: Inputs, i: int, step: int) -> dict:
     """Response ``i`` as the report draws it: tokens, their advantages and rewards, each item's verdict and alpha."""
     query, response, row, alphas = batch.queries[i], batch.responses[i], batch.judgements[i], batch.alphas[i]
-    rewards = grading.row_token_rewards(query, row, alphas, len(response.body_ids), response.finished)
+    kind = kind_of(row)
+    rewards = kind.token_rewards(query, row, alphas, len(response.body_ids), response.finished)
     return {
         "step": step,
         "query_id": query.id,
@@ -177,5 +199,34 @@ def sample_record(batch: Experience, inputs: Inputs, i: int, step: int) -> dict:
         "tokens": token_texts(inputs.tokenizer, response.body_ids),
         "advantages": batch.advantages[i].tolist(),
         "token_rewards": rewards.tolist(),
-        "items": grading.sample_items(query, response.text, row, alphas),
+        "items": kind.sample_items(query, response.text, row, alphas),
     }
+
+
+def plain_batch(batch: Experience, log_probs: UpdateLogProbs) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """The batch and what its update was made of, for a file.
+
+    Tensors, responses one after another: ``prompt_ids`` and ``response_ids`` int32 with ``prompt_lengths`` and
+    ``response_lengths`` int32 [N], and a value a response token of ``advantages``, ``old_log_probs`` and (with a KL
+    penalty) ``reference_log_probs`` fp32. And of each response its query, key, text, reward and verdicts.
+    """
+    tensors = {"advantages": torch.cat(batch.advantages).float(), "old_log_probs": torch.cat(log_probs.old).float()}
+    if log_probs.reference is not None:
+        tensors["reference_log_probs"] = torch.cat(log_probs.reference).float()
+    for name, parts in (
+        ("prompt", [r.prompt_ids for r in batch.responses]),
+        ("response", [r.token_ids for r in batch.responses]),
+    ):
+        tensors[f"{name}_ids"] = torch.tensor([i for part in parts for i in part], dtype=torch.int32)
+        tensors[f"{name}_lengths"] = torch.tensor([len(part) for part in parts], dtype=torch.int32)
+    responses = [
+        {
+            "query_id": query.id,
+            "key": key,
+            "response": response.text,
+            "reward": batch.reward(i),
+            "verdicts": [judgement.verdict for judgement in batch.judgements[i]],
+        }
+        for i, (query, key, response) in enumerate(zip(batch.queries, batch.keys, batch.responses, strict=True))
+    ]
+    return tensors, responses

@@ -13,6 +13,7 @@ from g2r_megatron.config.options import TrainConfig
 from g2r_megatron.errors import RunError
 from g2r_megatron.experience import Experience
 from g2r_megatron.policy.checkpoint import Checkpointer
+from g2r_megatron.policy.log_probs import UpdateLogProbs
 from g2r_megatron.records.bad_steps import DIRECTORY, write_bad_step
 from g2r_megatron.records.files import replace_text
 from g2r_megatron.records.heartbeat import Heartbeat
@@ -71,6 +72,19 @@ class Run:
         self.heartbeat.beat(step=step)
         self.finish_save(wait=False)
 
+    def record(
+        self, step: int, batch: Experience, inputs: Inputs, log_probs: UpdateLogProbs, metrics: dict[str, float]
+    ) -> None:
+        """What is kept of a step beside its metrics: samples, the batch of a skipped update, warnings."""
+        if metrics["optimizer/skipped_steps"]:
+            self.keep_bad_step(step, batch, log_probs, metrics)
+        if bad := metrics["attribution/zero_or_nonfinite"]:  # it carries no credit: say so, never silently
+            self.progress.message(
+                f"warning: step {step}: {bad:.0f} of {metrics['attribution/passes']:.0f} judge gradients were zero or not "
+                "finite; their tokens share the item's credit evenly"
+            )
+        self.sample(step, batch, inputs)
+
     def sample(self, step: int, batch: Experience, inputs: Inputs) -> None:
         """Keep a few of the step's responses for the report: the first of each of the first groups."""
         every = self.config.log.samples_every
@@ -119,10 +133,10 @@ class Run:
 
     # ---- steps whose loss or gradients are not finite --------------------------------------------------------------
 
-    def keep_bad_step(self, step: int, batch: Experience, old: list, reference: list | None, metrics: dict) -> None:
+    def keep_bad_step(self, step: int, batch: Experience, log_probs: UpdateLogProbs, metrics: dict) -> None:
         """Write the batch of a step that was skipped, and say so."""
         if self.is_writer:
-            path = write_bad_step(self.output, step, batch, old, reference, metrics)
+            path = write_bad_step(self.output, step, *experience.plain_batch(batch, log_probs), metrics)
             self.progress.message(
                 f"warning: step {step}: loss {metrics['loss/policy']:g}, gradient norm {metrics['optimizer/grad_norm']:g}: "
                 f"{metrics['optimizer/skipped_steps']:.0f} optimizer steps skipped; the batch is in {path}"

@@ -1,5 +1,7 @@
 """Everything a training run is made of, built from its config in the order that finds mistakes first."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -22,7 +24,9 @@ from g2r_megatron.model.hf import HFModel, load_model_tokenizer, open_hf_model
 from g2r_megatron.model.offload import HostWeights
 from g2r_megatron.parallel.groups import ModelGroups, build_groups
 from g2r_megatron.policy.trainer import PolicyTrainer
+from g2r_megatron.records.phase_times import PhaseTimes
 from g2r_megatron.rollout.megatron import MegatronRolloutEngine
+from g2r_megatron.rollout.types import RolloutEngine
 
 
 @dataclass
@@ -48,10 +52,21 @@ class Workers:
     """
 
     trainer: PolicyTrainer
-    engine: MegatronRolloutEngine
+    engine: RolloutEngine
     judge: SharedRanks | OwnRanks
     reference: MegatronModel | None
     host_weights: HostWeights | None
+
+    @contextmanager
+    def judge_on_device(self, times: PhaseTimes | None = None) -> Iterator[None]:
+        """In the block the judge's weights are on the device; ``judge_load`` of ``times``: the seconds that it took."""
+        if self.host_weights is None:
+            yield
+            return
+        with times("judge_load", shown=False) if times else nullcontext():
+            self.host_weights.load()
+        yield
+        self.host_weights.release()
 
 
 def read_inputs(config: TrainConfig) -> Inputs:
@@ -71,9 +86,12 @@ def read_inputs(config: TrainConfig) -> Inputs:
     reads_ids = reads_ids and policy.geometry.vocab <= judge.geometry.vocab
     prompt = judge_prompt(judge, judge_tokenizer, config.judge, None if reads_ids else tokenizer)
     stop_ids = stop_token_ids(tokenizer, config.rollout.stop)
-    rubrics = not judge.geometry.is_reward_model
-    train = read_queries(config.data.train, config.data.format, config.data.polarity, require_rubric=rubrics)
-    held_out = read_queries(config.data.eval, config.data.format, config.data.polarity, require_rubric=rubrics)
+    train = read_queries(
+        config.data.train, config.data.format, config.data.polarity, require_rubric=prompt.needs_rubric
+    )
+    held_out = read_queries(
+        config.data.eval, config.data.format, config.data.polarity, require_rubric=prompt.needs_rubric
+    )
     _check_ids(train, held_out)
     epoch_batch(len(train), config.rollout.prompts_per_step, 0, config.seed, config.data.shuffle)  # enough queries?
     prompt_ids = {query.id: _prompt_ids(config, tokenizer, query) for query in [*held_out, *train]}
@@ -133,7 +151,8 @@ def build_judge(config: TrainConfig, inputs: Inputs, groups: ModelGroups | None 
     c = config.judge
     groups = groups or build_groups("judge", c.layout)
     model = build_model("judge", inputs.judge, groups, c.precision, c.recompute, c.spec)
-    return JudgeStage(FrozenJudge(model, c, inputs.prompt.true_ids, inputs.prompt.false_ids), inputs.prompt, c)
+    prompt = inputs.prompt
+    return JudgeStage(FrozenJudge(model, c, prompt.true_ids, prompt.false_ids, prompt.null_id), prompt, c)
 
 
 def _frozen_policy(config: TrainConfig, inputs: Inputs, groups) -> MegatronModel:

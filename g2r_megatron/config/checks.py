@@ -197,9 +197,15 @@ def _check_judge(judge: JudgeConfig, world_size: int) -> None:
             "per_response with {criterion} before {response} in judge.template",
             "put the criterion after the response, so that its items share it, or use per_item",
         )
-    if judge.smoothing == "sentence" and not judge.sentence_delimiters:
+    if judge.normalize == "positive" and judge.tau != JudgeConfig.tau:
         raise UserError(
-            "judge.sentence_delimiters", "empty with smoothing=sentence", "give the characters that end a sentence"
+            "judge.tau",
+            f"{judge.tau} with judge.normalize positive",
+            "leave it out: only the softmax has a temperature",
+        )
+    if judge.attribution == "uniform" and judge.shuffle:
+        raise UserError(
+            "judge.shuffle", "true with judge.attribution uniform", "leave it out: all tokens weigh the same"
         )
 
 

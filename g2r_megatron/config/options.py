@@ -8,9 +8,10 @@ its ``--help`` text. An option whose default is ``None`` "follows the preset" ta
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
-Attribution = Literal["grad_x_embed", "l1", "l2", "contracted"]
+Attribution = Literal["grad_x_embed", "l1", "l2", "contracted", "grad_norm_product", "null_token", "uniform"]
 Target = Literal["log_prob", "logit_margin"]
 Smoothing = Literal["none", "smear", "sentence"]
+Normalize = Literal["softmax", "positive"]
 Credit = Literal["per_item", "per_response"]
 AdvantageKind = Literal["sequence", "token_return", "itemwise", "sequence_weighted"]
 
@@ -115,21 +116,25 @@ class JudgeConfig:
     """what is differentiated: log p(verdict) or logit(True) - logit(False) (follows the preset); a reward model's score
     is its own target"""
     attribution: Attribution | None = None
-    """b_t: g.e, L1 or L2 norm of g, or g.(e - mean) at the contracted embedding (follows the preset)"""
+    """b_t: g.e, L1 or L2 norm of g, g.(e - mean) at the contracted embedding, L2 norm of the elementwise product of g and
+    e, g.(e - e of the pad token), or none (uniform: no backward pass) (follows the preset)"""
     credit: Credit = "per_item"
     """one backward for each item, or one for the weighted mean of a response's items, which then have one alpha"""
     contraction: float = 0.15
     """s of `contracted`: response embeddings are moved to mean + s (e - mean) for the gradient"""
+    normalize: Normalize | None = None
+    """how b becomes alpha: softmax(b), or max(b, 0) divided by its sum, over sentences where smoothing=sentence (follows
+    the preset)"""
     tau: float = 1.0
-    """softmax temperature over the response tokens"""
+    """temperature of normalize=softmax"""
     standardize: bool | None = None
-    """b to mean 0, std 1 over the response before the softmax (follows the preset)"""
+    """b to mean 0, std 1 over the response before the softmax of normalize=softmax (follows the preset)"""
     smoothing: Smoothing | None = None
-    """alpha afterwards: unchanged, smeared backwards, or averaged over sentences (follows the preset)"""
+    """alpha unchanged, smeared backwards, or the same for all tokens of a sentence (follows the preset)"""
     smear_gamma: float = 0.7
     """decay of `smoothing=smear`"""
-    sentence_delimiters: str = ".!?\n"
-    """characters that end a sentence for `smoothing=sentence`"""
+    shuffle: bool = False
+    """a placebo: the alpha of whole sentences (of tokens, unless smoothing=sentence) in a random order"""
     flat_threshold: float = 0.95
     """a response with ESS/T above this counts as flat in the metrics"""
 
@@ -325,7 +330,7 @@ class OfflineJudgeConfig:
     polarity: Literal["raw", "flip_negated"] = "raw"
     """negative-weight items phrased "does not ..." (met is good, RaR-Science): raw keeps the sign, flip_negated makes them positive"""
     preset: Literal["paper", "robust"] = "paper"
-    """fills judge.target, attribution, standardize and smoothing where they are not given"""
+    """fills judge.target, attribution, normalize, standardize and smoothing where they are not given"""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
 
@@ -334,15 +339,21 @@ OWN_RANKS_PARTS = 4  # default of judge.parts with judge.ranks
 # Each preset is a set of ordinary options: values for the fields above whose default is None.
 PRESETS = {
     "grpo": {
-        "judge": dict(target="log_prob", attribution="grad_x_embed", standardize=False, smoothing="none"),
+        "judge": dict(
+            target="log_prob", attribution="grad_x_embed", normalize="softmax", standardize=False, smoothing="none"
+        ),
         "grpo": dict(advantage="sequence", return_to_go=False, mix=0.0, mix_anneal=0.0),
     },
     "paper": {
-        "judge": dict(target="log_prob", attribution="grad_x_embed", standardize=False, smoothing="none"),
+        "judge": dict(
+            target="log_prob", attribution="grad_x_embed", normalize="softmax", standardize=False, smoothing="none"
+        ),
         "grpo": dict(advantage="token_return", return_to_go=True, mix=1.0, mix_anneal=0.0),
     },
     "robust": {
-        "judge": dict(target="logit_margin", attribution="contracted", standardize=True, smoothing="smear"),
+        "judge": dict(
+            target="logit_margin", attribution="contracted", normalize="softmax", standardize=True, smoothing="smear"
+        ),
         "grpo": dict(advantage="itemwise", return_to_go=False, mix=0.5, mix_anneal=0.6),
     },
 }

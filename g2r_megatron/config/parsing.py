@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from g2r_megatron.config.help import GUIDES, apply_guide
 from g2r_megatron.config.renamed import with_new_names
 from g2r_megatron.errors import UserError
 
@@ -34,6 +35,8 @@ def build_parser(config_class: type, prog: str) -> ArgumentParser:
     for action in parser._actions:  # a switch given without a value is turned on
         if type_of(config_class, action.dest) is bool:
             action.nargs, action.const = "?", True
+    if prog in GUIDES:
+        apply_guide(parser, GUIDES[prog])
     return parser
 
 

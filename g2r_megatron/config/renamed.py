@@ -1,4 +1,4 @@
-"""Options that had other names: old names and values are accepted on the command line and in config files, with one warning."""
+"""Options that had other names, or are gone: accepted on the command line and in config files, with one warning each."""
 
 import os
 import sys
@@ -11,12 +11,14 @@ RENAMED: dict[str, tuple[str, dict[str, str]]] = {
     "judge.pool": ("judge.smoothing", {}),
     "judge.pooling": ("judge.credit", {"item": "per_item", "response": "per_response"}),
 }
+# options without a successor -> what holds now
+REMOVED = {"judge.sentence_delimiters": "sentences of any language are found by rules (docs/credit.md)"}
 
 
 def with_new_names(argv: list[str]) -> list[str]:
-    """``argv`` (options as ``--name VALUE`` or ``--name=VALUE``) with new names for old ones, also in its ``--config`` files.
+    """``argv`` (options as ``--name VALUE`` or ``--name=VALUE``) with new names for old ones and without removed ones.
 
-    A config file with old names is replaced by its content. Prints one warning for each old name.
+    Also in its ``--config`` files: one with old names is replaced by its content. Prints one warning for each old name.
     """
     found: dict[str, str] = {}
     result: list[str] = []
@@ -27,6 +29,13 @@ def with_new_names(argv: list[str]) -> list[str]:
             new, values = RENAMED[name]
             found[name] = new
             argument = f"--{new}{equals}{values.get(value, value)}"
+        elif argument.startswith("--") and name in REMOVED:
+            found[name] = ""
+            previous = "" if equals else name
+            continue
+        elif previous in REMOVED and not argument.startswith("--"):
+            previous = ""
+            continue
         elif previous in RENAMED:
             argument = RENAMED[previous][1].get(argument, argument)
         elif previous == "config" and not argument.startswith("--"):
@@ -36,17 +45,21 @@ def with_new_names(argv: list[str]) -> list[str]:
         previous = name if argument.startswith("--") and not equals else ""
         result.append(argument)
     for old, new in found.items() if os.environ.get("RANK", "0") == "0" else ():
-        print(f"warning: {old} is called {new} now", file=sys.stderr)
+        change = f"is called {new} now" if new else f"has no effect any more: {REMOVED[old]}"
+        print(f"warning: {old} {change}", file=sys.stderr)
     return result
 
 
 def _file_with_new_names(path: str, found: dict[str, str]) -> str:
     """``path``, or the file's content as YAML on one line if it has old names, which are added to ``found``."""
     content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    old = [name for name in RENAMED if _section(content, name) is not None]
+    old = [name for name in [*RENAMED, *REMOVED] if _section(content, name) is not None]
     for name in old:
-        new, values = RENAMED[name]
         value = _section(content, name).pop(name.rpartition(".")[2])
+        new, values = RENAMED.get(name, ("", {}))
+        if not new:
+            found[name] = ""
+            continue
         _section(content, new, make=True)[new.rpartition(".")[2]] = values.get(value, value)
         found[name] = new
     return yaml.safe_dump(content, default_flow_style=True, width=sys.maxsize) if old else path

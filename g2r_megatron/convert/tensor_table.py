@@ -86,11 +86,17 @@ def _parameter(name: str, shard: ShardedTensor, hf: HFModel) -> Parameter:
 class SafetensorsParameters:
     """Parameters put together from Hugging Face files: a ``ParameterSource``."""
 
-    def __init__(self, hf: HFModel, reader: SafetensorsReader):
+    def __init__(self, hf: HFModel, reader: SafetensorsReader, parameters: list[Parameter]):
         self._hf, self._reader = hf, reader
+        self._dtypes: dict[str, torch.dtype] = {}  # of a checkpoint's tensor: layers and experts are stacked in one
+        for parameter in parameters:
+            for piece in self._pieces(parameter, 0, parameter.shape[0]):
+                known = self._dtypes.setdefault(parameter.key, reader.dtype(piece.hf))
+                self._dtypes[parameter.key] = torch.promote_types(known, reader.dtype(piece.hf))
 
     def dtype(self, parameter: Parameter) -> torch.dtype:
-        return self._reader.dtype(self._pieces(parameter, 0, 1)[0].hf)
+        """That of its tensors; of several ones, the one that holds them all."""
+        return self._dtypes[parameter.key]
 
     def position(self, parameter: Parameter) -> tuple[str, int]:
         """(file, offset) of its first value: reading in this order is reading the files from begin to end."""
@@ -102,7 +108,10 @@ class SafetensorsParameters:
         row = 0
         for piece in self._pieces(parameter, start, stop):
             rows = piece.rows[1] - piece.rows[0]
-            self._reader.read_into(piece.hf, piece.rows, out[row : row + rows])
+            if self._reader.dtype(piece.hf) == out.dtype:
+                self._reader.read_into(piece.hf, piece.rows, out[row : row + rows])
+            else:
+                out[row : row + rows] = self._reader.read(piece.hf, piece.rows)
             row += rows
         return out
 

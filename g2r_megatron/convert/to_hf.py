@@ -4,7 +4,6 @@ Every process copies its share of the rows: out of the .distcp files, into safet
 """
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 import torch
@@ -17,7 +16,6 @@ from g2r_megatron.convert.tensor_table import NamedTensors, model_parameters, re
 from g2r_megatron.errors import UserError, unwritable
 from g2r_megatron.model.hf import CHECKPOINT_FACTS, HFModel, open_hf_model, read_json
 from g2r_megatron.model.safetensors_files import SafetensorsWriter
-from g2r_megatron.model.torch_dist import carried_files
 from g2r_megatron.model.write_hf import copy_other_files
 from g2r_megatron.parallel.agreement import raised_by_all
 from g2r_megatron.parallel.groups import initialize
@@ -87,10 +85,7 @@ def _copy_files(hf: HFModel, directory: Path, dtype: torch.dtype) -> None:
     """Config and tokenizer, byte for byte while the weights have the dtype that they were converted in."""
     facts = read_json(hf.checkpoint / CHECKPOINT_FACTS) if (hf.checkpoint / CHECKPOINT_FACTS).is_file() else {}
     try:
-        if facts.get("dtype") == str(dtype).removeprefix("torch."):
-            for file in carried_files(hf.path):
-                shutil.copyfile(file, directory / file.name)
-        else:
-            copy_other_files(hf, directory, dtype)
+        same = facts.get("dtype") == str(dtype).removeprefix("torch.")
+        copy_other_files(hf, directory, None if same else dtype)
     except OSError as error:
         raise unwritable(directory, error) from error

@@ -49,7 +49,7 @@ def convert_to_megatron(source: str, output: Path) -> None:
         if dist.get_rank() == 0:
             check_free_space(output, reader.total_bytes)
     parameters = model_parameters(hf)
-    values = SafetensorsParameters(hf, reader)
+    values = SafetensorsParameters(hf, reader, parameters)
     parameters.sort(key=values.position)
     with new_directory(output) as directory:
         with raised_by_all():

@@ -23,13 +23,13 @@ from g2r_megatron.convert.tensor_table import (
     share,
 )
 from g2r_megatron.convert.to_hf import open_checkpoint
+from g2r_megatron.model.families import EMBEDDING, HEAD
 from g2r_megatron.model.hf import HFModel, open_hf_model, read_json
 from g2r_megatron.model.safetensors_files import SafetensorsReader
 from g2r_megatron.model.weights import check_tensors
 from g2r_megatron.parallel.agreement import raised_by_all
 from g2r_megatron.parallel.groups import initialize
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # config.json fields whose difference is only worth a note: they do not change what the model is
 NOTED_FIELDS = {"transformers_version", "_name_or_path", "architectures", "use_cache"}
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of the element
@@ -76,9 +76,9 @@ class UnfusedTensors:
 
     def __init__(self, hf: HFModel, parameters: list[Parameter], reader: SafetensorsReader):
         separate = dataclasses.replace(hf, fused_experts=False)
-        self._named = NamedTensors(separate, parameters, SafetensorsParameters(hf, reader))
+        self._named = NamedTensors(separate, parameters, SafetensorsParameters(hf, reader, parameters))
         self._reader = reader
-        own = NamedTensors(hf, parameters, SafetensorsParameters(hf, reader)).names
+        own = NamedTensors(hf, parameters, SafetensorsParameters(hf, reader, parameters)).names
         self.names = self._named.names | (reader.names - own)
 
     def _of(self, name: str) -> Tensors:

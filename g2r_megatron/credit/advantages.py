@@ -1,4 +1,4 @@
-"""Advantages of one group: the G responses sampled for one query (METHOD.md step 6).
+"""Advantages of one group: the G responses sampled for one query (docs/method.md step 6).
 
 Notation: response i = 1..G, rubric item k = 1..K, token t = 1..T_i of the body; a finished response has one
 more token, the stop token, which the judge does not read. s_ik = w_k 1[z_ik] / sum_k max(w_k, 0) is the
@@ -101,7 +101,7 @@ class RewardModelScores:
         return rewards_needing_attribution(self.rewards, options, mix)
 
     def token_rewards(self, i: int, alphas: list[Tensor | None]) -> Tensor:
-        """[T_i + finished_i] fp64, sums to 2 V_i (METHOD.md step 8)."""
+        """[T_i + finished_i] fp64, sums to 2 V_i (docs/method.md step 8)."""
         return score_token_rewards(float(self.rewards[i]), alphas[0], self.lengths[i], self.finished[i])
 
 
@@ -160,7 +160,7 @@ def mix_at(mix: float, mix_anneal: float, progress: float) -> float:
 def items_needing_attribution(verdicts: Tensor, weights: Tensor, options: GrpoConfig, mix: float) -> Tensor:
     """Which (response, item) pairs need a judge backward pass: [G, K] bool from verdicts [G, K] bool, weights [K].
 
-    Without loss (skipping them does not change the advantage, METHOD.md, `robust`): nothing for
+    Without loss (skipping them does not change the advantage, docs/method.md, `robust`): nothing for
     ``sequence`` or once ``mix`` is 0; items judged False or of weight 0; for ``itemwise`` items whose s_ik does
     not vary in the group, and whole groups whose rewards have std 0; for ``sequence_weighted`` responses of
     advantage 0. ``token_return`` needs every True item: even equal rewards are spread differently.
@@ -256,7 +256,7 @@ def _sequence_advantages(scores: Scores, options: GrpoConfig, mix: float) -> lis
 
 
 def _itemwise_advantages(scores: Scores, options: GrpoConfig, mix: float) -> list[Tensor]:
-    """A_it = sum_k f_ik (s_ik - baseline_ik) v_ikt / std_i(r_i) on the body (METHOD.md); A_i on the stop token.
+    """A_it = sum_k f_ik (s_ik - baseline_ik) v_ikt / std_i(r_i) on the body (docs/method.md); A_i on the stop token.
 
     v_ikt is ``token_weights`` for items judged True and 1 for items judged False; f_ik is ``false_scale`` for
     False items and 1 for True ones. A reward model's score counts as True above the group's mean. Written as A_i plus

@@ -1,8 +1,9 @@
 """From the tokens of a judge that tokenizes in its own way to the tokens of the policy, by their places in the text.
 
-What is moved is alpha, a distribution over the text of the response: a judge token's alpha is shared among the policy's
-tokens in proportion to the bytes of text they have in common, so nothing is lost and sum_t r_t = r still holds. b is
-not moved: it is a score of one token, and half a token has no half score before a softmax.
+What is moved is what adds up over the text of the response: alpha with ``judge.normalize=softmax``, b with ``positive``. A
+judge token's value is shared among the policy's tokens in proportion to the bytes of text they have in common, so nothing
+is lost and sum_t r_t = r still holds. Before a softmax b is not moved: there it is a score of one token, and half a token
+has no half score.
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,12 @@
-"""From the judge's gradient scores b_t to token weights alpha_t and token rewards r_t (METHOD.md, steps 3-5).
+"""From the judge's gradient scores b_t to token weights alpha_t and token rewards r_t (docs/method.md, steps 3-5).
 
 Pure tensor functions of one response. T is the number of tokens of the response body (without the stop
 token); T = 0 gives empty tensors. Arithmetic is fp64 inside and fp32 outside, so that results do not depend on
 the order in which ranks or micro-batches delivered b.
 """
+
+import random
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,44 +39,88 @@ def is_informative(b: Tensor) -> bool:
     return bool(b.std(unbiased=False) > CONSTANT_SPREAD * b.abs().max())
 
 
+@dataclass(frozen=True)
+class Weighting:
+    """How b becomes alpha; see ``JudgeConfig``. ``tau`` and ``standardize`` are of the softmax."""
+
+    normalize: str  # "softmax" or "positive"
+    smoothing: str  # "none", "smear" or "sentence"
+    tau: float = 1.0
+    standardize: bool = False
+    gamma: float = 0.7  # of "smear"
+
+
 def alpha_from_attribution(
-    b: Tensor,
-    tau: float,
-    standardize: bool,
-    smoothing: str,
-    gamma: float,
-    sentence_ids: Tensor | None,
-    alignment: Alignment | None = None,
+    b: Tensor, weighting: Weighting, sentence_ids: Tensor | None, alignment: Alignment | None = None
 ) -> Tensor:
-    """alpha = smoothed(softmax(b' / tau)), with b' = (b - mean b) / std b when ``standardize``, else b.
+    """The token weights alpha that b gives: [T] fp32, not negative, sums to 1.
 
-    ``b``: [T] scores in any float type. ``smoothing``: "none", "smear" (uses ``gamma``) or "sentence" (uses
-    ``sentence_ids``: [T] int64). Returns [T] fp32 that sums to 1. With an ``alignment``, b is of the judge's tokens:
-    its softmax moves to the T tokens of the policy, and is smoothed there.
+    ``b``: [T] scores in any float type. ``sentence_ids``: [T] int64, needed by the smoothing "sentence". With an
+    ``alignment``, b is of the judge's tokens, and T is the number of the policy's.
 
-    A b that cannot rank tokens (constant, zero, NaN or infinite) gives exactly the uniform 1/T, also after
-    smearing, so that it changes no advantage; ``credit.hazards.attribution_metrics`` counts such b.
+    ``softmax``: alpha = smoothed(softmax(b' / tau)), with b' = (b - mean b) / std b when ``standardize``, else b; with
+    an alignment this softmax moves to the policy's tokens, and is smoothed there.
+    ``positive``: alpha_t = max(b_t, 0) / sum_s max(b_s, 0), where the smoothing "sentence" has first replaced b_t by
+    b_S / |S|, the mean over its sentence S; that is max(b_S, 0) / (|S| sum_S max(b_S, 0)) with b_S the sentence's sum. "smear"
+    comes afterwards. b is additive here, so with an alignment b itself moves to the policy's tokens.
+
+    A b that says nothing gives exactly the uniform 1/T, also after smearing, so that it changes no advantage: one that is
+    not finite everywhere, and one that cannot rank tokens (``softmax``: constant or zero; ``positive``: nowhere above 0).
+    ``credit.hazards.attribution_metrics`` counts zero and non-finite b.
     """
-    if not is_informative(b):
+    if weighting.smoothing not in ("none", "smear", "sentence"):
+        raise ValueError(f"unknown smoothing {weighting.smoothing!r}")
+    kinds = {"softmax": _softmax_weights, "positive": _positive_weights}
+    alpha = kinds[weighting.normalize](b, weighting, sentence_ids, alignment)
+    if alpha is None:
         length = b.numel() if alignment is None else alignment.length
         return torch.full((length,), 1.0 / max(length, 1), dtype=torch.float32)
+    return (smear(alpha, weighting.gamma) if weighting.smoothing == "smear" else alpha).float()
+
+
+def _softmax_weights(
+    b: Tensor, weighting: Weighting, sentence_ids: Tensor | None, alignment: Alignment | None
+) -> Tensor | None:
+    """[T] fp64 before smearing; None for a b that says nothing."""
+    if not is_informative(b):
+        return None
     b = b.double()
-    if standardize:
+    if weighting.standardize:
         b = (b - b.mean()) / b.std(unbiased=False)
-    alpha = torch.softmax(b / tau, dim=0)
+    alpha = torch.softmax(b / weighting.tau, dim=0)
     if alignment is not None:
         alpha = alignment.move(alpha)
-    if smoothing == "smear":
-        alpha = smear(alpha, gamma)
-    elif smoothing == "sentence":
-        alpha = average_sentences(alpha, sentence_ids)
-    elif smoothing != "none":
-        raise ValueError(f"unknown smoothing {smoothing!r}")
-    return alpha.float()
+    return average_sentences(alpha, sentence_ids) if weighting.smoothing == "sentence" else alpha
+
+
+def _positive_weights(
+    b: Tensor, weighting: Weighting, sentence_ids: Tensor | None, alignment: Alignment | None
+) -> Tensor | None:
+    """[T] fp64 before smearing; None for a b that says nothing."""
+    if not bool(torch.isfinite(b).all()):
+        return None
+    b = b.double() if alignment is None else alignment.move(b)
+    if weighting.smoothing == "sentence":
+        b = average_sentences(b, sentence_ids)
+    positive = b.clamp(min=0)
+    total = positive.sum()
+    return positive / total if bool(total > 0) else None
+
+
+def shuffled(alpha: Tensor, units: Tensor, seed: str) -> Tensor:
+    """``alpha`` [T] with its units in an order that ``seed`` alone decides: the same values, which say nothing any more.
+
+    ``units``: [T] int64, the number of each token's unit (sentence or token), which never falls. Every order is equally
+    likely, also the one that there is. The tokens of a unit stay together and in order.
+    """
+    _, sizes = units.unique_consecutive(return_counts=True)
+    pieces = list(alpha.split(sizes.tolist()))
+    random.Random(seed).shuffle(pieces)
+    return torch.cat(pieces) if pieces else alpha
 
 
 def smear(alpha: Tensor, gamma: float) -> Tensor:
-    """o_t = alpha_t + gamma o_{t+1}, divided by sum_t o_t (METHOD.md): credit flows to the tokens before.
+    """o_t = alpha_t + gamma o_{t+1}, divided by sum_t o_t (docs/method.md): credit flows to the tokens before.
 
     ``alpha``: [T], sums to 1; ``gamma`` in [0, 1]. Returns [T], sums to 1, dtype of ``alpha``.
     """
@@ -87,9 +134,9 @@ def smear(alpha: Tensor, gamma: float) -> Tensor:
 
 
 def average_sentences(alpha: Tensor, sentence_ids: Tensor) -> Tensor:
-    """alpha'_t = mean of alpha over the sentence of t (METHOD.md).
+    """alpha'_t = mean of alpha over the sentence of t (docs/method.md).
 
-    ``alpha``: [T]; ``sentence_ids``: [T] int64, 0.. . Returns [T] with the same sum, dtype of ``alpha``.
+    ``alpha``: [T], or additive scores b; ``sentence_ids``: [T] int64, 0.. . Returns [T] with the same sum, dtype of ``alpha``.
     """
     if sentence_ids.shape != alpha.shape:
         raise ValueError(f"{alpha.numel()} tokens but {sentence_ids.numel()} sentence ids")
@@ -98,22 +145,6 @@ def average_sentences(alpha: Tensor, sentence_ids: Tensor) -> Tensor:
     counts = torch.bincount(sentence_ids)
     sums = torch.zeros(counts.numel(), dtype=alpha.dtype).index_add_(0, sentence_ids, alpha)
     return sums[sentence_ids] / counts[sentence_ids]
-
-
-def sentence_ids(token_texts: list[str], delimiters: str) -> Tensor:
-    """Number of each token's sentence, from 0: [T] int64.
-
-    A token that contains one of the ``delimiters`` ends its sentence and belongs to it. Tokens of only
-    delimiters and white space that follow it ("..", blank lines) stay with that sentence too. A decimal point
-    that is a token of its own counts as a delimiter.
-    """
-    ids, current, ended = [], 0, False
-    for text in token_texts:
-        if ended and text.strip(delimiters).strip():
-            current, ended = current + 1, False
-        ids.append(current)
-        ended = ended or any(char in delimiters for char in text)
-    return torch.tensor(ids, dtype=torch.int64)
 
 
 def token_rewards(
@@ -141,7 +172,7 @@ def token_rewards(
 
 
 def score_token_rewards(score: float, alpha: Tensor | None, length: int, finished: bool = False) -> Tensor:
-    """r_t = alpha_t V, and the last token also gets +V (METHOD.md step 8): the response's tokens then sum to 2 V.
+    """r_t = alpha_t V, and the last token also gets +V (docs/method.md step 8): the response's tokens then sum to 2 V.
 
     ``score`` = V(x, o); ``alpha``: [T], or None for uniform, 1/T; ``length`` = T. ``finished``: a stop token follows the
     body; it is then the last token, and gets the whole 2 V of an empty body. Returns [T + finished] fp64.

@@ -1,4 +1,4 @@
-"""The known hazards of METHOD.md as numbers of one training step.
+"""The known hazards of docs/method.md as numbers of one training step.
 
 Each function takes plain lists over the step's whole batch (all ranks gathered) and returns metric names with
 values. A metric that has nothing to measure is left out, so a mean never hides an empty list.

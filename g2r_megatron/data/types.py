@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 @dataclass(frozen=True, slots=True)
 class RubricItem:
-    """One criterion. ``weight`` < 0 marks a pitfall (METHOD.md: c_k, w_k).
+    """One criterion. ``weight`` < 0 marks a pitfall (docs/method.md: c_k, w_k).
 
     ``check`` is an optional regular expression that decides the item programmatically: the item is
     truly met when ``re.search(check, response)`` matches, and the match's groups (the whole match if

@@ -40,17 +40,18 @@ class Pass:
 class TokenGradients:
     """What one backward says of T response tokens, reduced over the hidden dimension; fp32 on the CPU.
 
-    ``d`` is the direction the gradient is contracted with: e_t, or e_t - mean for ``contracted``.
+    ``d`` is the direction the gradient is contracted with: e_t, e_t - mean for ``contracted``, e_t - e_pad for ``null_token``.
     """
 
     dot: torch.Tensor  # [T] g_t . d_t
     l1: torch.Tensor  # [T] |g_t|_1
     l2: torch.Tensor  # [T] |g_t|_2
     d_norm: torch.Tensor  # [T] |d_t|_2
+    product: torch.Tensor  # [T] L2 norm of the elementwise product of g_t and d_t
 
     def attribution(self, kind: str) -> torch.Tensor:
-        """b_t of METHOD.md step 3: g.e (also for ``contracted``), or the L1 / L2 norm of g."""
-        return {"l1": self.l1, "l2": self.l2}.get(kind, self.dot)
+        """b_t of docs/method.md step 3: a norm of g or of g * d, or g.d."""
+        return {"l1": self.l1, "l2": self.l2, "grad_norm_product": self.product}.get(kind, self.dot)
 
     @property
     def cos(self) -> float:
@@ -94,24 +95,50 @@ def tree_batch(model: MegatronModel, trees: Sequence[Tree]) -> TreeBatch:
 
 
 class FrozenJudge:
-    """A model that only judges. ``true_ids``/``false_ids``: the token spellings of the two verdicts; unused by a reward model."""
+    """A model that only judges. ``true_ids``/``false_ids``: the token spellings of the two verdicts; unused by a reward model.
 
-    def __init__(self, model: MegatronModel, config: JudgeConfig, true_ids: list[int], false_ids: list[int]):
+    ``null_id``: the pad token, needed by ``judge.attribution=null_token``.
+    """
+
+    def __init__(
+        self,
+        model: MegatronModel,
+        config: JudgeConfig,
+        true_ids: list[int],
+        false_ids: list[int],
+        null_id: int | None = None,
+    ):
         self.model, self.config = model, config
         is_reward_model = model.geometry.is_reward_model
         self.target = ScoreTarget() if is_reward_model else VerdictTarget(model, config.target, true_ids, false_ids)
         model.freeze()  # frozen linears take Megatron-Core's dgrad-only path
         self.routing = Routing(model)
-        self._mean_embedding = self._compute_mean_embedding() if config.attribution == "contracted" else None
+        self._baseline = self._baseline_embedding(null_id)
 
-    def _compute_mean_embedding(self) -> torch.Tensor | None:
-        """Mean over the real vocabulary rows [h], on the first stage; padded rows are zero and not counted."""
-        if not self.model.groups.is_first_stage:
+    def _baseline_embedding(self, null_id: int | None) -> torch.Tensor | None:
+        """What embeddings are compared with [h], on the first stage; None: with nothing.
+
+        ``contracted``: the mean over the real vocabulary rows (padded rows are zero and not counted); ``null_token``: the
+        row of ``null_id``. Raises ``UserError`` if the model has no such row.
+        """
+        kind, vocab = self.config.attribution, self.model.geometry.vocab
+        if kind == "null_token" and (null_id is None or null_id >= vocab):
+            raise UserError(
+                "judge.attribution",
+                f"null_token, but the pad token is number {null_id} and the judge has {vocab} embeddings",
+                "give the tokenizer a pad token that the judge knows, or use another attribution",
+            )
+        if kind not in ("contracted", "null_token") or not self.model.groups.is_first_stage:
             return None
-        total = self.model.chunks[0].embedding.word_embeddings.weight.detach().float().sum(0)
-        if self.model.groups.pgs.tp.size() > 1:
-            dist.all_reduce(total, group=self.model.groups.pgs.tp)
-        return total / self.model.geometry.vocab
+        tp = self.model.groups.pgs.tp
+        rows = self.model.chunks[0].embedding.word_embeddings.weight.detach().float()
+        if kind == "null_token":  # of this rank's part of the vocabulary, none on the others
+            first = max(0, null_id - tp.rank() * len(rows))
+            rows = rows[first : max(0, null_id + 1 - tp.rank() * len(rows))]
+        total = rows.sum(0)
+        if tp.size() > 1:
+            dist.all_reduce(total, group=tp)
+        return total / vocab if kind == "contracted" else total
 
     def _micro_batches(self, trees: Sequence[Tree], backward: bool) -> list[TreeBatch]:
         """This replica's share of ``trees`` as packed rows; logits at the verdict positions only.
@@ -182,7 +209,7 @@ class FrozenJudge:
             verdicts += item.verdicts
             weights += item.weights
         lengths = [item.inputs[0].response_end - item.inputs[0].response_start for item in passes]
-        table = torch.zeros(sum(lengths), 4, device=local_device())
+        table = torch.zeros(sum(lengths), 5, device=local_device())
         spans = table.split(lengths)  # of each pass
         batches = self._micro_batches(trees, backward=True)
         reduced: list[TreeBatch] = []
@@ -217,7 +244,7 @@ class FrozenJudge:
             raise RuntimeError(f"{len(batches)} judge backward passes left {len(reduced)} gradients at the embeddings")
         dist.all_reduce(table)
         return [
-            TokenGradients(rows[:, 0], rows[:, 1], rows[:, 2].sqrt(), rows[:, 3].sqrt())
+            TokenGradients(rows[:, 0], rows[:, 1], rows[:, 2].sqrt(), rows[:, 3].sqrt(), rows[:, 4].sqrt())
             for rows in table.cpu().split(lengths)
         ]
 
@@ -225,14 +252,14 @@ class FrozenJudge:
         """(leaf, d): the decoder input [s, 1, h] of this rank's positions as a leaf, and the directions d."""
         with torch.no_grad():
             embedding = self.model.chunks[0].embedding(batch.input_ids, position_ids=None)
-            if self._mean_embedding is None:
-                leaf = direction = embedding
-            else:
-                mean = self._mean_embedding.to(embedding.dtype)
-                direction = embedding - mean
+            leaf = direction = embedding
+            if self._baseline is not None:
+                baseline = self._baseline.to(embedding.dtype)
+                direction = embedding - baseline
+            if self.config.attribution == "contracted":
                 leaf = embedding.clone()
                 for _, _, here in self._local_spans(batch):
-                    leaf[here] = mean + self.config.contraction * direction[here]
+                    leaf[here] = baseline + self.config.contraction * direction[here]
         return leaf.detach().clone().requires_grad_(), direction
 
     def _local_spans(self, batch: TreeBatch) -> list[tuple[int, slice, slice]]:
@@ -248,7 +275,7 @@ class FrozenJudge:
         return spans
 
     def _reduce_into(self, spans: list[torch.Tensor], batch: TreeBatch, grad, direction) -> None:
-        """Write this rank's (g.d, |g|_1, |g|^2, |d|^2) of its response tokens into each tree's span [T, 4].
+        """Write this rank's (g.d, |g|_1, |g|^2, |d|^2, |g * d|^2) of its response tokens into each tree's span [T, 5].
 
         Each token is written by exactly one rank: the context parallel rank that has its position, and of its TP ranks
         the first, or under SP the one that has its slice.
@@ -257,5 +284,6 @@ class FrozenJudge:
             return
         for number, tokens, here in self._local_spans(batch):
             g, d = grad[here, 0].float(), direction[here, 0].float()
-            stats = [(g * d).sum(-1), g.abs().sum(-1), g.square().sum(-1), d.square().sum(-1)]
+            product = g * d
+            stats = [product.sum(-1), g.abs().sum(-1), g.square().sum(-1), d.square().sum(-1), product.square().sum(-1)]
             spans[number][tokens] = torch.stack(stats, dim=-1)

@@ -22,10 +22,9 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
-from torch import Tensor
 
 from g2r_megatron.config.options import OfflineJudgeConfig
-from g2r_megatron.credit import grading
+from g2r_megatron.credit.judgements import JudgementRow, backward_passes, kind_of, plain_numbers
 from g2r_megatron.data.readers import read_queries
 from g2r_megatron.data.tokenizer import encode_text, token_texts
 from g2r_megatron.data.types import Query
@@ -43,7 +42,7 @@ from g2r_megatron.judge.output_file import (
 from g2r_megatron.judge.prompt import JudgePrompt
 from g2r_megatron.judge.reward_prompt import RewardPrompt, judge_prompt
 from g2r_megatron.judge.stage import JudgeStage
-from g2r_megatron.judge.types import JudgeInput, Judgement, backward_passes
+from g2r_megatron.judge.types import JudgeInput
 from g2r_megatron.model.build import build_model
 from g2r_megatron.model.hf import HFModel, load_model_tokenizer, open_hf_model
 from g2r_megatron.parallel import groups
@@ -67,13 +66,13 @@ class GradientHealth:
     passes: int = 0
     bad: list[str] = field(default_factory=list)
 
-    def count(self, row: Row, judgements: Sequence[Judgement]) -> None:
+    def count(self, row: Row, judgements: JudgementRow) -> None:
         for number in backward_passes(judgements):
             judgement = judgements[number]
             self.passes += 1
             finite = math.isfinite(judgement.grad_norm) and bool(judgement.attribution.isfinite().all())
             if not finite or judgement.grad_norm == 0:
-                item = "" if grading.is_score(judgements) else f" item {number + 1}"
+                item = kind_of(judgements).name(number)
                 self.bad.append(f"{row.query.id}{item} ({'zero' if finite else 'not finite'})")
 
     def warning(self) -> str | None:
@@ -124,7 +123,7 @@ def judge_and_write(
     """Judge ``rows[done:]`` a batch at a time (collective); ``file``: on rank 0 what they are appended to."""
     layout = groups.build_groups("judge", config.judge.layout)
     model = build_model("judge", hf, layout, config.judge.precision, config.judge.recompute, config.judge.spec)
-    judge = FrozenJudge(model, config.judge, prompt.true_ids, prompt.false_ids)
+    judge = FrozenJudge(model, config.judge, prompt.true_ids, prompt.false_ids, prompt.null_id)
     stage = JudgeStage(judge, prompt, config.judge)
     health = GradientHealth()
     with RowProgress(len(rows), done, enabled=file is not None) as progress:
@@ -133,7 +132,7 @@ def judge_and_write(
             records = []
             for row, inputs, judgements in judge_rows(stage, batch, config.seed):
                 health.count(row, judgements)
-                records.append(output_record(stage, row, judgements))
+                records.append(output_record(stage, row, judgements, row_key(config.seed, row)))
                 if config.dump_inputs:
                     add_inputs(records[-1], inputs, prompt)
             if file is not None:
@@ -167,9 +166,8 @@ def own_rows(config: OfflineJudgeConfig, rows: list[Row]) -> list[Row]:
 
 def read_rows(config: OfflineJudgeConfig, prompt: JudgePrompt | RewardPrompt) -> list[Row]:
     """All rows of the input, tokenized. Raises ``UserError`` for a bad row or one whose judge input is too long."""
-    rubrics = isinstance(prompt, JudgePrompt)
     queries = read_queries(
-        [config.input], config.format, config.polarity, require_response=True, require_rubric=rubrics
+        [config.input], config.format, config.polarity, require_response=True, require_rubric=prompt.needs_rubric
     )
     rows = [Row(query, encode_text(prompt.tokenizer, query.response)) for query in queries]
     for row in rows:
@@ -177,14 +175,16 @@ def read_rows(config: OfflineJudgeConfig, prompt: JudgePrompt | RewardPrompt) ->
     return rows
 
 
-def judge_rows(
-    stage: JudgeStage, rows: Sequence[Row], seed: int
-) -> list[tuple[Row, list[JudgeInput], list[Judgement]]]:
+def row_key(seed: int, row: Row) -> str:
+    """What is random about a row (a sampled verdict, the placebo) depends on this alone, not on its place in the file."""
+    return f"{seed}/{row.query.id}/{row.query.response}"
+
+
+def judge_rows(stage: JudgeStage, rows: Sequence[Row], seed: int) -> list[tuple[Row, list[JudgeInput], JudgementRow]]:
     """Verdicts of all items, attributions of those judged True with a weight (Algorithm 1), or of all scores (collective)."""
     inputs = stage.inputs([row.query for row in rows], [row.body for row in rows])
-    # a sampled verdict depends on the seed and the row alone, not on its place in the file
-    judgements = stage.verdicts(inputs, [f"{seed}/{row.query.id}/{row.query.response}" for row in rows])
-    weights = [grading.weights(row.query, items) for row, items in zip(rows, judgements, strict=True)]
+    judgements = stage.verdicts(inputs, [row_key(seed, row) for row in rows])
+    weights = [kind_of(items).weights(row.query) for row, items in zip(rows, judgements, strict=True)]
     needed = [
         [judgement.verdict is not False and weight != 0 for judgement, weight in zip(items, row_weights, strict=True)]
         for items, row_weights in zip(judgements, weights, strict=True)
@@ -193,68 +193,26 @@ def judge_rows(
     return list(zip(rows, inputs, judgements, strict=True))
 
 
-def output_record(stage: JudgeStage, row: Row, judgements: Sequence[Judgement]) -> dict:
-    """The output line of one row, as plain data."""
-    query, alphas = row.query, stage.alphas(row.body, judgements)
-    reward = grading.reward(query, judgements)
-    record = {
+def output_record(stage: JudgeStage, row: Row, judgements: JudgementRow, key: str) -> dict:
+    """The output line of one row, as plain data; ``key``: ``row_key``."""
+    query, kind, alphas = row.query, kind_of(judgements), stage.alphas(row.body, judgements, key)
+    rewards = kind.token_rewards(query, judgements, alphas, len(row.body))
+    return {
         "id": query.id,
-        "reward": _number(reward) if grading.is_score(judgements) else reward,
+        "reward": None,
         "tokens": token_texts(stage.prompt.tokenizer, row.body),
-        "token_rewards": _numbers(grading.row_token_rewards(query, judgements, alphas, len(row.body)).tolist()),
-    }
-    if grading.is_score(judgements):
-        return record | _attribution(judgements[0], alphas[0])
-    return record | {
-        "items": [
-            {
-                "criterion": item.criterion,
-                "weight": item.weight,
-                "p_true": _number(judgement.p_true),
-                "p_false": _number(judgement.p_false),
-                "verdict": judgement.verdict,
-            }
-            | _attribution(judgement, alpha)
-            for item, judgement, alpha in zip(query.rubric, judgements, alphas, strict=True)
-        ]
-    }
-
-
-def _attribution(judgement: Judgement, alpha: Tensor | None) -> dict:
-    """Both null where no backward ran."""
-    if alpha is None:
-        return {"attribution": None, "alpha": None}
-    return {"attribution": _numbers(judgement.attribution.tolist()), "alpha": _numbers(alpha.tolist())}
+        "token_rewards": plain_numbers(rewards),
+    } | kind.output_record(query, judgements, alphas)
 
 
 def add_inputs(record: dict, inputs: Sequence[JudgeInput], prompt: JudgePrompt | RewardPrompt) -> None:
-    """Add to each item what the judge read, so that anyone can repeat the gradient with their own autograd."""
-    if isinstance(prompt, RewardPrompt):
-        (read,) = inputs
-        record |= {
+    """Add to each judgement what the judge read, so that anyone can repeat the gradient with their own autograd."""
+    for judged, read in zip(record.get("items", [record]), inputs, strict=True):
+        judged |= {
             "input_ids": read.input_ids,
             "response_start": read.response_start,
             "response_end": read.response_end,
-            "score_position": read.verdict_position,
-        }
-        return
-    for item, judge_input in zip(record["items"], inputs, strict=True):
-        item |= {
-            "input_ids": judge_input.input_ids,
-            "response_start": judge_input.response_start,
-            "response_end": judge_input.response_end,
-            "verdict_position": judge_input.verdict_position,
-            "true_ids": prompt.true_ids,
-            "false_ids": prompt.false_ids,
-        }
-
-
-def _number(value: float) -> float | None:
-    return float(f"{value:.9g}") if math.isfinite(value) else None
-
-
-def _numbers(values: Sequence[float]) -> list[float | None]:
-    return [_number(value) for value in values]
+        } | prompt.described(read)
 
 
 class RowProgress:

@@ -1,6 +1,6 @@
 """The judge on ranks of its own (``judge.ranks``): it judges one part of the batch while the policy samples the next.
 
-The policy's side submits parts without waiting and asks for the results when it needs them; the judge's side (``serve``)
+The policy's side submits parts without waiting and asks for the judgements when it needs them; the judge's side (``serve``)
 takes the parts in order until it is told to end. Both are collective over their side's world.
 """
 
@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from g2r_megatron.config.options import GrpoConfig
+from g2r_megatron.credit.judgements import JudgementRow
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.parts import Judged, Part, judge_part
 from g2r_megatron.judge.stage import JudgeStage
-from g2r_megatron.judge.types import Judgement
 from g2r_megatron.parallel import preemption
 from g2r_megatron.parallel.sides import FIRST_JUDGE, POLICY, from_first_rank, open_channel, packed, unpacked
 
@@ -37,8 +37,8 @@ class OwnRanks:
             self._channel.send(self._channel.judges, packed(part.plain()))
         self._parts += 1
 
-    def results(self) -> tuple[list[list[Judgement]], dict[str, float]]:
-        """The judgements of all parts submitted, in order; seconds of waiting here and of work there."""
+    def judge_submitted(self) -> tuple[list[JudgementRow], dict[str, float]]:
+        """Wait for the judgements of all parts submitted, in order; seconds of waiting here and of work there."""
         start = time.perf_counter()
         judged = [Judged.from_plain(*self._receive()) for _ in range(self._parts)]
         self._parts = 0

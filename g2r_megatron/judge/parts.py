@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass
 import torch
 
 from g2r_megatron.config.options import GrpoConfig
-from g2r_megatron.credit import grading
+from g2r_megatron.credit.judgements import JudgementRow, backward_passes, from_values, kind_of
 from g2r_megatron.data.types import Query, RubricItem
 from g2r_megatron.judge.stage import JudgeStage
-from g2r_megatron.judge.types import ItemJudgement, Judgement, ScoreJudgement, backward_passes
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def _query(plain: dict) -> Query:
 class Judged:
     """What the judge says of one part: the judgements of each response, and how long each pass took."""
 
-    judgements: list[list[Judgement]]
+    judgements: list[JudgementRow]
     verdict_seconds: float
     attribution_seconds: float
 
@@ -62,7 +61,7 @@ class Judged:
                 number[id(row[k].attribution)] = len(passes)
                 passes.append([row[k].attribution.numel(), row[k].grad_norm, row[k].cos])
                 attributions.append(row[k].attribution)
-            rows.append([[*_values(j), number.get(id(j.attribution))] for j in row])
+            rows.append([[*j.values(), number.get(id(j.attribution))] for j in row])
         seconds = [self.verdict_seconds, self.attribution_seconds]
         numbers = torch.cat(attributions) if attributions else torch.empty(0)
         return {"judgements": rows, "passes": passes, "seconds": seconds}, numbers
@@ -76,20 +75,10 @@ class Judged:
             for attribution, (_, grad_norm, cos) in zip(attributions, plain["passes"], strict=True)
         ]
         rows = [
-            [_judgement(values, {} if number is None else found[number]) for *values, number in row]
+            [from_values(values, **{} if number is None else found[number]) for *values, number in row]
             for row in plain["judgements"]
         ]
         return cls(rows, *plain["seconds"])
-
-
-def _values(judgement: Judgement) -> list:
-    if isinstance(judgement, ScoreJudgement):
-        return [judgement.score]
-    return [judgement.p_true, judgement.p_false, judgement.verdict]
-
-
-def _judgement(values: list, gradient: dict) -> Judgement:
-    return (ScoreJudgement if len(values) == 1 else ItemJudgement)(*values, **gradient)
 
 
 def judge_part(stage: JudgeStage, part: Part, grpo: GrpoConfig) -> Judged:
@@ -103,14 +92,14 @@ def judge_part(stage: JudgeStage, part: Part, grpo: GrpoConfig) -> Judged:
         needed: list[list[bool]] = []
         for number, query in enumerate(part.queries):
             group = judgements[number * part.group_size : (number + 1) * part.group_size]
-            needed += grading.needing_attribution(query, group, grpo, part.mix)
-        weights = [grading.weights(query, row) for query, row in zip(queries, judgements, strict=True)]
+            needed += kind_of(group[0]).needing_attribution(query, group, grpo, part.mix)
+        weights = [kind_of(row).weights(query) for query, row in zip(queries, judgements, strict=True)]
         stage.attribute(inputs, judgements, needed, weights)
     return Judged(judgements, judged - start, time.perf_counter() - judged)
 
 
 class SharedRanks:
-    """The judge on the policy's own ranks: it works when its results are asked for."""
+    """The judge on the policy's own ranks: it works when its judgements are asked for."""
 
     def __init__(self, stage: JudgeStage, grpo: GrpoConfig):
         self.stage, self.grpo = stage, grpo
@@ -120,8 +109,8 @@ class SharedRanks:
         """Put ``part`` in the queue."""
         self._parts.append(part)
 
-    def results(self) -> tuple[list[list[Judgement]], dict[str, float]]:
-        """The judgements of all parts submitted, in order, and how long it took (collective)."""
+    def judge_submitted(self) -> tuple[list[JudgementRow], dict[str, float]]:
+        """Judge all parts submitted: their judgements, in order, and how long the attributions took (collective)."""
         parts, self._parts = self._parts, []
         judged = [judge_part(self.stage, part, self.grpo) for part in parts]
         seconds = sum(part.attribution_seconds for part in judged)

@@ -36,6 +36,7 @@ class ResponseReader:
     Subclasses set ``_response_continues``: whether text stands right before the response (``encode_text``).
     """
 
+    needs_rubric = True
     _response_continues: bool
 
     def __init__(
@@ -44,7 +45,17 @@ class ResponseReader:
         config: JudgeConfig,
         policy_tokenizer: PreTrainedTokenizerFast | None,
     ):
-        """``policy_tokenizer``: of the response ids, when they are not ``tokenizer``'s."""
+        """``policy_tokenizer``: of the response ids, when they are not ``tokenizer``'s.
+
+        Raises ``UserError`` for ``judge.attribution=null_token`` without a pad token.
+        """
+        self.null_id: int | None = tokenizer.pad_token_id  # the token that says nothing
+        if config.attribution == "null_token" and self.null_id is None:
+            raise UserError(
+                "judge.attribution",
+                "null_token, but the judge's tokenizer has no pad token",
+                "give it one (pad_token in its tokenizer_config.json), or use another attribution",
+            )
         self.tokenizer, self.policy_tokenizer = tokenizer, policy_tokenizer
         self.max_length = config.max_length
         self._encode_response = lru_cache(maxsize=CACHED_RESPONSES)(self._encode_response_uncached)
@@ -139,6 +150,10 @@ class JudgePrompt(ResponseReader):
                 "raise judge.max_length, shorten the responses, or use judge.credit=per_item",
             )
         return inputs
+
+    def described(self, item: JudgeInput) -> dict:
+        """Where and how the verdict of ``item`` is read, as plain data."""
+        return {"verdict_position": item.verdict_position, "true_ids": self.true_ids, "false_ids": self.false_ids}
 
     def _side(self, side: str, conversation: str, criterion: str) -> tuple[int, ...]:
         """Encoded text on one side of the response; cached by the fields that stand on that side."""

@@ -26,6 +26,7 @@ class RewardPrompt(ResponseReader):
     The chat template sees no blanks around the response, so one that trims contents does not trim it.
     """
 
+    needs_rubric = False
     true_ids: Sequence[int] = ()  # a score has no spellings
     false_ids: Sequence[int] = ()
 
@@ -66,6 +67,10 @@ class RewardPrompt(ResponseReader):
         self.check_length(query, len(input_ids))
         start = len(before)
         return [JudgeInput(input_ids, start, start + len(response), self.score_position(input_ids))]
+
+    def described(self, item: JudgeInput) -> dict:
+        """Where the score of ``item`` is read, as plain data."""
+        return {"score_position": item.verdict_position}
 
     def score_position(self, input_ids: Sequence[int]) -> int:
         """Of the rightmost token that is not padding by its id (0 if all are): where transformers reads the score."""

@@ -10,13 +10,15 @@ from collections.abc import Sequence
 import torch
 
 from g2r_megatron.config.options import JudgeConfig
-from g2r_megatron.credit.attribution import alpha_from_attribution, pooled_weights, sentence_ids
+from g2r_megatron.credit.attribution import Weighting, alpha_from_attribution, pooled_weights, shuffled
+from g2r_megatron.credit.judgements import ItemJudgement, Judgement, ScoreJudgement
+from g2r_megatron.credit.sentences import sentence_ids
 from g2r_megatron.data.tokenizer import token_texts
 from g2r_megatron.data.types import Query
 from g2r_megatron.judge.frozen import FrozenJudge, Pass
 from g2r_megatron.judge.prompt import JudgePrompt, ResponseReader
 from g2r_megatron.judge.reward_prompt import RewardPrompt
-from g2r_megatron.judge.types import ItemJudgement, JudgeInput, Judgement, ScoreJudgement
+from g2r_megatron.judge.types import JudgeInput
 
 
 class JudgeStage:
@@ -60,8 +62,10 @@ class JudgeStage:
         """Fill ``attribution``, ``grad_norm`` and ``cos`` of the judgements marked in ``needed`` (collective).
 
         ``weights``: w_k of each judgement; ``judge.credit=per_response`` pools the marked items by them, and all of them then
-        hold the one result (METHOD.md).
+        hold the one result (docs/method.md). With ``judge.attribution=uniform`` nothing runs and nothing is filled.
         """
+        if self.config.attribution == "uniform":
+            return
         credited: list[list[Judgement]] = []  # by each pass
         passes: list[Pass] = []
         for row, found, marks, row_weights in zip(inputs, judgements, needed, weights, strict=True):
@@ -78,20 +82,28 @@ class JudgeStage:
                 item.grad_norm = gradients.l2.square().sum().sqrt().item()
                 item.cos = gradients.cos
 
-    def alphas(self, body: list[int], judgements: list[Judgement]) -> list[torch.Tensor | None]:
+    def alphas(self, body: list[int], judgements: list[Judgement], key: str = "") -> list[torch.Tensor | None]:
         """``item_alphas`` of one response."""
-        return item_alphas(self.prompt, self.config, body, judgements)
+        return item_alphas(self.prompt, self.config, body, judgements, key)
 
 
 def item_alphas(
-    prompt: ResponseReader, config: JudgeConfig, body: list[int], judgements: list[Judgement]
+    prompt: ResponseReader, config: JudgeConfig, body: list[int], judgements: list[Judgement], key: str
 ) -> list[torch.Tensor | None]:
-    """alpha_t [T] of each judgement over the ``body`` of one response; None where no backward ran. Needs no judge."""
+    """alpha_t [T] of each judgement over the ``body`` of one response; None where no backward ran. Needs no judge.
+
+    ``key``: a string of the response that seeds ``judge.shuffle``; all items of the response get the same order.
+    """
     sentences = None
     if config.smoothing == "sentence":
-        sentences = sentence_ids(token_texts(prompt.body_tokenizer, body), config.sentence_delimiters)
+        sentences = sentence_ids(token_texts(prompt.body_tokenizer, body))
     _, alignment = prompt.response(body)
-    options = config.tau, config.standardize, config.smoothing, config.smear_gamma, sentences, alignment
-    return [
-        None if item.attribution is None else alpha_from_attribution(item.attribution, *options) for item in judgements
+    weighting = Weighting(config.normalize, config.smoothing, config.tau, config.standardize, config.smear_gamma)
+    alphas = [
+        None if j.attribution is None else alpha_from_attribution(j.attribution, weighting, sentences, alignment)
+        for j in judgements
     ]
+    if config.shuffle:
+        units = torch.arange(len(body)) if sentences is None else sentences
+        alphas = [None if alpha is None else shuffled(alpha, units, f"shuffle/{key}") for alpha in alphas]
+    return alphas

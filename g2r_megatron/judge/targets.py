@@ -28,7 +28,7 @@ class VerdictTarget:
     """(log p(True), log p(False)) of a language model, each summed over the spellings of the verdict.
 
     ``kind`` "log_prob": the target is that of the verdict given; "logit_margin": logit(True) - logit(False) =
-    log p(True) - log p(False), which does not saturate (METHOD.md steps 2 and 3).
+    log p(True) - log p(False), which does not saturate (docs/method.md steps 2 and 3).
     """
 
     columns, noun = 2, "verdict log-probs"
@@ -51,7 +51,7 @@ class VerdictTarget:
 
 
 class ScoreTarget:
-    """V of a reward model, which is its output, and its own target (METHOD.md step 8)."""
+    """V of a reward model, which is its output, and its own target (docs/method.md step 8)."""
 
     columns, noun = 1, "scores"
 

@@ -1,5 +1,6 @@
 """A Megatron-Core GPT model from a Hugging Face directory, on any layout."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -233,6 +234,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron-Core's config for a pre-norm SwiGLU decoder; no dropout, no fused CUDA-only kernels."""
     g, dtype = hf.geometry, torch.bfloat16 if precision.dtype == "bf16" else torch.float32
+    _, rope_factor = hf.rope_table()
     return TransformerConfig(
         num_layers=g.layers,
         hidden_size=g.hidden,
@@ -248,6 +250,8 @@ def transformer_config(
         add_bias_linear=False,
         add_qkv_bias=hf.family.qkv_bias,
         qk_layernorm=hf.family.qk_norm,
+        # YaRN's factor of sines and cosines is in queries and keys: its square is in their products
+        softmax_scale=rope_factor**2 / math.sqrt(g.head_dim) if rope_factor != 1.0 else None,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bf16=dtype == torch.bfloat16,
@@ -348,7 +352,7 @@ def build_empty_model(
         gpt, offset = _build_chunk(hf, config, backend, groups, vp_stage)
         gpt = gpt.to(device)
         # transformers' own frequencies: every rope type that open_hf_model accepts, with all its parameters.
-        gpt.rotary_pos_emb.inv_freq = hf.inverse_frequencies().to(device)
+        gpt.rotary_pos_emb.inv_freq = hf.rope_table()[0].to(device)
         gpt.rotary_pos_emb.cp_group = None  # all angles of the row: position_ids say which are this rank's
         modules.append(Float16Module(config, gpt) if config.bf16 else gpt)
         chunks.append(gpt)

@@ -9,6 +9,8 @@ from collections.abc import Mapping as Table
 from dataclasses import dataclass
 from typing import Literal
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # the two are one tensor in a tied model
+
 Rule = Literal["replicated", "column", "row", "qkv", "gate_up", "vocab"]
 
 
@@ -54,9 +56,9 @@ def _layer(*names: str) -> tuple[str, ...]:
 
 
 GLOBALS = {
-    "embedding.word_embeddings.weight": Mapping("vocab", ("model.embed_tokens.weight",)),
+    "embedding.word_embeddings.weight": Mapping("vocab", (EMBEDDING,)),
     "decoder.final_layernorm.weight": Mapping("replicated", ("model.norm.weight",)),
-    "output_layer.weight": Mapping("vocab", ("lm_head.weight",)),
+    "output_layer.weight": Mapping("vocab", (HEAD,)),
     "score.weight": Mapping("replicated", ("score.weight",)),  # a reward model's, in place of the output layer
 }
 _ATTENTION = {

@@ -1,45 +1,25 @@
-"""A Hugging Face model directory, or a Megatron checkpoint with one inside: its config, checked field by field."""
+"""A Hugging Face model directory, or a Megatron checkpoint with one inside: what it is, read and checked."""
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from g2r_megatron.data.tokenizer import load_tokenizer
-from g2r_megatron.errors import UserError
-from g2r_megatron.model.families import FAMILIES, Family
+from g2r_megatron.errors import UserError, warn
+from g2r_megatron.model.config_file import read_config, read_json
+from g2r_megatron.model.families import Family
+from g2r_megatron.model.hub_cache import find_directory
 from g2r_megatron.model.safetensors_files import SafetensorsReader
 
-ROPE_TYPES = ("default", "llama3", "linear")
+__all__ = ["CHECKPOINT_FACTS", "HF_FILES", "Geometry", "HFModel", "load_model_tokenizer", "open_hf_model", "read_json"]
+
 HF_FILES = "hf"  # subdirectory of a Megatron checkpoint with the config and tokenizer of its model
 CHECKPOINT_FACTS = "g2r.json"  # our own facts in a Megatron checkpoint
-# Fields of config.json that change what the model computes in a way that we do not carry over: their neutral value.
-NEUTRAL = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "attention_dropout": 0.0,
-    "pretraining_tp": 1,  # of Llama: splits products, which changes rounding
-    "router_jitter_noise": 0.0,
-    "use_mrope": False,
-    "partial_rotary_factor": 1.0,
-}
-# Fields that transformers reads although its config classes do not declare them (any more), or that say nothing.
-UNDECLARED = {
-    "model_type",
-    "torch_dtype",
-    "rope_theta",
-    "rope_scaling",
-    "head_dim",
-    "max_window_layers",
-    "_name_or_path",
-    "num_labels",
-}
 
 
 @dataclass(frozen=True)
@@ -97,14 +77,36 @@ class HFModel:
         """The Hugging Face class of the model."""
         return self.family.reward_architecture if self.geometry.is_reward_model else self.family.architecture
 
-    def inverse_frequencies(self) -> torch.Tensor:
-        """RoPE inverse frequencies [head_dim / 2], fp32, from transformers' own functions."""
+    def rope_table(self) -> tuple[torch.Tensor, float]:
+        """RoPE inverse frequencies [head_dim / 2], fp32, and the factor of its sines and cosines.
+
+        Both from transformers' own functions. Dynamic NTK is the unscaled table up to ``max_position_embeddings``, and
+        longer sequences are refused (``check_positions``).
+        """
         rope = self.config.rope_parameters
-        if rope["rope_type"] == "default":
+        if rope["rope_type"] in ("default", "dynamic"):
             exponent = torch.arange(0, self.geometry.head_dim, 2, dtype=torch.int64).float() / self.geometry.head_dim
-            return 1.0 / (rope["rope_theta"] ** exponent)
+            return 1.0 / (rope["rope_theta"] ** exponent), 1.0
         with torch.device("cpu"):  # a caller that builds on the meta device asks for their values all the same
-            return ROPE_INIT_FUNCTIONS[rope["rope_type"]](self.config, "cpu")[0]
+            return ROPE_INIT_FUNCTIONS[rope["rope_type"]](self.config, "cpu")
+
+    @property
+    def positions(self) -> int:
+        """Tokens of the longest sequence that the model was made for; YaRN stretches the original ones."""
+        rope, stated = self.config.rope_parameters, self.config.max_position_embeddings
+        if rope["rope_type"] != "yarn" or not rope.get("factor"):
+            return stated
+        return max(stated, int(rope["factor"] * rope["original_max_position_embeddings"]))
+
+    def check_positions(self, tokens: int, what: str) -> None:
+        """Warn when ``what`` (options or a row) allows sequences longer than the model's; refuse under dynamic NTK."""
+        if tokens <= self.positions:
+            return
+        found = f"allows {tokens} tokens, while {self.option} was made for {self.positions} (max_position_embeddings)"
+        if self.config.rope_parameters["rope_type"] == "dynamic":
+            remedy = "its rope type dynamic changes all angles beyond them, which is not supported: allow fewer"
+            raise UserError(what, found, remedy)
+        warn(f"{what} {found}: what it computes beyond them is untrained")
 
     @property
     def sliding_window(self) -> tuple[int, list[bool]] | None:
@@ -118,13 +120,10 @@ class HFModel:
 def open_hf_model(path: str, option: str) -> HFModel:
     """Read and check ``config.json`` of a Hugging Face directory or of a Megatron checkpoint's ``hf/``.
 
-    Raises ``UserError`` for anything that we would not carry over exactly.
+    ``path`` can be a model's name on the Hugging Face Hub that is in the local cache. Raises ``UserError`` for anything
+    that we would not carry over exactly.
     """
-    directory = Path(path)
-    if not path or not directory.is_dir():
-        raise UserError(
-            option, repr(path), "must be a Hugging Face model directory (config.json, *.safetensors, tokenizer)"
-        )
+    directory = find_directory(path, option)
     if (directory / ".metadata").is_file() or (directory / CHECKPOINT_FACTS).is_file():
         return _open_checkpoint(directory, option)
     hf = _open_config(directory, option)
@@ -146,54 +145,10 @@ def _open_checkpoint(checkpoint: Path, option: str) -> HFModel:
     return dataclasses.replace(hf, checkpoint=checkpoint, fused_experts=bool(facts.get("fused_experts")))
 
 
-def read_json(file: Path) -> dict:
-    """The object in a JSON file. Raises ``UserError`` naming a file that is unreadable or holds something else."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(str(file), f"not readable as JSON ({error})", "restore the file") from error
-    if not isinstance(content, dict):
-        raise UserError(str(file), f"holds a {type(content).__name__}", "must be a JSON object")
-    return content
-
-
 def _open_config(directory: Path, option: str) -> HFModel:
-    if not (directory / "config.json").is_file():
-        raise UserError(option, f"{directory} has no config.json", "must be a Hugging Face model directory")
-    raw = read_json(directory / "config.json")
-    model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
-        raise UserError(f"{directory}/config.json model_type", repr(model_type), f"must be one of {sorted(FAMILIES)}")
-    family = FAMILIES[model_type]
-    known = [family.architecture], [family.reward_architecture]
-    if raw.get("architectures") not in (None, *known):
-        raise UserError(
-            f"{directory}/config.json architectures",
-            repr(raw["architectures"]),
-            f"must be {known[0]}, or of a reward model {known[1]}",
-        )
-    is_reward_model = raw.get("architectures") == known[1]
-    if raw.get("quantization_config"):
-        raise UserError(
-            f"{directory}/config.json quantization_config",
-            "set",
-            "quantized checkpoints cannot be loaded; dequantize it first",
-        )
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # its validators raise classes of their own
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{directory}/config.json", f"refused by transformers ({reason})", "correct the file"
-        ) from error
-    _refuse_what_is_not_carried_over(directory, raw, config)
-    if is_reward_model and config.num_labels != 1:
-        raise UserError(
-            f"{directory}/config.json id2label",
-            f"{config.num_labels} labels" if "id2label" in raw else "missing, which means 2 labels",
-            "a reward model has one label, its score: this one is a classifier",
-        )
-    return HFModel(option, directory, config, family, _geometry(config, family, is_reward_model))
+    found = read_config(directory, option)
+    geometry = _geometry(found.config, found.family, found.is_reward_model)
+    return HFModel(option, directory, found.config, found.family, geometry)
 
 
 def _geometry(config: PretrainedConfig, family: Family, is_reward_model: bool) -> Geometry:
@@ -221,39 +176,10 @@ def _geometry(config: PretrainedConfig, family: Family, is_reward_model: bool) -
     )
 
 
-def _refuse_what_is_not_carried_over(directory: Path, raw: dict, config: PretrainedConfig) -> None:
-    """A config feature that the Megatron-Core model would silently lose is an error, and so is an unknown field."""
-
-    def refuse(field: str, value, valid: str):
-        raise UserError(f"{directory}/config.json {field}", repr(value), f"is not supported; must be {valid}")
-
-    declared = {f.name for f in dataclasses.fields(config)} | {*config.attribute_map, *config.attribute_map.values()}
-    for field in sorted(raw.keys() - declared - UNDECLARED - NEUTRAL.keys()):
-        raise UserError(
-            f"{directory}/config.json {field}",
-            repr(raw[field])[:60],
-            f"is not a field of {type(config).__name__}; remove it if the model does not need it",
-        )
-    for field, neutral in NEUTRAL.items():
-        if (value := getattr(config, field, neutral)) != neutral and value is not None:
-            refuse(field, value, repr(neutral))
-    rope = config.rope_parameters
-    if rope["rope_type"] not in ROPE_TYPES:
-        refuse("rope type", rope["rope_type"], f"one of {list(ROPE_TYPES)}")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        refuse("partial_rotary_factor", rope["partial_rotary_factor"], "1.0")
-    types = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
-    if types:
-        refuse("layer_types", sorted(types)[0], "full_attention or sliding_attention")
-    if config.model_type in ("mistral", "mixtral") and "layer_types" in raw:
-        refuse("layer_types", raw["layer_types"], f"absent: {type(config).__name__} does not read it")
-    if config.hidden_size % config.num_attention_heads and not getattr(config, "head_dim", None):
-        refuse("num_attention_heads", config.num_attention_heads, f"a divisor of hidden_size {config.hidden_size}")
-
-
 def _has_fused_experts(hf: HFModel, names: set[str]) -> bool:
     fused = {name for m in hf.family.fused_experts.values() if m.fused for name in m.hf}
-    return any(name.format(i=i) in names for name in fused for i in range(hf.geometry.layers))
+    endings = tuple(name.format(i=i) for name in fused for i in range(hf.geometry.layers))
+    return any(name.endswith(endings) for name in names)
 
 
 def load_model_tokenizer(hf: HFModel) -> PreTrainedTokenizerFast:

@@ -19,9 +19,10 @@ from g2r_megatron.model.safetensors_format import (
     INDEX,
     SINGLE,
     TensorInfo,
-    expected_tensors,
     make_header,
+    model_files,
     open_regular,
+    placed_tensors,
     pread,
     read_header,
     split_into_files,
@@ -39,21 +40,31 @@ class SafetensorsReader:
 
     def __init__(self, directory: Path):
         """Reads and checks the index and all headers. Raises ``UserError`` naming the file and tensor at fault."""
-        self.tensors: dict[str, TensorInfo] = {}
         self._fds: dict[Path, int] = {}
         weakref.finalize(self, _close, self._fds)
-        for file, expected in expected_tensors(directory).items():
+        files = model_files(directory)
+        found: dict[Path, dict[str, TensorInfo]] = {}
+        for file in files:
             self._fds[file] = open_regular(file)
-            self.tensors |= read_header(self._fds[file], file, expected)
+            found[file] = read_header(self._fds[file], file)
+        self.tensors: dict[str, TensorInfo] = placed_tensors(found, files)
 
     @property
     def names(self) -> set[str]:
         return set(self.tensors)
 
+    def keep(self, names: dict[str, str]) -> None:
+        """From here on hold only these tensors, ``names``: new name -> the name in the file."""
+        self.tensors = {new: self.tensors[old] for new, old in names.items()}
+
     @property
     def total_bytes(self) -> int:
         """Bytes of all tensors, without headers."""
         return sum(info.nbytes for info in self.tensors.values())
+
+    def place(self, name: str) -> tuple[str, int]:
+        """(file, offset) of a tensor."""
+        return str(self.tensors[name].file), self.tensors[name].offset
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.tensors[name].shape

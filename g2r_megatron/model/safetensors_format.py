@@ -9,15 +9,34 @@ from pathlib import Path
 
 import torch
 
-from g2r_megatron.errors import UserError
+from g2r_megatron.data.stand_ins import HEAD_BYTES, check_stand_ins, refuse_stand_in, unfinished_download
+from g2r_megatron.errors import UserError, warn
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of weights
+# Of what may lie beside weights (position_ids, what a quantization left); no weight is read in them.
+OTHER_DTYPES = {
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SUFFIX = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth")
 LONGEST_HEADER = 100_000_000  # bytes; the safetensors library refuses longer ones
-NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
+NAME_OF = {dtype: name for name, dtype in {**OTHER_DTYPES, **DTYPES}.items()}
+NO_QUANTIZED = f"must be one of {sorted(DTYPES)}; quantized checkpoints cannot be loaded: dequantize it first"
+PICKLE_HEADS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04")  # of torch.save, and of pickle
 
 
 @dataclass(frozen=True)
@@ -52,6 +71,8 @@ def open_regular(file: Path) -> int:
             raise UserError(str(file), "is not a regular file", "restore the safetensors file")
         return os.open(file, os.O_RDONLY)
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and file.is_symlink():
+            _refuse_missing_file(file, f"it is a link to {os.readlink(file)}")
         raise UserError(
             str(file), f"cannot be opened ({error.strerror})", "restore the file or its permissions"
         ) from error
@@ -92,22 +113,30 @@ def _parse_json(text: bytes, where: Path, what: str) -> dict:
     return parsed
 
 
-def read_header(fd: int, file: Path, expected: set[str] | None) -> dict[str, TensorInfo]:
-    """The tensors of a file in the order of their data, which must fill it without gap or overlap.
+def _refuse_other_kinds(file: Path, head: bytes) -> None:
+    """Raise ``UserError`` when a file begins as no safetensors file does, saying what it is."""
+    refuse_stand_in(file, head)
+    if head.startswith(PICKLE_HEADS):
+        remedy = "save the model with safe_serialization=True: pickle files can run code when they are read"
+        raise UserError(str(file), f"is a pickle file with the suffix {SUFFIX}", remedy)
+    if not any(head[:8]):
+        remedy = "download the file again: its room was reserved, its content never came"
+        raise UserError(str(file), "begins with zeros, an unfinished download", remedy)
 
-    ``expected``: the names that the index places in this file; None without an index.
-    """
+
+def read_header(fd: int, file: Path) -> dict[str, TensorInfo]:
+    """The tensors of a file in the order of their data, which must fill it without gap or overlap."""
 
     def refuse(found: str, remedy: str = "copy or download the file again"):
         raise UserError(str(file), found, remedy)
 
     size = os.fstat(fd).st_size
-    start = bytearray(8)
     if size < 8:
         refuse(f"has only {size} bytes, is no safetensors file")
-    pread(fd, file, 0, memoryview(start))
-    if start == b"version ":
-        refuse("is a Git LFS pointer, not the weights", "fetch them with git lfs pull")
+    beginning = bytearray(min(size, HEAD_BYTES))
+    pread(fd, file, 0, memoryview(beginning))
+    _refuse_other_kinds(file, bytes(beginning))
+    start = beginning[:8]
     length = int.from_bytes(start, "little")
     if length > LONGEST_HEADER:
         refuse(f"header of {length} bytes, at most {LONGEST_HEADER} are possible", "must be a safetensors file")
@@ -127,11 +156,6 @@ def read_header(fd: int, file: Path, expected: set[str] | None) -> dict[str, Ten
         end += info.nbytes
     if size != end:
         refuse(f"{'is truncated' if size < end else 'is too long'}: {size} bytes, its header describes {end}")
-    if expected is not None:
-        for name in sorted(expected ^ tensors.keys()):
-            missing = f"does not hold {name}, which {INDEX} places there"
-            found = missing if name in expected else f"holds {name}, which {INDEX} does not place there"
-            raise UserError(str(file), found, "restore the file or the index")
     return dict(ordered)
 
 
@@ -147,39 +171,81 @@ def _tensor_info(file: Path, data_start: int, name: str, entry: object) -> Tenso
     for key in ("shape", "data_offsets"):
         if not isinstance(entry[key], list) or any(type(n) is not int or n < 0 for n in entry[key]):
             refuse(f"{key} {entry[key]!r} is not a list of whole numbers")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        refuse(
-            f"dtype {dtype}",
-            f"must be one of {sorted(DTYPES)}; quantized checkpoints cannot be loaded: dequantize it first",
-        )
-    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+    known = {**OTHER_DTYPES, **DTYPES}
+    if not isinstance(dtype, str) or dtype not in known:
+        refuse(f"dtype {dtype}", NO_QUANTIZED)
+    nbytes = math.prod(shape) * known[dtype].itemsize
     if len(offsets) != 2 or offsets[1] - offsets[0] != nbytes:
         refuse(f"data_offsets {offsets} are not the {nbytes} bytes of {dtype} {shape}")
-    return TensorInfo(DTYPES[dtype], tuple(shape), file, data_start + offsets[0], nbytes)
+    return TensorInfo(known[dtype], tuple(shape), file, data_start + offsets[0], nbytes)
 
 
-def expected_tensors(directory: Path) -> dict[Path, set[str] | None]:
-    """Each file of a model, and the tensors that the index places in it: None for a lone model.safetensors."""
+def model_files(directory: Path) -> dict[Path, set[str] | None]:
+    """Each file of a model, and the tensors that the index places in it: None for a lone model.safetensors.
+
+    As transformers, a model.safetensors beside an index is the model; a warning says what is left aside.
+    """
     try:
         present = set(os.listdir(directory))
     except OSError as error:
         remedy = "must be a directory with safetensors files"
         raise UserError(str(directory), f"cannot be read ({error.strerror})", remedy) from error
-    if INDEX not in present:
-        if SINGLE not in present:
-            _refuse_without_weights(directory, present)
-        return {directory / SINGLE: None}
-    expected = _read_index(directory / INDEX)
-    for file in expected:
+    if SINGLE in present:
+        files: dict[Path, set[str] | None] = {directory / SINGLE: None}
+    elif INDEX in present:
+        files = _read_index(directory / INDEX)
+    else:
+        _refuse_without_weights(directory, present)
+    for file in files:
         if file.name not in present:
-            raise UserError(str(directory / INDEX), f"names {file.name}, which is missing", "restore the missing shard")
-    if SINGLE in present and directory / SINGLE not in expected:
-        found = f"holds {SINGLE} beside {INDEX}, which does not name it"
-        raise UserError(str(directory), found, "remove the one that is stale")
-    return expected
+            _refuse_missing_file(file, f"{INDEX} names it")
+    aside = {name for name in present if name.endswith(SUFFIX)} - {file.name for file in files}
+    if INDEX in present and SINGLE in present:
+        aside.add(INDEX)
+    if aside:
+        read = SINGLE if SINGLE in present else f"the files of {INDEX}"
+        warn(f"{directory}: {read} are the weights, as for transformers; left aside: {', '.join(sorted(aside))}")
+    return files
+
+
+def _refuse_missing_file(file: Path, why: str) -> None:
+    if part := unfinished_download(file.parent):
+        raise UserError(str(file), f"is missing ({why}); {part.name} is an unfinished download", "finish the download")
+    raise UserError(str(file), f"is missing ({why})", "restore the missing shard")
+
+
+def placed_tensors(found: dict[Path, dict[str, TensorInfo]], expected: dict[Path, set[str] | None]) -> dict:
+    """All tensors of a model by name, from its files' (``read_header``) and what the index says of them.
+
+    An index that is out of date does no harm while every tensor is in one place. Raises ``UserError`` for a tensor that
+    is in no file, and for one in two files of which the index names neither.
+    """
+    holders: dict[str, list[Path]] = {}
+    for file, infos in found.items():
+        for name in infos:
+            holders.setdefault(name, []).append(file)
+    tensors: dict[str, TensorInfo] = {}
+    for name, files in holders.items():
+        named = [file for file in files if len(files) == 1 or name in (expected[file] or ())]
+        if len(named) != 1:
+            both = f"holds {name}, and so does {files[1].name}"
+            raise UserError(str(files[0]), both, f"{INDEX} must name one of them")
+        tensors[name] = found[named[0]][name]
+    stale = []
+    for file, names in expected.items():
+        for name in sorted((names or set()) - found[file].keys()):
+            if name not in tensors:
+                raise UserError(
+                    str(file), f"does not hold {name}, which {INDEX} places there", "restore the file or the index"
+                )
+            stale.append(name)
+    if stale:
+        warn(f"{next(iter(found)).parent / INDEX}: names another file for {stale[0]} (of {len(stale)}) than holds it")
+    return tensors
 
 
 def _read_index(index: Path) -> dict[Path, set[str] | None]:
+    check_stand_ins(index)
     try:
         text = index.read_bytes()
     except OSError as error:
@@ -196,6 +262,9 @@ def _read_index(index: Path) -> dict[Path, set[str] | None]:
 
 
 def _refuse_without_weights(directory: Path, present: set[str]) -> None:
+    if part := unfinished_download(directory):
+        found = f"has neither {SINGLE} nor {INDEX}, but {part.name}, an unfinished download"
+        raise UserError(str(directory), found, "finish the download")
     pickles = sorted(name for name in present if name.endswith(PICKLES))
     safetensors = sorted(name for name in present if name.endswith(SUFFIX))
     if safetensors:
@@ -232,7 +301,7 @@ def make_header(
     entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: -item[1][0].itemsize):
-        if dtype not in NAME_OF or name == "__metadata__":
+        if dtype not in DTYPES.values() or name == "__metadata__":
             raise ValueError(f"{name} ({dtype}) cannot be written: dtypes {sorted(DTYPES)}")
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         entries[name] = {"dtype": NAME_OF[dtype], "shape": list(shape), "data_offsets": [begin, end]}

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from g2r_megatron.errors import UserError
-from g2r_megatron.model.families import GLOBALS, Mapping
+from g2r_megatron.errors import UserError, warn
+from g2r_megatron.model.families import EMBEDDING, GLOBALS, HEAD, Mapping
 from g2r_megatron.model.hf import Geometry, HFModel
 from g2r_megatron.model.safetensors_files import SafetensorsReader
+from g2r_megatron.model.safetensors_format import DTYPES, NAME_OF, NO_QUANTIZED
 from g2r_megatron.parallel.groups import ModelGroups
 
 LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
@@ -23,6 +24,17 @@ LOCAL_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.")  # of Sequential
 GROUPED_EXPERT = re.compile(r"\.experts\.(linear_fc[12]\.weight)(\d+)$")  # of TEGroupedMLP
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 COMPARED_ROWS = 4096
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# What training frameworks and larger models wrap around a language model.
+LEADING_WRAPPERS = re.compile(r"^(?:(?:model|language_model|text_model|module|base_model|_forward_module)\.)+")
+INNER_WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+BUFFERS = ("rotary_emb.inv_freq", ".position_ids", "rotary_emb.cos_cached", "rotary_emb.sin_cached", ".masked_bias")
+SAID_NOTHING = BUFFERS[:1]  # every early Llama checkpoint has them
+OTHER_HEADS = {"lm_head", "score", "v_head", "value_head", "classifier", "reward_head"}
+OTHER_SENSES = {
+    *("vision_tower", "vision_model", "visual", "vision_embed_tokens", "image_newline", "multi_modal_projector"),
+    *("mm_projector", "audio_tower", "audio_model", "audio_projector", "connector", "perceiver", "embed_vision"),
+}
 
 
 @dataclass(frozen=True)
@@ -195,41 +207,79 @@ def pieces(hf: HFModel, name: str, tp: int, rank: int, shard_rows: int) -> list[
 
 
 def check_tensors(hf: HFModel, reader: SafetensorsReader) -> None:
-    """Raise ``UserError`` naming the first tensor that is missing, unknown, misshapen or of another dtype."""
+    """Raise ``UserError`` naming the first tensor that is missing, unknown, misshapen or of a dtype that is no weight's.
+
+    Afterwards ``reader`` has the model's tensors alone, under the names of the tables. A warning says what is left
+    aside: tensors that the model has no use for.
+    """
     expected = hf_shapes(hf)
-    if missing := [name for name in expected if name not in reader.names]:
-        raise UserError(
-            str(hf.path), f"tensor {missing[0]} is missing (of {len(missing)})", "the weights must match config.json"
-        )
-    ignorable = {name for name in reader.names if name.endswith("rotary_emb.inv_freq")}
-    if hf.geometry.tied and "lm_head.weight" in reader.names:
-        _check_tied_copy(hf, reader)
-        ignorable.add("lm_head.weight")
-    if extra := sorted(reader.names - expected.keys() - ignorable):
-        raise UserError(
-            str(hf.path),
-            f"unknown tensor {extra[0]} (of {len(extra)})",
-            f"not part of this {hf.architecture} by its config.json",
-        )
-    first = next(iter(expected))
+    names = tensor_names(hf, reader.names)
+    if missing := [name for name in expected if name not in names]:
+        raise UserError(str(hf.path), f"tensor {missing[0]} is missing (of {len(missing)})", _remedy(missing, reader))
+    if hf.geometry.tied and HEAD in names and names[HEAD] != names[EMBEDDING]:
+        _check_tied_copy(hf, reader, names)
+    tied_copy = {names.get(HEAD)} if hf.geometry.tied else set()
+    aside = reader.names - {names[name] for name in expected} - tied_copy
+    if extra := sorted(name for name in aside if not _is_of_no_use(hf, name)):
+        remedy = f"not part of this {hf.architecture} by its config.json"
+        if any("lora_" in name or ".base_layer." in name for name in extra):
+            remedy = "it is of an adapter: merge it into its model first (merge_and_unload of peft)"
+        raise UserError(str(hf.path), f"unknown tensor {extra[0]} (of {len(extra)})", remedy)
+    if noted := sorted(name for name in aside if not name.endswith(SAID_NOTHING)):
+        warn(f"{hf.path}: tensors that the model has no use for are left aside: {noted[0]} (of {len(noted)})")
     for name, shape in expected.items():
-        if reader.shape(name) != shape:
-            raise UserError(f"{hf.path} {name}", f"shape {reader.shape(name)}", f"config.json asks for {shape}")
-        if reader.dtype(name) != reader.dtype(first):
+        if reader.shape(names[name]) != shape:
             raise UserError(
-                f"{hf.path} {name}",
-                f"dtype {reader.dtype(name)}, while {first} has {reader.dtype(first)}",
-                "all weights must be of one dtype",
+                f"{hf.path} {names[name]}", f"shape {reader.shape(names[name])}", f"config.json asks for {shape}"
             )
+        if reader.dtype(names[name]) not in DTYPES.values():
+            raise UserError(f"{hf.path} {names[name]}", f"dtype {NAME_OF[reader.dtype(names[name])]}", NO_QUANTIZED)
+    reader.keep({name: names[name] for name in sorted(expected, key=lambda name: reader.place(names[name]))})
 
 
-def _check_tied_copy(hf: HFModel, reader: SafetensorsReader) -> None:
+def tensor_names(hf: HFModel, present: set[str]) -> dict[str, str]:
+    """Name in the tables -> name in the files: the same, or with the prefixes that wrappers of a model put or cut off.
+
+    A language model inside a larger one is ``language_model.model.x`` or ``model.language_model.x``; a model saved
+    without its output layer has ``x`` for ``model.x``.
+    """
+    wanted = {_bare(name): name for name in [*hf_shapes(hf), HEAD]}
+    names = {wanted[_bare(name)]: name for name in sorted(present) if _bare(name) in wanted}
+    names |= {name: name for name in wanted.values() if name in present}
+    if hf.geometry.tied and EMBEDDING not in names and HEAD in names:
+        names[EMBEDDING] = names[HEAD]
+    return names
+
+
+def _bare(name: str) -> str:
+    return LEADING_WRAPPERS.sub("", INNER_WRAPPERS.sub("", name))
+
+
+def _is_of_no_use(hf: HFModel, name: str) -> bool:
+    """Buffers of older versions, heads of another task, and what belongs to images or sounds."""
+    if name.endswith(BUFFERS):
+        return True
+    first = _bare(name).partition(".")[0]
+    return first in OTHER_HEADS or first in OTHER_SENSES
+
+
+def _remedy(missing: list[str], reader: SafetensorsReader) -> str:
+    if missing == [HEAD]:
+        return (
+            "the weights must match config.json; if the output layer is the embedding, set tie_word_embeddings to true"
+        )
+    if any("lora_" in name for name in reader.names):
+        return "the files are an adapter's: merge it into its model first (merge_and_unload of peft)"
+    return "the weights must match config.json"
+
+
+def _check_tied_copy(hf: HFModel, reader: SafetensorsReader, names: dict[str, str]) -> None:
     """Some files repeat the tied embedding as lm_head; a copy that differs means that the model is not tied."""
-    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    embedding, head = names[EMBEDDING], names[HEAD]
     same = reader.shape(head) == reader.shape(embedding)
     for first in range(0, hf.geometry.vocab if same else 0, COMPARED_ROWS):
         rows = (first, min(first + COMPARED_ROWS, hf.geometry.vocab))
-        same = same and torch.equal(reader.read(head, rows), reader.read(embedding, rows))
+        same = same and torch.equal(reader.read(head, rows).float(), reader.read(embedding, rows).float())
     if not same:
         raise UserError(
             f"{hf.path} {head}",

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from g2r_megatron.model.build import MegatronModel
+from g2r_megatron.model.config_file import language_model_fields, read_json
 from g2r_megatron.model.hf import HFModel
 from g2r_megatron.model.safetensors_files import SafetensorsWriter
 from g2r_megatron.model.torch_dist import carried_files
@@ -134,12 +135,21 @@ def save_hf(tensors: Iterable[tuple[str, torch.Tensor]], hf: HFModel, output: Pa
     temporary.rename(output)
 
 
-def copy_other_files(hf: HFModel, directory: Path, dtype: torch.dtype) -> None:
-    """Everything but weights comes along byte for byte; config.json changes only if it names another dtype."""
+def copy_other_files(hf: HFModel, directory: Path, dtype: torch.dtype | None) -> None:
+    """Everything but weights comes along byte for byte; config.json changes only where the weights are others.
+
+    That is: they have another ``dtype`` than it names (None: leave it), the language model was part of a larger model,
+    or it was saved without its output layer.
+    """
     for file in carried_files(hf.path):
         shutil.copyfile(file, directory / file.name)
-    config = json.loads((hf.path / "config.json").read_text())
-    key, name = "torch_dtype" if "torch_dtype" in config else "dtype", str(dtype).removeprefix("torch.")
-    if str(config.get(key)) != name:
-        config[key] = name
+    raw = read_json(hf.path / "config.json")
+    config = language_model_fields(raw)
+    changed = config is not raw
+    if config.get("architectures") not in (None, [], [hf.architecture]):
+        config["architectures"], changed = [hf.architecture], True
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    if dtype is not None and str(config.get(key)) != (name := str(dtype).removeprefix("torch.")):
+        config[key], changed = name, True
+    if changed:
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -11,15 +11,13 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from g2r_megatron.errors import Preempted
+
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 _asked = False
 _KEY = f"g2r/preempted/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # in the job's store
-
-
-class Preempted(Exception):
-    """All ranks have agreed to leave. The weights are those of the last finished step."""
 
 
 @contextmanager

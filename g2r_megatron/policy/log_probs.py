@@ -63,6 +63,18 @@ def token_log_probs(
     return log_probs_at(scaled, ids.unsqueeze(1), model.geometry.vocab, model.groups.pgs.tp).squeeze(1)
 
 
+@dataclass(frozen=True)
+class UpdateLogProbs:
+    """What an update needs besides advantages: its mini-batches (indices), and log-probs from the models themselves.
+
+    ``old`` and ``reference`` (None without a KL penalty): fp32 [T_i] a sequence, with the stop token, on the CPU.
+    """
+
+    mini_batches: list[list[int]]
+    old: list[torch.Tensor]
+    reference: list[torch.Tensor] | None
+
+
 @torch.no_grad()
 def response_log_probs(
     model: MegatronModel, sequences: Sequence[TokenSequence], plan: list, temperature: float

@@ -1,4 +1,4 @@
-"""The clipped policy loss with its KL penalty, as sums that add up over micro-batches and ranks (METHOD.md step 7)."""
+"""The clipped policy loss with its KL penalty, as sums that add up over micro-batches and ranks (docs/method.md step 7)."""
 
 from dataclasses import dataclass
 

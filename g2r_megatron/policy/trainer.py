@@ -16,6 +16,7 @@ from g2r_megatron.model.build import MegatronModel
 from g2r_megatron.model.schedule import TokenBatch, forward_tokens, run_schedule
 from g2r_megatron.policy.log_probs import (
     TokenSequence,
+    UpdateLogProbs,
     plan_micro_batches,
     response_batch,
     response_log_probs,
@@ -173,6 +174,18 @@ class PolicyTrainer:
     def plan(self, sequences: list[TokenSequence], mini_batch: list[int]) -> list[list[int]]:
         """Micro-batches of this rank for one optimizer step over ``mini_batch``."""
         return plan_micro_batches(self.model, sequences, mini_batch, self.config.policy.micro_batch_tokens)
+
+    def update_log_probs(self, sequences: list[TokenSequence], reference: MegatronModel | None) -> UpdateLogProbs:
+        """What ``update`` needs of the policy as it is, and of the frozen ``reference`` policy (collective)."""
+        chunks = torch.arange(len(sequences)).chunk(self.config.grpo.mini_batches)
+        mini_batches = [chunk.tolist() for chunk in chunks]
+        old, of_reference = self.log_probs(sequences, mini_batches), None
+        if reference is not None:
+            budget, temperature = self.config.policy.micro_batch_tokens, self.config.rollout.temperature
+            plans = [plan_micro_batches(reference, sequences, indices, budget) for indices in mini_batches]
+            plan = [items for rows in plans for items in rows]
+            of_reference = response_log_probs(reference, sequences, plan, temperature)
+        return UpdateLogProbs(mini_batches, old, of_reference)
 
     def log_probs(self, sequences: list[TokenSequence], mini_batches: list[list[int]]) -> list[torch.Tensor]:
         """Log-probs before the update, computed in the update's own micro-batches: the first ratio is exactly 1."""

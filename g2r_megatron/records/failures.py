@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-from g2r_megatron.errors import RunError, UserError
-from g2r_megatron.parallel.preemption import Preempted
+from g2r_megatron.errors import Preempted, RunError, UserError
 from g2r_megatron.records.heartbeat import Heartbeat
 
 GRACE_SECONDS = 5.0  # for the other ranks to fail as well: the launcher ends all of them once one has exited

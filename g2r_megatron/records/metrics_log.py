@@ -5,7 +5,6 @@ import math
 import secrets
 from pathlib import Path
 
-from g2r_megatron.config.checks import check_packages
 from g2r_megatron.config.options import LogConfig
 from g2r_megatron.errors import UserError, unwritable
 from g2r_megatron.records.files import make_directory, replace_text
@@ -26,9 +25,8 @@ class MetricsLog:
     def __init__(self, output_dir: str | Path, log: LogConfig, config_dict: dict):
         """``config_dict``: the resolved config as plain data, kept by W&B beside the curves.
 
-        Raises UserError when a wanted package (tensorboard, wandb) is not installed; nothing is written then.
+        The packages that ``log`` asks for are installed (config/checks.py).
         """
-        check_packages(log)
         self.output_dir = Path(output_dir)
         make_directory(self.output_dir)
         self._wants_tensorboard = log.tensorboard

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -14,14 +13,7 @@ from g2r_megatron.model.build import MegatronModel
 from g2r_megatron.model.schedule import forward_once
 from g2r_megatron.parallel.microbatches import padded
 from g2r_megatron.rollout.sampling import next_tokens, uniforms
-
-
-@dataclass
-class Request:
-    """One response to sample. ``key`` seeds its random numbers: same key, same prompt, same weights, same response."""
-
-    prompt_ids: list[int]
-    key: str
+from g2r_megatron.rollout.types import Request
 
 
 @contextmanager

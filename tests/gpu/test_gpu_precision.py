@@ -11,13 +11,13 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
 import test_checkpoint as checkpoints
 import test_parity_judge as judging
 import test_parity_rollout as rollouts
 import test_parity_update as updates
-import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
 from distributed import groups_of
 from g2r_megatron.config.options import Layout, OptimizerConfig, PolicyConfig, Precision, RolloutConfig, TrainConfig
 from g2r_megatron.data.tokenizer import load_tokenizer

@@ -5,6 +5,9 @@ on the CPU. Leaves out several GPUs, bf16, FP8 and Transformer Engine (test_gpu_
 """
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
 import test_checkpoint as checkpoints
 import test_own_ranks as offloading
 import test_packing as packing
@@ -12,9 +15,6 @@ import test_parity_judge as judging
 import test_parity_rollout as rollouts
 import test_parity_update as updates
 import test_shared_prefix as sharing
-import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
 from g2r_megatron.config.options import Layout
 from tiny_models import DENSE_FAMILIES
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoint import checkpointer_of, hf_arrays, trainer_of, update
 
 from convert_models import DIRECTORIES, FUSED, other_files, tensors_of, to_hf, to_megatron, write_directory
 from distributed import CaseFailed, groups_of
@@ -24,6 +23,7 @@ from g2r_megatron.config.options import Layout, Precision
 from g2r_megatron.convert.output_directory import check_free_space
 from g2r_megatron.convert.tensor_table import Block, row_blocks, share
 from g2r_megatron.errors import UserError
+from test_checkpoint import checkpointer_of, hf_arrays, trainer_of, update
 
 TOOLS = Path(__file__).parents[2] / "tools"
 

@@ -12,11 +12,6 @@ from functools import cache
 
 import pytest
 import torch
-from test_alignment import byte_bpe, owners_of
-from test_other_tokenizer import judge_directory, moved  # noqa: F401  (a fixture)
-from test_parity_judge import SHORT, Variant, hf_judge, reference_alpha, relative
-from test_prompt import CHATML, LLAMA3, bpe
-from test_tokenizer_files import INSTRUCT, KINDS, train
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from g2r_megatron.config.options import DEFAULT_JUDGE_TEMPLATE, JudgeConfig, Layout
@@ -25,6 +20,11 @@ from g2r_megatron.data.tokenizer import encode_text, load_tokenizer, neutral_ids
 from g2r_megatron.data.types import Query, RubricItem
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.prompt import JudgePrompt
+from test_alignment import byte_bpe, owners_of
+from test_other_tokenizer import judge_directory, moved  # noqa: F401  (a fixture)
+from test_parity_judge import SHORT, Variant, hf_judge, reference_alpha, relative
+from test_prompt import CHATML, LLAMA3, bpe
+from test_tokenizer_files import INSTRUCT, KINDS, train
 
 CRITERION = "sees a doctor"
 QUERY = Query("q7", ({"role": "user", "content": "write a note on fever"},), (RubricItem(CRITERION, 3.0),))
@@ -180,8 +180,8 @@ def judge_hostile(path: str, policy: str, tp: int, pp: int) -> dict:
 
 def hostile_config() -> JudgeConfig:
     return JudgeConfig(
-        template=SHORT, chat_template=False, attribution=VARIANT.attribution, target=VARIANT.target, standardize=False,
-        smoothing="none", tau=VARIANT.tau, **WORDS,
+        template=SHORT, chat_template=False, attribution=VARIANT.attribution, target=VARIANT.target,
+        normalize="softmax", standardize=False, smoothing="none", tau=VARIANT.tau, **WORDS,
     )  # fmt: skip
 
 

@@ -12,10 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_alignment import byte_bpe, owners_of, piece_bytes
-from test_parity_judge import Variant, hf_judge, reference_alpha
-from test_tokenizer_files import KINDS, train
-from test_train_loop import metrics_of, samples_of, train_here
 from transformers import AutoModelForCausalLM
 
 from g2r_megatron.config import parsing
@@ -29,6 +25,10 @@ from g2r_megatron.records.heartbeat import Heartbeat
 from g2r_megatron.run import Run
 from g2r_megatron.train import train_step
 from g2r_megatron.workers import build_workers, read_inputs
+from test_alignment import byte_bpe, owners_of, piece_bytes
+from test_parity_judge import Variant, hf_judge, reference_alpha
+from test_tokenizer_files import KINDS, train
+from test_train_loop import metrics_of, samples_of, train_here
 from tiny_models import build_model, build_tokenizer
 
 GROUP = 6
@@ -162,7 +162,7 @@ def expected_alphas(found: dict, config: TrainConfig, name: str, variant: Varian
 
 
 def smoothed(alpha: torch.Tensor, smoothing: str, texts: list[str]) -> torch.Tensor:
-    """As ``reference_alpha`` does it, of a distribution: METHOD.md step 4 without the softmax."""
+    """As ``reference_alpha`` does it, of a distribution: docs/method.md step 4 without the softmax."""
     as_it_is = Variant("l1", "log_prob", "none", 1, False, smoothing)
     return reference_alpha(alpha.clamp(min=1e-300).log(), as_it_is, texts)
 

@@ -11,6 +11,12 @@ from functools import cache
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
+from distributed import ALL_LAYOUTS, CONTEXT_LAYOUTS, EXPERT_LAYOUTS, groups_of
+from g2r_megatron.config.options import Layout, Precision
+from g2r_megatron.data.tokenizer import load_tokenizer
+from g2r_megatron.judge.prompt import JudgePrompt
 from test_parity_judge import (
     QUERIES,
     RESPONSES,
@@ -23,12 +29,6 @@ from test_parity_judge import (
     reference_alpha,
     relative,
 )
-from transformers import AutoModelForCausalLM
-
-from distributed import ALL_LAYOUTS, CONTEXT_LAYOUTS, EXPERT_LAYOUTS, groups_of
-from g2r_megatron.config.options import Layout, Precision
-from g2r_megatron.data.tokenizer import load_tokenizer
-from g2r_megatron.judge.prompt import JudgePrompt
 from tiny_models import build_tiny_hf
 
 MOE = ("qwen3_moe", "mixtral")
@@ -73,7 +73,9 @@ def stage_of(layout: Layout, path: str, variant: str):
 
     config = VARIANTS[variant].config()
     prompt = JudgePrompt(load_tokenizer(path), config)
-    judge = FrozenJudge(judge_model(layout, path, config.recompute), config, prompt.true_ids, prompt.false_ids)
+    judge = FrozenJudge(
+        judge_model(layout, path, config.recompute), config, prompt.true_ids, prompt.false_ids, prompt.null_id
+    )
     return JudgeStage(judge, prompt, config)
 
 

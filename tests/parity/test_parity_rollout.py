@@ -49,7 +49,7 @@ def engine_of(layout: Layout, path: str, stop: list[int], batch_size: int):
 
 
 def requests(order: list[int]):
-    from g2r_megatron.rollout.megatron import Request
+    from g2r_megatron.rollout.types import Request
 
     texts = prompts()
     return [Request(texts[i], f"step 3, response {i}") for i in order]

@@ -188,7 +188,7 @@ def hf_log_probs(model, prompt: list[int], response: list[int]) -> torch.Tensor:
 
 
 def hf_loss(model, mini_batch: list[int], old, reference, variant: Variant) -> torch.Tensor:
-    """METHOD.md step 7, sequence by sequence."""
+    """docs/method.md step 7, sequence by sequence."""
     rows, total, tokens = batch(), 0.0, sum(len(batch()[i][1]) for i in mini_batch)
     for i in mini_batch:
         prompt, response, advantage = rows[i]

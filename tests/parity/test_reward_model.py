@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_alignment import byte_bpe
 from transformers import AutoModelForSequenceClassification
 
 from convert_models import tensors_of, to_hf, to_megatron
@@ -24,6 +23,7 @@ from g2r_megatron.data.tokenizer import encode_text, load_tokenizer, neutral_ids
 from g2r_megatron.data.types import Query
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.reward_prompt import RewardPrompt
+from test_alignment import byte_bpe
 from tiny_models import CHATML, build_tiny_reward_model, build_tokenizer
 
 CONVERSATIONS = [
@@ -44,9 +44,16 @@ RESPONSES = [  # (conversation, text)
 QUERIES = [Query(f"q{i}", messages, ()) for i, messages in enumerate(CONVERSATIONS)]
 ENDS_IN_PADDING = CHATML + "{%- if not add_generation_prompt %}{{ '<|endoftext|><|endoftext|>' }}{%- endif %}"
 CONFIGS = {
-    "paper": JudgeConfig(attribution="grad_x_embed", standardize=False, smoothing="none", micro_batch_tokens=70),
+    "paper": JudgeConfig(
+        attribution="grad_x_embed", normalize="softmax", standardize=False, smoothing="none", micro_batch_tokens=70
+    ),
     "robust": JudgeConfig(
-        attribution="contracted", target="logit_margin", standardize=True, smoothing="smear", recompute="full"
+        attribution="contracted",
+        target="logit_margin",
+        normalize="softmax",
+        standardize=True,
+        smoothing="smear",
+        recompute="full",
     ),
 }
 SEEDS = {"qwen3_moe": 6}  # as 8 for the others: no score of RESPONSES is a near cancellation

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 from distributed import ALL_LAYOUTS, fits, groups_of
 from g2r_megatron.config.options import JudgeConfig, Layout, Precision
 from g2r_megatron.credit.attribution import pooled_weights, token_rewards
+from g2r_megatron.credit.judgements import backward_passes
 from g2r_megatron.data.tokenizer import encode_text, load_tokenizer
 from g2r_megatron.data.types import Query, RubricItem
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.packing import shared_length, tree_tokens
 from g2r_megatron.judge.prompt import JudgePrompt
-from g2r_megatron.judge.types import backward_passes
 from tiny_models import build_tiny_hf
 
 TEMPLATES = {
@@ -62,6 +62,7 @@ class Way:
             attribution=self.attribution,
             target="log_prob",
             verdict="sample",
+            normalize="softmax",
             standardize=False,
             smoothing="none",
         )

@@ -85,7 +85,8 @@ OPTIONS = [
     (["--judge.true_words", "[]"], ["judge.true_words", "missing", "spelling"]),
     (["--judge.true_words", "[Met]", "--judge.false_words", "[Met]"], ["judge.true_words", "Met", "differ"]),
     (["--judge.true_words", "[yes]"], ["judge.true_words", "'True'", "quoted"]),  # YAML's boolean
-    (["--judge.smoothing", "sentence", "--judge.sentence_delimiters="], ["judge.sentence_delimiters", "empty"]),
+    (["--judge.normalize", "positive", "--judge.tau", "0.5"], ["judge.tau", "only the softmax has a temperature"]),
+    (["--judge.attribution", "uniform", "--judge.shuffle"], ["judge.shuffle", "all tokens weigh the same"]),
     (["--optimizer.lr=-1e-6"], ["optimizer.lr", "-1e-06", "more than 0"]),
     (["--optimizer.min_lr", "1"], ["optimizer.min_lr", "1", "optimizer.lr"]),
     (["--optimizer.warmup_steps", "100"], ["optimizer.warmup_steps", "100", "less than steps"]),
@@ -153,7 +154,9 @@ def test_config_file_that_is_missing():
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], ["command", "missing", "train, judge, plan, doctor, report"]),
+        (["train"], ["policy.model, data.train, output_dir", "g2r train --print_config > my.yaml"]),
+        (["judge"], ["judge.model, input, output", "g2r judge --help"]),
+        (["plan"], ["policy.model", "g2r plan --config my.yaml --nodes 2"]),
         (["trian"], ["command", "'trian'", "train"]),
         (["report"], ["RUN_DIR", "g2r report --help"]),
         (["report", "/nowhere"], ["/nowhere", "no such run directory"]),
@@ -337,7 +340,10 @@ WEIGHTS = {
         ["model.safetensors", "only 4 bytes", "again"],
     ),
     "a missing shard": (
-        lambda case: (case.model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),
+        lambda case: (
+            (case.model / "model.safetensors").unlink(),
+            (case.model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),
+        ),
         ["index.json", "b.safetensors", "restore"],
     ),
     "a missing tensor": (

@@ -16,6 +16,7 @@ from g2r_megatron import cli
 from g2r_megatron.cli import main
 from g2r_megatron.config import parsing
 from g2r_megatron.config.checks import OFFLINE_JUDGE_RANGES, TRAIN_RANGES, check_train_config
+from g2r_megatron.config.help import GUIDES
 from g2r_megatron.config.options import OfflineJudgeConfig, TrainConfig, resolve_preset
 
 CLASSES = {"train": TrainConfig, "judge": OfflineJudgeConfig}
@@ -113,6 +114,24 @@ def test_general_help(capsys):
     assert all(command in out for command in cli.COMMANDS)
 
 
+def test_no_command_at_all_shows_the_usage_and_is_2(capsys):
+    assert main([]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == cli.USAGE
+
+
+@pytest.mark.parametrize("prog", GUIDES)
+def test_help_begins_with_the_next_steps_and_the_common_options(prog, capsys, monkeypatch):
+    """In this order: usage, next steps, common options, everything else; no option is listed twice or lost."""
+    monkeypatch.setenv("COLUMNS", "200")
+    text, guide = output_of(capsys, prog.split()[1], "--help"), GUIDES[prog]
+    assert text.startswith(f"usage: {guide.usage}\n\n{guide.start}\n\ncommon options:\n")
+    common = text.partition("\n\nfurther options of the run:\n")[0]
+    assert all(f"\n  --{name} " in common for name in guide.common)
+    assert all(text.count(f"\n  --{name} ") == 1 for name in guide.common)
+    assert "\njudge.layout: How one model" in text
+
+
 def test_interrupted_is_130(monkeypatch):
     def interrupted(argv):
         raise KeyboardInterrupt
@@ -122,7 +141,9 @@ def test_interrupted_is_130(monkeypatch):
 
 
 def test_help_and_mistakes_do_not_import_torch():
-    code = "import sys; from g2r_megatron.cli import main; main(['train']); print('torch' in sys.modules)"
+    code = (
+        "import sys; from g2r_megatron.cli import main; main(['train', '--steps', '2']); print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "False\n"
     assert done.stderr.startswith("g2r: error: policy.model: missing")
@@ -158,7 +179,7 @@ def test_under_torchrun_one_rank_reports_and_all_end(rank_that_fails, tmp_path):
 
 
 def test_old_names_of_options_are_accepted_with_one_warning_each(tmp_path, capsys):
-    """On the command line and in a config file, old values included; what is not renamed stays, later options win."""
+    """On the command line and in a config file, old values and removed options included; the rest stays, later options win."""
     file = tmp_path / "old.yaml"
     file.write_text("judge: {pool: sentence, pooling: response, tau: 0.5}\nsteps: 3\n")
     config = parsing.parse(TrainConfig, "g2r train", ["--config", str(file), "--judge.pool", "none"])
@@ -173,5 +194,12 @@ def test_old_names_of_options_are_accepted_with_one_warning_each(tmp_path, capsy
         "warning: judge.pool is called judge.smoothing now",
         "warning: judge.pooling is called judge.credit now",
     ]
+    file.write_text("judge: {sentence_delimiters: '.', tau: 0.5}\nsteps: 3\n")
+    config = parsing.parse(
+        TrainConfig, "g2r train", ["--config", str(file), "--judge.sentence_delimiters", ";", "--steps", "4"]
+    )
+    assert (config.judge.tau, config.steps) == (0.5, 4)
+    assert capsys.readouterr().err.startswith("warning: judge.sentence_delimiters has no effect any more: ")
+    file.write_text("judge: {pool: sentence, pooling: response, tau: 0.5}\n")
     config = parsing.parse(TrainConfig, "g2r train", [f"--config={file}", "--judge.pooling=item"])
     assert (config.judge.smoothing, config.judge.credit) == ("sentence", "per_item")

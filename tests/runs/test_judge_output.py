@@ -9,13 +9,13 @@ import os
 from pathlib import Path
 
 import pytest
-from test_offline_judge import ROWS, config_for, write_rows
 
 from g2r_megatron.config.options import OfflineJudgeConfig
 from g2r_megatron.data.readers import read_queries
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.offline import judge_file
 from g2r_megatron.judge.output_file import job_key, join_parts, part_path, partial_file, partial_path, share_of
+from test_offline_judge import ROWS, config_for, write_rows
 
 RECORDS = [{"id": f"row {i}", "reward": i / 4} for i in range(5)]
 IDS = [record["id"] for record in RECORDS]

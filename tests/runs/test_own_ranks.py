@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from g2r_megatron.cli import main
+from g2r_megatron.credit.judgements import ItemJudgement
 from g2r_megatron.data.types import Query, RubricItem
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.parts import Judged, Part
-from g2r_megatron.judge.types import ItemJudgement
 from g2r_megatron.parallel.sides import packed, unpacked
 from tiny_models import build_tiny_hf
 
@@ -84,7 +84,7 @@ def train_in_order(arguments: list[str], events: Path) -> list[str]:
 
 def train_with_offload(arguments: list[str]) -> dict:
     """``g2r train``; bytes that the judge's weights have on the device when the policy samples or updates, or they work."""
-    from g2r_megatron import train as loop
+    from g2r_megatron import launch as loop
 
     found, build = {"idle": set(), "judging": set()}, loop.build_workers
 

@@ -35,7 +35,7 @@ def train_signalled(arguments: list[str], run: str, rank: int, phase: str, step:
     import torch.distributed as dist
 
     from g2r_megatron.cli import train_command
-    from g2r_megatron.parallel.preemption import Preempted
+    from g2r_megatron.errors import Preempted
 
     ended = threading.Event()
 

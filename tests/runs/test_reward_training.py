@@ -12,10 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_bad_input import assert_refused, run
-from test_own_ranks import assert_same_run
-from test_reward_model import hf_reference, reference_alpha
-from test_train_loop import metrics_of, samples_of, train_here
 from transformers import AutoModelForSequenceClassification
 
 from g2r_megatron.cli import main
@@ -32,6 +28,10 @@ from g2r_megatron.data.tokenizer import encode_text, load_tokenizer, token_texts
 from g2r_megatron.data.types import Query
 from g2r_megatron.judge.offline import judge_file
 from g2r_megatron.judge.reward_prompt import RewardPrompt
+from test_bad_input import assert_refused, run
+from test_own_ranks import assert_same_run
+from test_reward_model import hf_reference, reference_alpha
+from test_train_loop import metrics_of, samples_of, train_here
 from tiny_models import build_tiny_reward_model
 
 GROUP = 4
@@ -98,7 +98,7 @@ def step_of(arguments: list[str]) -> dict:
 
 
 def paper_advantages(scores: list[float], alphas: list[torch.Tensor], finished: list[bool]) -> list[torch.Tensor]:
-    """METHOD.md step 8 with return-to-go and a z-score over all tokens, token by token."""
+    """docs/method.md step 8 with return-to-go and a z-score over all tokens, token by token."""
     returns = []
     for score, alpha, done in zip(scores, alphas, finished, strict=True):
         rewards = [score * float(a) for a in alpha] + [0.0] * done

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 TASK = ROOT / "examples" / "quickstart"
 STEPS = 2
 
-# METHOD.md, "known hazards", and what a person looks at first; at a step of `robust` whose mix is not yet 0
+# docs/method.md, "known hazards", and what a person looks at first; at a step of `robust` whose mix is not yet 0
 HAZARDS = {
     *("attribution/ess_share", "attribution/flat_share", "attribution/max_alpha", "attribution/cos_median"),
     *("attribution/zero_or_nonfinite", "attribution/passes", "attribution/key_token_mass", "attribution/mix"),
@@ -141,6 +141,41 @@ def test_every_hazard_is_a_metric_of_every_step(one_process):
         assert line["ratio/first"] == 1.0 and line["attribution/zero_or_nonfinite"] == 0.0
     assert steps[-1].keys() >= EVALUATION and not EVALUATION & steps[0].keys()
     assert steps[0]["judge/agreement"] > 0.9  # what the committed model was made for
+
+
+def test_uniform_attribution_is_grpo_bit_for_bit(worlds, task, one_process, tmp_path):
+    """`robust` with judge.attribution=uniform runs no backward pass and trains the same weights as `grpo` does."""
+    run = tmp_path / "run"
+    worlds[1].run(
+        train_here,
+        [*task, "--grpo.preset", "robust", "--judge.attribution", "uniform", "--output_dir", str(run)],
+    )
+    expected = one_process("grpo")
+    for now, then in zip(records(run, "metrics.jsonl"), records(expected, "metrics.jsonl"), strict=True):
+        assert now.get("attribution/passes", 0) == 0
+        assert {name: now[name] for name in now.keys() - {"attribution/mix"}} == {
+            name: then[name] for name in then.keys() - {"attribution/mix"}
+        }
+    for now, then in zip(samples_of(run), samples_of(expected), strict=True):
+        assert (now["response"], now["advantages"]) == (then["response"], then["advantages"])
+    weights, others = (load_file(path / "hf" / "model.safetensors") for path in (run, expected))
+    assert all(torch.equal(weights[name], others[name]) for name in others)
+
+
+def test_shuffled_alpha_is_a_placebo(worlds, task, one_process, tmp_path):
+    """Same responses, and in each item the same values of alpha in another order; where they go is the seed's choice."""
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for run in runs:
+        placebo = ["--grpo.preset", "robust", "--judge.shuffle", "--output_dir", str(run), "--steps", "1"]
+        worlds[1].run(train_here, [*task, *placebo, "--checkpoint.export_hf", "false"])
+    assert samples_of(runs[0]) == samples_of(runs[1])
+    moved = 0
+    for now, then in zip(samples_of(runs[0]), samples_of(one_process("robust")), strict=False):
+        for ours, theirs in zip(now["items"], then["items"], strict=True):
+            if theirs["alpha"]:
+                assert now["response"] == then["response"] and sorted(ours["alpha"]) == sorted(theirs["alpha"])
+                moved += ours["alpha"] != theirs["alpha"]
+    assert moved
 
 
 def test_deterministic_algorithms_change_nothing_on_the_cpu(worlds, task, one_process, tmp_path):

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 from g2r_megatron.cli import main
 from g2r_megatron.errors import UserError
+from g2r_megatron.launch import FIXED
 from g2r_megatron.records.heartbeat import HEARTBEAT_FILE
-from g2r_megatron.train import FIXED
 from real_runs import (
     PATIENCE,
     STEPS,

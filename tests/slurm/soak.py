@@ -18,13 +18,14 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE.parent / "runs")]
 from cluster import ask, is_up  # noqa: E402
 from jobs import Job  # noqa: E402
-from test_train_resume import train_here  # noqa: E402
 
 from distributed import Worlds  # noqa: E402
 from real_runs import TASK, checkpoints, heartbeat, quickstart_options, records  # noqa: E402
+from test_train_resume import train_here  # noqa: E402
 
 RANK, SIGNAL, NODE = "kill -9 of a rank", "scancel --signal=USR1", "node down"
 STEPS_A_KILL = 5  # an attempt is left in peace for 1 to 3, and may make some more while it is being hurt

@@ -11,9 +11,9 @@ import pytest
 from cluster import ask
 from jobs import PATIENCE, Job
 from safetensors.torch import load_file, save_file
-from test_train_resume import train_here
 
 from real_runs import TASK, checkpoints, heartbeat, last_recorded, quickstart_options, records
+from test_train_resume import train_here
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 STEPS = 24

@@ -1,6 +1,6 @@
 """Advantages of one group: each estimator against its equation in plain loops, their limits, and the exact savings.
 
-Leaves out the judge and the loss. The equations are those of METHOD.md (step 6).
+Leaves out the judge and the loss. The equations are those of docs/method.md (step 6).
 """
 
 import math

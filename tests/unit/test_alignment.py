@@ -12,18 +12,18 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_tokenizer_files import KINDS, train
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from g2r_megatron.config.options import JudgeConfig
 from g2r_megatron.credit.alignment import Alignment, align
-from g2r_megatron.credit.attribution import alpha_from_attribution
+from g2r_megatron.credit.attribution import Weighting, alpha_from_attribution
 from g2r_megatron.data.token_spans import decoded_bounds, encoded_bounds
 from g2r_megatron.data.tokenizer import encode_text, load_tokenizer, neutral_ids, special_ids, stand_in_id
 from g2r_megatron.data.types import Query, RubricItem
 from g2r_megatron.judge.prompt import JudgePrompt
+from test_tokenizer_files import KINDS, train
 from tiny_models import build_tokenizer
 
 BYTES = {char: byte for byte, char in bytes_to_unicode().items()}
@@ -300,18 +300,18 @@ def test_alpha_on_the_policys_tokens():
     b = torch.tensor([1.0, 2.0])
     first, second = (float(x) for x in b.softmax(0))
     plain = [first + second / 3, second / 3, second / 3]
-    found = alpha_from_attribution(b, 1.0, False, "none", 0.0, None, alignment)
+    found = alpha_from_attribution(b, Weighting("softmax", "none"), None, alignment)
     assert found.dtype == torch.float32 and found.tolist() == pytest.approx(plain)
-    pooled = alpha_from_attribution(b, 1.0, False, "sentence", 0.0, torch.tensor([0, 0, 1]), alignment)
+    pooled = alpha_from_attribution(b, Weighting("softmax", "sentence"), torch.tensor([0, 0, 1]), alignment)
     assert pooled.tolist() == pytest.approx([sum(plain[:2]) / 2] * 2 + plain[2:])
-    smeared = alpha_from_attribution(b, 1.0, False, "smear", 0.5, None, alignment).double()
+    smeared = alpha_from_attribution(b, Weighting("softmax", "smear", gamma=0.5), None, alignment).double()
     weights = [plain[0] + 0.5 * plain[1] + 0.25 * plain[2], plain[1] + 0.5 * plain[2], plain[2]]
     assert smeared.tolist() == pytest.approx([w / sum(weights) for w in weights])
-    standard = alpha_from_attribution(b, 1.0, True, "none", 0.0, None, alignment)
+    standard = alpha_from_attribution(b, Weighting("softmax", "none", standardize=True), None, alignment)
     a, c = (float(x) for x in torch.tensor([-1.0, 1.0]).softmax(0))
     assert standard.tolist() == pytest.approx([a + c / 3, c / 3, c / 3])
     for useless in (torch.ones(2), torch.tensor([1.0, float("nan")])):
-        found = alpha_from_attribution(useless, 1.0, False, "smear", 0.5, None, alignment)
+        found = alpha_from_attribution(useless, Weighting("softmax", "smear", gamma=0.5), None, alignment)
         assert torch.equal(found, torch.full((3,), 1 / 3))
 
 

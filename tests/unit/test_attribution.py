@@ -1,19 +1,22 @@
-"""Token weights and token rewards: sums, limits and the equations of METHOD.md, against plain loops.
+"""Token weights and token rewards: sums, limits and the equations of docs/method.md, against plain loops.
 
 Leaves out where b comes from (the judge's gradient).
 """
 
+import itertools
 import math
 
 import pytest
 import torch
 
+from g2r_megatron.credit.alignment import align
 from g2r_megatron.credit.attribution import (
+    Weighting,
     alpha_from_attribution,
     average_sentences,
     effective_sample_share,
     response_reward,
-    sentence_ids,
+    shuffled,
     smear,
     token_rewards,
 )
@@ -23,18 +26,19 @@ def random_b(length: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
     return torch.randn(length, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def alpha(b, tau=1.0, standardize=False, smoothing="none", gamma=0.7, ids=None):
-    return alpha_from_attribution(b, tau, standardize, smoothing, gamma, ids)
+def alpha(b, tau=1.0, standardize=False, smoothing="none", gamma=0.7, ids=None, normalize="softmax", alignment=None):
+    return alpha_from_attribution(b, Weighting(normalize, smoothing, tau, standardize, gamma), ids, alignment)
 
 
 @pytest.mark.parametrize("smoothing", ["none", "smear", "sentence"])
-@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize(("normalize", "standardize"), [("softmax", False), ("softmax", True), ("positive", False)])
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e4])
 @pytest.mark.parametrize("length", [1, 2, 7, 300])
-def test_alpha_is_a_distribution(smoothing, standardize, scale, length):
-    """alpha is finite, not negative, sums to 1 for any scale of b, smoothing and length."""
+def test_alpha_is_a_distribution(smoothing, normalize, standardize, scale, length):
+    """alpha is finite, not negative, sums to 1 for any scale of b, normalization, smoothing and length."""
     ids = torch.arange(length) // 4
-    weights = alpha(random_b(length, scale=scale), standardize=standardize, smoothing=smoothing, ids=ids)
+    b = random_b(length, scale=scale)
+    weights = alpha(b, standardize=standardize, smoothing=smoothing, ids=ids, normalize=normalize)
     assert weights.shape == (length,) and weights.dtype == torch.float32
     assert bool((weights >= 0).all())
     assert float(weights.double().sum()) == pytest.approx(1.0, abs=1e-6)
@@ -76,6 +80,83 @@ def test_uninformative_b_is_exactly_uniform(b, smoothing, standardize):
     assert torch.equal(weights, torch.full((len(b),), 1.0 / len(b)))
 
 
+def positive_reference(b: list[float], ids: list[int]) -> list[float]:
+    """The formula, in plain Python; ``ids``: each token's sentence."""
+    sums = [sum(x for x, i in zip(b, ids) if i == s) for s in range(max(ids) + 1)]
+    total = sum(max(x, 0.0) for x in sums)
+    return [max(sums[i], 0.0) / (ids.count(i) * total) for i in ids]
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e5])
+def test_positive_is_the_share_of_positive_credit(scale):
+    """alpha_t = max(b_S, 0) / (|S| sum_S max(b_S, 0)) over sentences, or over tokens; the scale of b has no say."""
+    b, ids = random_b(23, seed=3), torch.tensor([0] * 3 + [1] * 7 + [2] + [3] * 12)
+    by_sentence = alpha(scale * b, smoothing="sentence", ids=ids, normalize="positive")
+    torch.testing.assert_close(by_sentence, torch.tensor(positive_reference(b.double().tolist(), ids.tolist())))
+    assert 0 < int((by_sentence > 0).sum()) < 23
+    by_token = alpha(scale * b, normalize="positive")
+    torch.testing.assert_close(by_token, torch.tensor(positive_reference(b.double().tolist(), list(range(23)))))
+    torch.testing.assert_close(alpha(scale * b, smoothing="smear", normalize="positive"), smear(by_token, 0.7))
+
+
+def test_positive_gives_a_sentence_what_its_tokens_add_up_to():
+    """A hot token among negative ones earns its sentence nothing, and no alpha is narrower than its sentence: ESS/T of the
+    worst case, one sentence with everything, is that sentence's share of the tokens."""
+    b, ids = torch.tensor([9.0, -8.0, -2.0, 0.5, 0.25, 0.25]), torch.tensor([0, 0, 0, 1, 1, 1])
+    weights = alpha(b, smoothing="sentence", ids=ids, normalize="positive")
+    torch.testing.assert_close(weights, torch.tensor([0.0, 0, 0, 1, 1, 1]) / 3)
+    assert effective_sample_share(weights) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("b", "smoothings"),
+    [
+        *((b, ["none", "smear", "sentence"]) for b in ([-1.0, -2.0, 0.0], [0.0] * 3, [1.0, math.nan, 2.0])),
+        ([math.inf, 1.0, 1.0], ["none", "smear", "sentence"]),
+        ([2.0, -3.0, -1.0], ["sentence"]),
+    ],
+)
+def test_positive_is_exactly_uniform_where_nothing_is_positive(b, smoothings):
+    """Also where one token is above 0 and its sentence is not, and where smearing would tilt 1/T."""
+    for smoothing in smoothings:
+        check_uniform(b, smoothing)
+
+
+def check_uniform(b: list[float], smoothing: str) -> None:
+    weights = alpha(torch.tensor(b), smoothing=smoothing, ids=torch.zeros(3, dtype=torch.int64), normalize="positive")
+    assert torch.equal(weights, torch.full((3,), 1 / 3))
+
+
+def test_additive_b_moves_between_tokenizers_before_it_is_cut_off_at_0():
+    """Judge tokens of 2 and 4 bytes onto policy tokens of 3, 1 and 2: b by bytes, then ``positive``. Moving alpha would
+    give the first token less."""
+    alignment = align(torch.tensor([0.0, 2, 6]), torch.tensor([0.0, 3, 4, 6]))
+    b = torch.tensor([4.0, -2.0])
+    weights = alpha(b, normalize="positive", alignment=alignment)
+    torch.testing.assert_close(weights, torch.tensor([1.0, 0, 0]))  # 4 - 2/4, -2/4, -2/2
+    weights = alpha(b, normalize="positive", smoothing="sentence", ids=torch.tensor([0, 0, 1]), alignment=alignment)
+    torch.testing.assert_close(weights, torch.tensor([0.5, 0.5, 0]))
+
+
+@pytest.mark.parametrize("units", [[0, 0, 0, 1, 2, 2], [0, 1, 2, 3, 4, 5], [0] * 6])
+def test_shuffling_permutes_whole_units(units):
+    """The pieces of alpha are those of its units in another order, by the seed alone; every order comes up."""
+    weights, units = torch.arange(1.0, 7.0), torch.tensor(units)
+    pieces = [tuple(weights[units == unit].tolist()) for unit in units.unique().tolist()]
+    orders = {tuple(order) for order in itertools.permutations(pieces)}
+    found = set()
+    for seed in range(40 if len(pieces) < 4 else 3):
+        values = shuffled(weights, units, str(seed))
+        assert torch.equal(values, shuffled(weights, units, str(seed)))
+        rest, order = values.tolist(), []
+        while rest:
+            order.append(next(piece for piece in pieces if piece[0] == rest[0]))
+            assert tuple(rest[: len(order[-1])]) == order[-1]
+            rest = rest[len(order[-1]) :]
+        found.add(tuple(order))
+    assert found == orders if len(pieces) < 4 else len(found) > 1
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("length", [1, 2, 3, 8, 33])
 def test_smear_follows_its_recursion(gamma, length):
@@ -105,31 +186,16 @@ def test_sentence_pooling_is_the_mean_over_the_sentence():
     torch.testing.assert_close(pooled, torch.tensor([0.5, 0.4 / 3, 0.4 / 3, 0.4 / 3, 0.1]))
 
 
-@pytest.mark.parametrize(
-    ("texts", "expected"),
-    [
-        (["Take", " it", ".", " Then", " rest", "!"], [0, 0, 0, 1, 1, 1]),  # the delimiter ends its sentence
-        (["Wait", ".", ".", ".", " Go"], [0, 0, 0, 0, 1]),  # a run of delimiters is one end
-        (["One", ".\n", "\n", "Two"], [0, 0, 0, 1]),  # blank lines stay with the sentence before
-        (["a", "b?c", "d"], [0, 0, 1]),  # a delimiter inside a token
-        (["no", " end"], [0, 0]),
-        ([".", "a"], [0, 1]),
-        ([], []),
-    ],
-)
-def test_sentence_ids(texts, expected):
-    """Sentences are numbered from 0, end with their delimiter, and no sentence is delimiters alone after another."""
-    ids = sentence_ids(texts, ".!?\n")
-    assert ids.tolist() == expected and ids.dtype == torch.int64
-
-
 @pytest.mark.parametrize("smoothing", ["none", "smear", "sentence"])
 def test_empty_body_gives_empty_tensors(smoothing):
     """T = 0 is not an error anywhere."""
     empty = torch.zeros(0)
-    assert alpha(empty, standardize=True, smoothing=smoothing, ids=sentence_ids([], ".")).shape == (0,)
+    ids = torch.zeros(0, dtype=torch.int64)
+    for normalize in ("softmax", "positive"):
+        assert alpha(empty, standardize=True, smoothing=smoothing, ids=ids, normalize=normalize).shape == (0,)
+    assert shuffled(empty, ids, "seed").shape == (0,)
     assert smear(empty, 0.7).shape == (0,)
-    assert average_sentences(empty, sentence_ids([], ".")).shape == (0,)
+    assert average_sentences(empty, ids).shape == (0,)
     assert token_rewards([True], [1.0], [None], 1.0, 0).shape == (0,)
     assert math.isnan(effective_sample_share(empty))
 

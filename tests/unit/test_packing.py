@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from g2r_megatron.config.checks import check_judge_config
 from g2r_megatron.config.options import JudgeConfig, OfflineJudgeConfig
 from g2r_megatron.credit.attribution import pooled_weights
+from g2r_megatron.credit.judgements import ItemJudgement, backward_passes
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.packing import build_trees, row_structure, shared_length, tree_tokens
 from g2r_megatron.judge.routing import tree_places, tree_rows
-from g2r_megatron.judge.types import ItemJudgement, JudgeInput, backward_passes
+from g2r_megatron.judge.types import JudgeInput
 from g2r_megatron.model.tree_attention import _flex, sees, tree_attention
 from g2r_megatron.parallel.microbatches import pack_rows, padded
 

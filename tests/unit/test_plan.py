@@ -13,9 +13,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
-from test_real_configs import LAYOUTS, PARAMETERS
 
 from g2r_megatron.config.options import Layout
+from test_real_configs import LAYOUTS, PARAMETERS
 
 CONFIGS = Path(__file__).parents[1] / "real_configs"
 SLOWEST = 240.0  # seconds

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from g2r_megatron.config.checks import check_packages
 from g2r_megatron.config.options import LogConfig
 from g2r_megatron.errors import UserError
 from g2r_megatron.records.metrics_log import MetricsLog, read_metrics, read_samples
@@ -78,11 +79,10 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
-def test_missing_wandb_is_named_before_anything_is_written(tmp_path):
-    """Asking for W&B without the package is one line at construction. Leaves out W&B itself."""
+def test_missing_wandb_is_named():
+    """Asking for W&B without the package is one line, among the checks of the options. Leaves out W&B itself."""
     with pytest.raises(UserError, match="log.wandb.*not installed"):
-        MetricsLog(tmp_path / "run", LogConfig(wandb=True), {})
-    assert not (tmp_path / "run").exists()
+        check_packages(LogConfig(wandb=True))
 
 
 @pytest.mark.parametrize("content", ["{broken\n", "[1]\n", '{"a": 1}\n', '{"step": "1"}\n', '{"step": true}\n'])

@@ -165,7 +165,13 @@ def symlink_loop(d: Path) -> None:
     (d / TWO).symlink_to(TWO)
 
 
+def link_to_nothing(d: Path) -> None:
+    (d / TWO).unlink()
+    (d / TWO).symlink_to("../../blobs/0")
+
+
 B = f"{TWO} b: "
+HALF = ".cache/huggingface/download/x.incomplete"
 DAMAGE = [
     # (what is done to a good directory of two shards {a, b}, what the line must say)
     ("pickles", only("pytorch_model.bin"), ["only pickle files (pytorch_model.bin)", "must be safetensors files"]),
@@ -185,10 +191,28 @@ DAMAGE = [
     ("shard absolute", index_of('{"weight_map": {"a": "/x.safetensors"}}'), ["'/x.s", "the same directory"]),
     ("shard of pickles", index_of('{"weight_map": {"a": "x.bin"}}'), ["'x.bin'", "must be a *.safetensors file"]),
     ("index a directory", as_directory(INDEX), [INDEX, "cannot be read (Is a directory)"]),
-    ("missing shard", lambda d: (d / TWO).unlink(), [INDEX, f"names {TWO}, which is missing"]),
-    ("stale single file", lambda d: save_file({}, d / "model.safetensors"), ["beside", "remove the one that is stale"]),
-    ("tensor not in index", index_of_tensors(q=ONE, b=TWO), [ONE, f"holds a, which {INDEX} does not place there"]),
-    ("tensor in another shard", index_of_tensors(a=TWO, b=TWO), [TWO, f"does not hold a, which {INDEX} places there"]),
+    ("missing shard", lambda d: (d / TWO).unlink(), [TWO, f"is missing ({INDEX} names it)"]),
+    (
+        "shard that is on its way",
+        lambda d: (d / TWO).rename(d / f"{TWO}.incomplete"),
+        [TWO, f"{TWO}.incomplete is an unfinished download", "finish the download"],
+    ),
+    (
+        "shard that hf download left behind",
+        lambda d: ((d / ".cache/huggingface/download").mkdir(parents=True), (d / TWO).rename(d / HALF)),
+        [TWO, "x.incomplete is an unfinished download"],
+    ),
+    ("link to a blob that is gone", link_to_nothing, [TWO, "is missing (it is a link to ../../blobs/0)"]),
+    ("nothing but an unfinished file", only("model.safetensors.part"), ["model.safetensors.part, an unfinished"]),
+    ("pickle with another suffix", lambda d: torch.save({}, d / TWO), [TWO, "is a pickle file", "can run code"]),
+    ("web page", lambda d: (d / TWO).write_text("<!DOCTYPE html><html>"), [TWO, "is a web page", "login"]),
+    ("room but no content", lambda d: (d / TWO).write_bytes(bytes(99)), [TWO, "begins with zeros, an unfinished"]),
+    ("index an LFS pointer", index_of("version https://git-lfs.github.com/spec/v1"), [INDEX, "Git LFS pointer"]),
+    (
+        "tensor in two shards",
+        lambda d: (save_file({"a": torch.ones(1), "b": torch.ones(2)}, d / TWO), index_of_tensors(b=TWO, c=ONE)(d)),
+        [ONE, "holds a, and so does model-00002", f"{INDEX} must name one of them"],
+    ),
     ("tensor in no shard", index_of_tensors(a=ONE, b=TWO, c=TWO), [TWO, "does not hold c, which"]),
     ("shard a directory", as_directory(TWO), [TWO, "is not a regular file"]),
     ("shard not to be opened", symlink_loop, [TWO, "cannot be opened (Too many levels of symbolic links)"]),
@@ -200,12 +224,11 @@ DAMAGE = [
     ("bytes after the data", change(TWO, lambda t: t + b"\0"), [TWO, "is too long: ", "its header describes"]),
     ("header not JSON", lambda d: write_raw(d / TWO, b"{'b'}"), [TWO, "header is not JSON"]),
     ("header a list", lambda d: write_raw(d / TWO, b"[]"), [TWO, "header is not a JSON object"]),
-    ("header without text", lambda d: write_raw(d / TWO, b""), [TWO, "header is not JSON"]),
+    ("header without text", lambda d: write_raw(d / TWO, b""), [TWO, "begins with zeros"]),
     ("tensor twice", lambda d: write_raw(d / TWO, b'{"b": {}, "b": {}}'), [TWO, "has the key 'b' more than once"]),
     ("entry a list", lambda d: write_raw(d / TWO, {"b": []}), [B, "not {dtype, shape, data_offsets}"]),
     ("entry incomplete", lambda d: write_raw(d / TWO, {"b": {"dtype": "F32"}}), [B, "entry is not {dtype, shape,"]),
-    ("float8", header_of(entry("F8_E4M3", (8,))), [B, "dtype F8_E4M3", "quantized", "dequantize it first"]),
-    ("integers", header_of(entry("I32")), [B, "dtype I32", "must be one of ['BF16', 'F16', 'F32']"]),
+    ("unknown dtype", header_of(entry("F4", (16,))), [B, "dtype F4", "quantized", "dequantize it first"]),
     ("dtype a list", header_of(entry(["F32"])), [B, "dtype ['F32']"]),
     ("negative shape", header_of(entry(shape=(-1, -2))), [B, "shape [-1, -2]"]),
     ("fractional shape", header_of(entry(shape=(2.0,))), [B, "shape [2.0]"]),
@@ -240,6 +263,44 @@ def test_a_damaged_directory_is_refused_when_it_is_opened(tmp_path, damage, said
     with pytest.raises(UserError) as error:
         SafetensorsReader(tmp_path)
     assert_one_line(error.value, str(tmp_path), *said)
+
+
+def add(name: str) -> Callable[[Path], None]:
+    return lambda d: save_file({"other": torch.zeros(1)}, d / name)
+
+
+def as_links(d: Path) -> None:
+    for name in (ONE, TWO):
+        (d / name).rename(d / f"blob_{name}")
+        (d / name).symlink_to(f"blob_{name}")
+
+
+HARMLESS = [
+    # (what is done to the good directory, what the warning says)
+    ("a file that no index names", add("consolidated.safetensors"), "left aside: consolidated.safetensors"),
+    ("an index that names another shard", index_of_tensors(a=TWO, b=ONE), "names another file for b (of 2) than"),
+    ("a wrong total_size", change(INDEX, lambda t: t.replace(b"{}", b'{"total_size": 1}')), ""),
+    ("a snapshot of links", as_links, ""),
+]
+
+
+@pytest.mark.parametrize("damage, said", [case[1:] for case in HARMLESS], ids=[case[0] for case in HARMLESS])
+def test_harmless_differences_are_read(tmp_path, capsys, damage, said):
+    """As transformers reads them: the same tensors, and a warning where something was left aside."""
+    good_directory(tmp_path)
+    damage(tmp_path)
+    reader = SafetensorsReader(tmp_path)
+    assert torch.equal(reader.read("a"), torch.ones(2, 3)) and torch.equal(reader.read("b"), torch.ones(2))
+    assert reader.names == {"a", "b"}
+    assert said in capsys.readouterr().err
+
+
+def test_a_whole_file_beside_shards_is_the_model(tmp_path, capsys):
+    """transformers prefers model.safetensors; the warning names what is left aside."""
+    good_directory(tmp_path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert SafetensorsReader(tmp_path).names == {"a"}
+    assert f"left aside: {ONE}, {TWO}, {INDEX}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path, said", [("none", "No such file"), ("file", "Not a directory")])

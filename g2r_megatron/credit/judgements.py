@@ -1,0 +1,326 @@
+"""What a judge says of a response, and what that is worth: verdicts on rubric items, or a reward model's score.
+
+The judgements of one response are a row: an ``ItemJudgement`` for each rubric item, or one ``ScoreJudgement``. Both
+classes answer the same questions about rows of their kind (``Judgement``); ``kind_of`` gives the class of a row, so that
+the rest of the program does not ask which kind of judge there is.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from g2r_megatron.config.options import GrpoConfig
+from g2r_megatron.credit.advantages import (
+    GroupScores,
+    RewardModelScores,
+    Scores,
+    items_needing_attribution,
+    rewards_needing_attribution,
+)
+from g2r_megatron.credit.attribution import response_reward, score_token_rewards, token_rewards
+from g2r_megatron.credit.hazards import judge_metrics
+from g2r_megatron.credit.truth import true_reward, true_verdicts
+from g2r_megatron.data.types import Query
+
+Alphas = Sequence[Tensor | None]
+
+
+class Judgement(Protocol):
+    """One judgement of a response, and what its gradient says of the response's tokens.
+
+    ``verdict`` is None for a score. ``attribution`` is b_t [T], fp32 on the CPU, over the response body in the judge's
+    own tokens; None where no backward ran. Items that share one backward (``judge.credit=per_response``) have the same
+    tensor. ``cos`` is the median over tokens of |cos(g_t, e_t)|, ``grad_norm`` the L2 norm of g over the response.
+    """
+
+    verdict: bool | None
+    attribution: Tensor | None
+    grad_norm: float | None
+    cos: float | None
+
+    def values(self) -> list:
+        """What the judge said, as plain data for JSON."""
+        ...
+
+    @staticmethod
+    def name(k: int) -> str:
+        """How messages call judgement ``k`` (from 0) of a row, with a leading space."""
+        ...
+
+    @staticmethod
+    def reward(query: Query, row: "JudgementRow") -> float:
+        """r(x, o)."""
+        ...
+
+    @staticmethod
+    def weights(query: Query) -> list[float]:
+        """w_k of each judgement of a row."""
+        ...
+
+    @staticmethod
+    def checks(query: Query) -> list[str | None]:
+        """The programmatic truth of each judgement of a row (data/types.py)."""
+        ...
+
+    @staticmethod
+    def needing_attribution(
+        query: Query, rows: Sequence["JudgementRow"], options: GrpoConfig, mix: float
+    ) -> list[list[bool]]:
+        """Which judgements of a group can change an advantage by their attribution."""
+        ...
+
+    @staticmethod
+    def group_scores(
+        query: Query,
+        rows: Sequence["JudgementRow"],
+        alphas: list[list[Tensor | None]],
+        lengths: list[int],
+        finished: list[bool],
+    ) -> Scores:
+        """One group as the estimators of advantages take it."""
+        ...
+
+    @staticmethod
+    def token_rewards(query: Query, row: "JudgementRow", alphas: Alphas, length: int, finished: bool = False) -> Tensor:
+        """r_t fp32 over the T = ``length`` tokens of the body and, of a score, the stop token of a ``finished`` response."""
+        ...
+
+    @staticmethod
+    def truth_metrics(
+        queries: Sequence[Query], texts: Sequence[str], rows: Sequence["JudgementRow"]
+    ) -> dict[str, float]:
+        """The judge against the truth, where that is known."""
+        ...
+
+    @staticmethod
+    def sample_items(query: Query, text: str, row: "JudgementRow", alphas: Alphas) -> list[dict]:
+        """The judgements of a response as the report draws them."""
+        ...
+
+    @staticmethod
+    def output_record(query: Query, row: "JudgementRow", alphas: Alphas) -> dict:
+        """``reward`` and the judgements of a response in an output file: plain data."""
+        ...
+
+
+JudgementRow = Sequence[Judgement]
+
+
+def kind_of(row: JudgementRow) -> type[Judgement]:
+    """The class of a row's judgements. ``row`` is not empty."""
+    return type(row[0])
+
+
+def backward_passes(row: JudgementRow) -> list[int]:
+    """Of one response's judgements, the first of each backward that ran."""
+    first = {id(item.attribution): k for k, item in reversed(list(enumerate(row))) if item.attribution is not None}
+    return sorted(first.values())
+
+
+@dataclass
+class ItemJudgement:
+    """Verdict on one rubric item: see ``Judgement``. ``p_true``, ``p_false``: probability of each verdict's words."""
+
+    p_true: float
+    p_false: float
+    verdict: bool
+    attribution: Tensor | None = None
+    grad_norm: float | None = None
+    cos: float | None = None
+
+    def values(self) -> list:
+        return [self.p_true, self.p_false, self.verdict]
+
+    @staticmethod
+    def name(k: int) -> str:
+        return f" item {k + 1}"
+
+    @staticmethod
+    def reward(query: Query, row: JudgementRow) -> float:
+        """The rubric score: sum_k w_k 1[z_k = True] / sum_k max(w_k, 0)."""
+        return response_reward([item.verdict for item in row], ItemJudgement.weights(query))
+
+    @staticmethod
+    def weights(query: Query) -> list[float]:
+        return [item.weight for item in query.rubric]
+
+    @staticmethod
+    def checks(query: Query) -> list[str | None]:
+        return [item.check for item in query.rubric]
+
+    @staticmethod
+    def needing_attribution(
+        query: Query, rows: Sequence[JudgementRow], options: GrpoConfig, mix: float
+    ) -> list[list[bool]]:
+        return items_needing_attribution(*_verdict_table(query, rows), options, mix).tolist()
+
+    @staticmethod
+    def group_scores(
+        query: Query,
+        rows: Sequence[JudgementRow],
+        alphas: list[list[Tensor | None]],
+        lengths: list[int],
+        finished: list[bool],
+    ) -> GroupScores:
+        return GroupScores(*_verdict_table(query, rows), alphas, lengths, finished)
+
+    @staticmethod
+    def token_rewards(query: Query, row: JudgementRow, alphas: Alphas, length: int, finished: bool = False) -> Tensor:
+        verdicts = [item.verdict for item in row]
+        return token_rewards(verdicts, ItemJudgement.weights(query), alphas, query.positive_weight, length)
+
+    @staticmethod
+    def truth_metrics(queries: Sequence[Query], texts: Sequence[str], rows: Sequence[JudgementRow]) -> dict[str, float]:
+        verdicts = [[item.verdict for item in row] for row in rows]
+        truths = [true_verdicts(query, text) for query, text in zip(queries, texts, strict=True)]
+        return judge_metrics(verdicts, truths, [ItemJudgement.weights(query) for query in queries])
+
+    @staticmethod
+    def sample_items(query: Query, text: str, row: JudgementRow, alphas: Alphas) -> list[dict]:
+        truths = true_verdicts(query, text) or [None] * len(query.rubric)
+        return [
+            {
+                "criterion": item.criterion,
+                "weight": item.weight,
+                "verdict": found.verdict,
+                "p_true": found.p_true,
+                "truth": truth,
+                "alpha": _plain(alpha),
+            }
+            for item, found, truth, alpha in zip(query.rubric, row, truths, alphas, strict=True)
+        ]
+
+    @staticmethod
+    def output_record(query: Query, row: JudgementRow, alphas: Alphas) -> dict:
+        """``items``: one entry a rubric item."""
+        return {
+            "reward": ItemJudgement.reward(query, row),
+            "items": [
+                {
+                    "criterion": item.criterion,
+                    "weight": item.weight,
+                    "p_true": plain_number(found.p_true),
+                    "p_false": plain_number(found.p_false),
+                    "verdict": found.verdict,
+                }
+                | _attribution_record(found, alpha)
+                for item, found, alpha in zip(query.rubric, row, alphas, strict=True)
+            ],
+        }
+
+
+def _verdict_table(query: Query, rows: Sequence[JudgementRow]) -> tuple[Tensor, Tensor]:
+    """Verdicts [G, K] bool and weights [K] fp64 of one group."""
+    verdicts = torch.tensor([[item.verdict for item in row] for row in rows])
+    return verdicts, torch.tensor(ItemJudgement.weights(query), dtype=torch.float64)
+
+
+@dataclass
+class ScoreJudgement:
+    """V(x, o) of a reward model, the one judgement of a response: see ``Judgement``. A score is its own measure."""
+
+    score: float
+    attribution: Tensor | None = None
+    grad_norm: float | None = None
+    cos: float | None = None
+    verdict: ClassVar[None] = None
+
+    def values(self) -> list:
+        return [self.score]
+
+    @staticmethod
+    def name(k: int) -> str:
+        return ""
+
+    @staticmethod
+    def reward(query: Query, row: JudgementRow) -> float:
+        return row[0].score
+
+    @staticmethod
+    def weights(query: Query) -> list[float]:
+        return [1.0]
+
+    @staticmethod
+    def checks(query: Query) -> list[str | None]:
+        """None: the score is of the response as a whole, not of an item with a check."""
+        return [None]
+
+    @staticmethod
+    def needing_attribution(
+        query: Query, rows: Sequence[JudgementRow], options: GrpoConfig, mix: float
+    ) -> list[list[bool]]:
+        return rewards_needing_attribution(_scores(rows), options, mix).tolist()
+
+    @staticmethod
+    def group_scores(
+        query: Query,
+        rows: Sequence[JudgementRow],
+        alphas: list[list[Tensor | None]],
+        lengths: list[int],
+        finished: list[bool],
+    ) -> RewardModelScores:
+        return RewardModelScores(_scores(rows), alphas, lengths, finished)
+
+    @staticmethod
+    def token_rewards(query: Query, row: JudgementRow, alphas: Alphas, length: int, finished: bool = False) -> Tensor:
+        return score_token_rewards(row[0].score, alphas[0], length, finished).float()
+
+    @staticmethod
+    def truth_metrics(queries: Sequence[Query], texts: Sequence[str], rows: Sequence[JudgementRow]) -> dict[str, float]:
+        """A score is on a scale of its own: only the truth's mean is left."""
+        truths = [true_reward(query, text) for query, text in zip(queries, texts, strict=True)]
+        known = [truth for truth in truths if truth is not None]
+        return {"reward/true_mean": fmean(known)} if known else {}
+
+    @staticmethod
+    def sample_items(query: Query, text: str, row: JudgementRow, alphas: Alphas) -> list[dict]:
+        return [
+            {
+                "criterion": "score of the reward model",
+                "weight": 1.0,
+                "verdict": None,
+                "p_true": None,
+                "truth": None,
+                "score": row[0].score,
+                "alpha": _plain(alphas[0]),
+            }
+        ]
+
+    @staticmethod
+    def output_record(query: Query, row: JudgementRow, alphas: Alphas) -> dict:
+        return {"reward": plain_number(row[0].score)} | _attribution_record(row[0], alphas[0])
+
+
+def _scores(rows: Sequence[JudgementRow]) -> Tensor:
+    return torch.tensor([row[0].score for row in rows], dtype=torch.float64)
+
+
+def _plain(alpha: Tensor | None) -> list[float] | None:
+    return None if alpha is None else alpha.tolist()
+
+
+def from_values(values: list, **gradient) -> Judgement:
+    """The judgement whose ``values()`` are ``values``; ``gradient``: its attribution, grad_norm and cos."""
+    return (ScoreJudgement if len(values) == 1 else ItemJudgement)(*values, **gradient)
+
+
+def _attribution_record(judgement: Judgement, alpha: Tensor | None) -> dict:
+    """Both null where no backward ran."""
+    if alpha is None or judgement.attribution is None:
+        return {"attribution": None, "alpha": None}
+    return {"attribution": plain_numbers(judgement.attribution), "alpha": plain_numbers(alpha)}
+
+
+def plain_number(value: float) -> float | None:
+    """With the 9 significant digits that identify an fp32 number; None where it is not finite, which JSON cannot say."""
+    return float(f"{value:.9g}") if math.isfinite(value) else None
+
+
+def plain_numbers(values: Tensor) -> list[float | None]:
+    """``plain_number`` of every entry of ``values`` [T]."""
+    return [plain_number(value) for value in values.tolist()]
