@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 from g2r_megatron.config.options import TrainConfig
 from g2r_megatron.data.order import epoch_batch
+from g2r_megatron.data.prompts import Prompts
 from g2r_megatron.data.readers import read_queries
-from g2r_megatron.data.tokenizer import render_prompt, stop_token_ids
+from g2r_megatron.data.tokenizer import stop_token_ids
 from g2r_megatron.data.types import Query
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.frozen import FrozenJudge
@@ -40,7 +41,7 @@ class Inputs:
     stop_ids: set[int]
     train: list[Query]
     eval: list[Query]
-    prompt_ids: dict[str, list[int]]  # by query id
+    prompt_ids: Prompts  # by query id
 
 
 @dataclass
@@ -86,16 +87,26 @@ def read_inputs(config: TrainConfig) -> Inputs:
     reads_ids = reads_ids and policy.geometry.vocab <= judge.geometry.vocab
     prompt = judge_prompt(judge, judge_tokenizer, config.judge, None if reads_ids else tokenizer)
     stop_ids = stop_token_ids(tokenizer, config.rollout.stop)
-    train = read_queries(
-        config.data.train, config.data.format, config.data.polarity, require_rubric=prompt.needs_rubric
-    )
-    held_out = read_queries(
-        config.data.eval, config.data.format, config.data.polarity, require_rubric=prompt.needs_rubric
+    prompts = Prompts(tokenizer, config.rollout.chat_template, config.rollout.max_prompt_tokens)
+
+    def check(query: Query) -> None:
+        prompts.check(query)
+        prompt.check_query(query, config.rollout.max_response_tokens)
+
+    train, held_out = (
+        read_queries(
+            *(paths, config.data.format, config.data.polarity),
+            fields=config.data.fields,
+            on_bad_row=config.data.on_bad_row,
+            require_rubric=prompt.needs_rubric,
+            check=check,
+        )
+        for paths in (config.data.train, config.data.eval)
     )
     _check_ids(train, held_out)
     epoch_batch(len(train), config.rollout.prompts_per_step, 0, config.seed, config.data.shuffle)  # enough queries?
-    prompt_ids = {query.id: _prompt_ids(config, tokenizer, query) for query in [*held_out, *train]}
-    return Inputs(policy, judge, tokenizer, prompt, stop_ids, train, held_out, prompt_ids)
+    prompts.add([*held_out, *train])
+    return Inputs(policy, judge, tokenizer, prompt, stop_ids, train, held_out, prompts)
 
 
 def _check_ids(train: list[Query], held_out: list[Query]) -> None:
@@ -105,18 +116,6 @@ def _check_ids(train: list[Query], held_out: list[Query]) -> None:
         if messages.get(query.id, query.messages) != query.messages:
             problem = f"id {query.id!r} has another prompt than in data.train"
             raise UserError("data.eval", problem, "give every prompt an id of its own")
-
-
-def _prompt_ids(config: TrainConfig, tokenizer, query: Query) -> list[int]:
-    where = f"query {query.id!r}"
-    ids = render_prompt(tokenizer, query.messages, config.rollout.chat_template, where)
-    if len(ids) > config.rollout.max_prompt_tokens:
-        raise UserError(
-            "rollout.max_prompt_tokens",
-            f"{where} has {len(ids)} prompt tokens, more than {config.rollout.max_prompt_tokens}",
-            "raise it or leave the query out",
-        )
-    return ids
 
 
 def build_workers(config: TrainConfig, inputs: Inputs, own_ranks: OwnRanks | None = None) -> Workers:

@@ -236,13 +236,19 @@ class DataConfig:
     """Queries."""
 
     train: list[str] = field(default_factory=list)
-    """files of training queries (jsonl or parquet)"""
+    """training queries: files (jsonl, json, parquet, csv, tsv, arrow; also .gz, .zst), directories, glob patterns"""
     eval: list[str] = field(default_factory=list)
-    """files of held-out queries"""
+    """held-out queries, as data.train"""
     format: Literal["auto", "g2r", "healthbench", "rar", "researchqa"] = "auto"
-    """auto looks at the field names of the first row"""
-    polarity: Literal["raw", "flip_negated"] = "raw"
-    """negative-weight items phrased "does not ..." (met is good, RaR-Science): raw keeps the sign, flip_negated makes them positive"""
+    """auto knows the field names of many projects; others take the names of one data set only"""
+    fields: dict[str, str] = field(default_factory=dict)
+    """other field names, dotted where nested, e.g. {prompt: meta.task, weight: importance}; of prompt, system, rubric,
+    criterion, weight, tags, id, reference"""
+    polarity: Literal["raw", "flip_negated"] | None = None
+    """negative-weight items phrased "does not ..." (met is good, RaR-Science): raw keeps the sign, flip_negated makes them
+    positive; not given: as raw, but items weighted "Pitfall" without a number are refused"""
+    on_bad_row: Literal["refuse", "skip"] = "refuse"
+    """a row that cannot be used ends the start of the run, or is left out with a warning (up to 5% of the rows)"""
     shuffle: bool = True
     """order is a function of the seed and the step; off keeps file order"""
 
@@ -312,7 +318,9 @@ class OfflineJudgeConfig:
     """Everything `g2r judge` reads."""
 
     input: str = ""
-    """rows (jsonl or parquet): a query in any format plus "response" """
+    """rows, in files as data.train: a query plus "response", or outputs of other tools (vLLM, OpenAI batches)"""
+    queries: list[str] = field(default_factory=list)
+    """files of the queries, where the rows of input hold only their ids (custom_id) and responses"""
     output: str = ""
     """output jsonl; must not exist. What a killed process has done of it is kept, and the same command goes on from there"""
     shards: int = 1
@@ -326,9 +334,13 @@ class OfflineJudgeConfig:
     seed: int = 1234
     """of sampled verdicts"""
     format: Literal["auto", "g2r", "healthbench", "rar", "researchqa"] = "auto"
-    """auto looks at the field names of the first row"""
-    polarity: Literal["raw", "flip_negated"] = "raw"
-    """negative-weight items phrased "does not ..." (met is good, RaR-Science): raw keeps the sign, flip_negated makes them positive"""
+    """as data.format"""
+    fields: dict[str, str] = field(default_factory=dict)
+    """as data.fields, and of response"""
+    polarity: Literal["raw", "flip_negated"] | None = None
+    """as data.polarity"""
+    on_bad_row: Literal["refuse", "skip"] = "refuse"
+    """as data.on_bad_row"""
     preset: Literal["paper", "robust"] = "paper"
     """fills judge.target, attribution, normalize, standardize and smoothing where they are not given"""
     judge: JudgeConfig = field(default_factory=JudgeConfig)

@@ -55,7 +55,9 @@ def _messages(row: Fields, name: str) -> list[dict]:
             raise row.fail(name, "it looks like messages, but is not whole JSON: write them as a list of objects")
         return [{"role": "user", "content": row.text(name)}]
     if isinstance(found, dict):
-        inner = next((inner for inner in ("messages", "conversations", "prompt") if isinstance(found.get(inner), list)), None)
+        inner = next(
+            (inner for inner in ("messages", "conversations", "prompt") if isinstance(found.get(inner), list)), None
+        )
         found = found[inner] if inner else [found]
     elif not isinstance(found, list) or not found:
         raise row.fail(name, "it must be a text, or a list of messages that is not empty")

@@ -10,7 +10,9 @@ from g2r_megatron.data.files import shown
 from g2r_megatron.errors import UserError
 
 # What a conversation or a rubric looks like when it was written into a text; also a text that was cut short.
-STRUCTURE_IN_TEXT = re.compile(r"""\s*\[?\s*\{\s*['"](role|from|content|value|messages|criterion|description)['"]\s*:""")
+STRUCTURE_IN_TEXT = re.compile(
+    r"""\s*\[?\s*\{\s*['"](role|from|content|value|messages|criterion|description)['"]\s*:"""
+)
 
 
 def decoded(value):

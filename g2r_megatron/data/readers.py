@@ -129,7 +129,9 @@ class BadRows:
         of = f"{count} of {self.total} rows {'is' if count == 1 else 'are'} bad"
         if self.on_bad_row == "skip" and count <= MAX_SKIPPED * self.total:
             if os.environ.get("RANK", "0") == "0":
-                print(f"g2r: warning: {of} and left out: {names} (the first: {self.first})", file=sys.stderr, flush=True)
+                print(
+                    f"g2r: warning: {of} and left out: {names} (the first: {self.first})", file=sys.stderr, flush=True
+                )
             return
         found, remedy = self.first.found, self.first.remedy
         if self.on_bad_row == "skip":

@@ -149,4 +149,3 @@ def _check(item: Fields) -> str | None:
         except (re.error, OverflowError, RecursionError) as error:
             raise item.fail("check", f"it must be a regular expression ({error})") from error
     return pattern
-

@@ -209,13 +209,13 @@ def _continuation(tokenizer: PreTrainedTokenizerFast) -> tuple[Tokenizer | None,
     """The backend for text that continues other text (None: the usual one), and whether it also serves text after a
     special token, which some tokenizers (Metaspace "first") do not count as a beginning and others do."""
     backend = tokenizer.backend_tokenizer
-    parts = [step for name in ("normalizer", "pre_tokenizer") for step in _steps(getattr(backend, name))]
+    parts = [step for name in ("normalizer", "pre_tokenizer") for step in steps_of(getattr(backend, name))]
     schemes = {step["prepend_scheme"] for step in parts if step["type"] == "Metaspace"}
     if schemes <= {"never"} and not any(step["type"] == "Prepend" for step in parts):
         return None, False
     state = json.loads(backend.to_str())
     for name, children in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
-        kept = [_without_blank(step) for step in _steps(getattr(backend, name))]
+        kept = [_without_blank(step) for step in steps_of(getattr(backend, name))]
         state[name] = {"type": "Sequence", children: [step for step in kept if step]} if kept else None
     copy = Tokenizer.from_str(json.dumps(state))
     copy.no_truncation()
@@ -224,7 +224,7 @@ def _continuation(tokenizer: PreTrainedTokenizerFast) -> tuple[Tokenizer | None,
     return copy, "first" in schemes
 
 
-def _steps(component) -> list[dict]:
+def steps_of(component) -> list[dict]:
     """The serialized steps of a normalizer or pre-tokenizer."""
     if component is None:
         return []
