@@ -40,8 +40,8 @@ def read_conversation(row: Fields, names: tuple[str, ...], system: tuple[str, ..
     if messages[-1]["role"] != "user":
         field = f"{name}[{len(messages) - 1}].role"
         raise row.fail(field, "the last message must be the user's: the response comes after it")
-    for other in names[names.index(name) + 1 :]:
-        if row.has(other) and not _says_the_same(decoded(row.get(other)), messages):
+    for other in row.there(names)[1:]:
+        if not _says_the_same(decoded(row.get(other)), messages):
             remedy = f"say which is the prompt with data.fields: {{prompt: {name}}} or {{prompt: {other}}}"
             raise row.fail(other, f"it differs from {name}: {remedy}")
     return (*_system(row, system, messages), *messages), answer

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 
 from g2r_megatron.data.files import shown
 from g2r_megatron.errors import UserError
@@ -50,6 +51,12 @@ def lookup(data: dict, path: str):
     return value
 
 
+@lru_cache(maxsize=4096)
+def _candidates(keys: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of ``names`` that an object with ``keys`` can have: the objects of a file have few sets of keys."""
+    return tuple(name for name in names if name in keys or name.partition(".")[0] in keys)
+
+
 @dataclass(frozen=True, slots=True)
 class Fields:
     """One JSON object of a row; ``where`` is its file and row, ``path`` its place in the row. Names may be dotted paths."""
@@ -67,7 +74,13 @@ class Fields:
 
     def first(self, names: tuple[str, ...]) -> str | None:
         """The first of ``names`` that is there."""
-        return next((name for name in names if lookup(self.data, name) is not None), None)
+        return next(iter(self.there(names)), None)
+
+    def there(self, names: tuple[str, ...]) -> list[str]:
+        """Those of ``names`` that are there, in their order."""
+        data = self.data
+        found = _candidates(tuple(data), names)
+        return [name for name in found if (data[name] if name in data else lookup(data, name)) is not None]
 
     def fail(self, name: str, remedy: str) -> UserError:
         value = self.get(name)
@@ -81,7 +94,7 @@ class Fields:
         return UserError(self.where, found, f"give one of {', '.join(names)}, or map another name with data.fields")
 
     def text(self, name: str, may_be_blank: bool = False) -> str:
-        value = self.get(name)
+        value = self.data[name] if name in self.data else lookup(self.data, name)
         if not isinstance(value, str) or not (may_be_blank or value.strip()):
             raise self.fail(name, "it must be a text" if may_be_blank else "it must be a text that is not empty")
         return self.valid(name, value)

@@ -4,7 +4,6 @@ What files there can be is in files.py, what rows in rows.py (and conversations.
 """
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 
 from g2r_megatron.data.fields import Fields
@@ -12,7 +11,7 @@ from g2r_megatron.data.files import find_files, read_rows
 from g2r_megatron.data.rows import FORMATS, RowReader
 from g2r_megatron.data.rubrics import WrongPolarity
 from g2r_megatron.data.types import Query
-from g2r_megatron.errors import UserError
+from g2r_megatron.errors import UserError, warn
 
 MAX_SKIPPED = 0.05  # of the rows: more are a mistake in the options or the files, not in single rows
 NAMED = 50  # bad rows that a warning names
@@ -67,6 +66,8 @@ def read_queries(
         except UserError as error:
             bad.add(where, data, reader, error)
     bad.settle()
+    if reader.answers:
+        warn(f"{reader.answers} rows end with the assistant's answer: it is no part of the prompt, but its reference")
     return result
 
 
@@ -128,10 +129,7 @@ class BadRows:
         names = ", ".join(self.places[:NAMED]) + (f" and {count - NAMED} more" if count > NAMED else "")
         of = f"{count} of {self.total} rows {'is' if count == 1 else 'are'} bad"
         if self.on_bad_row == "skip" and count <= MAX_SKIPPED * self.total:
-            if os.environ.get("RANK", "0") == "0":
-                print(
-                    f"g2r: warning: {of} and left out: {names} (the first: {self.first})", file=sys.stderr, flush=True
-                )
+            warn(f"{of} and left out: {names} (the first: {self.first})")
             return
         found, remedy = self.first.found, self.first.remedy
         if self.on_bad_row == "skip":

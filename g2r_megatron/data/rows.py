@@ -71,6 +71,7 @@ class RowReader:
         """``require_rubric``: else rows may lack it (``Query.rubric`` is then empty)."""
         self.names = names_of(format, fields)
         self.require_rubric = require_rubric
+        self.answers = 0  # training rows that ended with an answer
         self._rubrics = RubricReader(self.names, polarity)
         # top-level fields that a row may be read from: they do not come back beside a judgement
         roles = ("prompt", "system", "rubric", "id", "reference", "response")
@@ -81,6 +82,7 @@ class RowReader:
         messages, answer = read_conversation(row, self.names["prompt"], self.names["system"])
         rubric, _ = self._rubrics.read(row, self.require_rubric)
         reference = self._reference(row) or answer
+        self.answers += answer is not None
         return Query(self._id(row, messages), messages, tuple(rubric), reference)
 
     def judged(self, row: Fields, queries: dict[str, Query] | None) -> list[Query]:

@@ -46,7 +46,7 @@ class RubricReader:
 
     def _place(self, row: Fields) -> str | None:
         """The field that holds the rubric; a second one must hold the same."""
-        there = [name for name in self.names["rubric"] if row.has(name)]
+        there = row.there(self.names["rubric"])
         if GROUND_TRUTH in there and not isinstance(decoded(row.get(GROUND_TRUTH)), list):
             there.remove(GROUND_TRUTH)
         full = [name for name in there if decoded(row.get(name))] or there
@@ -79,7 +79,7 @@ class RubricReader:
 
     def _criterion(self, item: Fields) -> str:
         """A title or name is the criterion only where there is no other text (``names`` end with them)."""
-        there = [name for name in self.names["criterion"] if item.has(name)]
+        there = item.there(self.names["criterion"])
         if not there:
             raise item.nothing("criterion", self.names["criterion"])
         texts = [name for name in there if name not in ("title", "name")]
@@ -90,7 +90,7 @@ class RubricReader:
         return item.text(there[0])
 
     def _weight(self, item: Fields) -> float:
-        there = [name for name in self.names["weight"] if item.has(name)]
+        there = item.there(self.names["weight"])
         if len(there) > 1 and SCORE in there:
             there.remove(SCORE)
         if not there:

@@ -29,7 +29,7 @@ from g2r_megatron.data.readers import read_queries
 from g2r_megatron.data.token_bound import most_tokens
 from g2r_megatron.data.tokenizer import encode_text, token_texts
 from g2r_megatron.data.types import Query
-from g2r_megatron.errors import UserError
+from g2r_megatron.errors import UserError, warn
 from g2r_megatron.judge.frozen import FrozenJudge
 from g2r_megatron.judge.output_file import (
     PartialFile,
@@ -182,7 +182,7 @@ def read_rows(config: OfflineJudgeConfig, prompt: JudgePrompt | RewardPrompt) ->
     )
     unanswered = set(known or ()) - {query.id for query in rows}
     if unanswered:
-        print(f"g2r: warning: {len(unanswered)} of {len(known)} queries have no row in {config.input}", file=sys.stderr)
+        warn(f"{len(unanswered)} of {len(known)} queries have no row in {config.input}")
     return rows
 
 
