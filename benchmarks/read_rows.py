@@ -27,7 +27,25 @@ CHATML = (
     "{%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
     "{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}"
 )
-WORDS = "patient should the fever with doctor advice clear states symptoms for days include risk drug dose and".split()
+WORDS = [
+    "patient",
+    "should",
+    "the",
+    "fever",
+    "with",
+    "doctor",
+    "advice",
+    "clear",
+    "states",
+    "symptoms",
+    "for",
+    "days",
+    "include",
+    "risk",
+    "drug",
+    "dose",
+    "and",
+]
 OTHER = ["naïve", "39 °C", "“yes”", "発熱", "température"]
 
 
@@ -128,7 +146,9 @@ def main() -> None:
             path.unlink()
     print(machine())
     for result in results:
-        print(f"{result['rows']} rows: {result['seconds']:.1f} s ({result['cpu_seconds']:.1f} s of CPU), peak memory {result['peak_bytes'] / 1e9:.2f} GB")
+        print(
+            f"{result['rows']} rows: {result['seconds']:.1f} s ({result['cpu_seconds']:.1f} s of CPU), peak memory {result['peak_bytes'] / 1e9:.2f} GB"
+        )
     few, many = results
     for kind in ("seconds", "cpu_seconds"):
         print(f"{kind}: {many[kind] - few[kind]:.2f} more for {arguments.rows} rows than for {FEW}")

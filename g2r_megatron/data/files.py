@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -170,20 +170,23 @@ def _json_rows(path: Path, file: BinaryIO) -> Iterator[tuple[Place, RowOrError]]
 
     The content decides, not the extension: both are published under both.
     """
-    first = next((line for line in file if line.strip()), b"")
-    if first.lstrip(b"\xef\xbb\xbf \t")[:1] != b"[" and not _opens_one_text(first):
-        file.seek(0)
-        yield from _json_lines(path, file)
+    head = []
+    for line in file:
+        head.append(line)
+        if line.strip():
+            break
+    if not head or not _opens_one_text(head[-1]):
+        yield from _json_lines(path, itertools.chain(head, file))
         return
-    file.seek(0)
-    for number, row in enumerate(_objects_of_one_text(path, file.read()), 1):
+    for number, row in enumerate(_objects_of_one_text(path, b"".join(head) + file.read()), 1):
         where = f"{path}:row {number}"
         yield where, row if isinstance(row, dict) else _not_an_object(where, row, "each element")
 
 
 def _opens_one_text(line: bytes) -> bool:
-    """Whether a first line begins an object that later lines go on with."""
-    return line.lstrip(b"\xef\xbb\xbf \t")[:1] == b"{" and line.rstrip()[-1:] in (b"{", b",", b"[")
+    """Whether a first line begins a list, or an object that later lines go on with."""
+    first, last = line.lstrip(b"\xef\xbb\xbf \t")[:1], line.rstrip()[-1:]
+    return first == b"[" or (first == b"{" and last in (b"{", b",", b"["))
 
 
 def _objects_of_one_text(path: Path, content: bytes) -> list:
@@ -203,7 +206,7 @@ def _objects_of_one_text(path: Path, content: bytes) -> list:
     return data
 
 
-def _json_lines(path: Path, file: BinaryIO) -> Iterator[tuple[Place, RowOrError]]:
+def _json_lines(path: Path, file: Iterable[bytes]) -> Iterator[tuple[Place, RowOrError]]:
     for number, line in enumerate(file, 1):
         if line.strip():
             where = f"{path}:{number}"
