@@ -27,25 +27,7 @@ CHATML = (
     "{%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
     "{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}"
 )
-WORDS = [
-    "patient",
-    "should",
-    "the",
-    "fever",
-    "with",
-    "doctor",
-    "advice",
-    "clear",
-    "states",
-    "symptoms",
-    "for",
-    "days",
-    "include",
-    "risk",
-    "drug",
-    "dose",
-    "and",
-]
+WORDS = ["patient", "should", "the", "fever", "doctor", "advice", "clear", "symptoms", "for", "days", "risk", "dose"]
 OTHER = ["naïve", "39 °C", "“yes”", "発熱", "température"]
 
 
@@ -146,9 +128,8 @@ def main() -> None:
             path.unlink()
     print(machine())
     for result in results:
-        print(
-            f"{result['rows']} rows: {result['seconds']:.1f} s ({result['cpu_seconds']:.1f} s of CPU), peak memory {result['peak_bytes'] / 1e9:.2f} GB"
-        )
+        times = f"{result['seconds']:.1f} s ({result['cpu_seconds']:.1f} s of CPU)"
+        print(f"{result['rows']} rows: {times}, peak memory {result['peak_bytes'] / 1e9:.2f} GB")
     few, many = results
     for kind in ("seconds", "cpu_seconds"):
         print(f"{kind}: {many[kind] - few[kind]:.2f} more for {arguments.rows} rows than for {FEW}")
