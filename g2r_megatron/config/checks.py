@@ -19,6 +19,7 @@ from g2r_megatron.config.options import (
     RolloutConfig,
     TrainConfig,
 )
+from g2r_megatron.config.trackers import check_wandb_login
 from g2r_megatron.errors import UserError
 
 TEMPLATE_FIELDS = ("conversation", "response", "criterion")
@@ -247,13 +248,15 @@ def _check_schedule(config: TrainConfig) -> None:
 
 
 def check_packages(log: LogConfig) -> None:
-    """Raise ``UserError`` unless the packages that the logging asks for are installed."""
+    """Raise ``UserError`` unless the packages that the logging asks for are installed, and W&B has a login or needs none."""
     for option, wanted, package in (
         ("log.tensorboard", log.tensorboard, "tensorboard"),
         ("log.wandb", log.wandb, "wandb"),
     ):
         if wanted and find_spec(package) is None:
             raise UserError(option, f"package {package} is not installed", f"pip install {package} or set it false")
+    if log.wandb:
+        check_wandb_login()
 
 
 def check_template(template: str) -> None:
