@@ -72,7 +72,7 @@ class PolicyConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     """activation recompute: none, attention only, or whole layers"""
     micro_batch_tokens: int = 8192
-    """token budget of a micro-batch (padding included)"""
+    """token budget of a micro-batch (padding included); a longer sequence is a micro-batch of its own"""
     spec: Literal["auto", "torch", "te"] = "auto"
     """layers: plain torch or Transformer Engine (TF32 in fp32); auto: Transformer Engine on GPU, except in fp32"""
 
@@ -104,7 +104,8 @@ class JudgeConfig:
     chat_template: bool = True
     """wrap the judge prompt in the tokenizer's chat template (off for a tokenizer without one)"""
     true_words: list[str] = field(default_factory=lambda: ["True", "true", "TRUE"])
-    """spellings of a positive verdict; each also with a leading space; single-token ones count"""
+    """spellings of a positive verdict; each also with a leading space; each that you give must be one token (of the default
+    ones those that are count)"""
     false_words: list[str] = field(default_factory=lambda: ["False", "false", "FALSE"])
     """spellings of a negative verdict"""
     max_length: int = 32768
@@ -186,7 +187,7 @@ class GrpoConfig:
     weight_clip: list[float] | None = None
     """[low, high] bounds of T alpha, e.g. [0.5, 2.0]"""
     top_items: float = 1.0
-    """fraction of items a response, by size of centred term, that keep their attribution"""
+    """fraction of items a response, by size of centred term, that keep their attribution; rounded up to whole items"""
     false_scale: float = 1.0
     """factor on the centred terms of items judged False, or of scores below the group's mean (advantage=itemwise)"""
     clip_low: float = 0.2
@@ -200,7 +201,7 @@ class GrpoConfig:
     loss_aggregation: Literal["seq_mean", "token_mean", "dr_grpo"] = "seq_mean"
     """mean over tokens then sequences (paper); mean over all tokens; sum / (sequences x max_response_tokens)"""
     mini_batches: int = 1
-    """optimizer steps a training step"""
+    """optimizer steps a training step; must divide its responses evenly"""
 
 
 @dataclass
@@ -278,7 +279,7 @@ class LogConfig:
     wandb_project: str = "g2r-megatron"
     """W&B project of the run"""
     samples_per_step: int = 2
-    """responses a logged step kept in samples.jsonl for the report"""
+    """responses a logged step kept in samples.jsonl for the report, of as many prompts"""
     samples_every: int = 10
     """steps between logged samples"""
 

@@ -91,7 +91,7 @@ class RowReader:
         ``queries``: by id, those that the rows answer when they hold no conversation themselves.
         """
         if queries is None:
-            messages, answer = read_conversation(row, self.names["prompt"], self.names["system"])
+            messages, answer = self._own_conversation(row)
             rubric, sources = self._rubrics.read(row, self.require_rubric)
             query = Query(self._id(row, messages), messages, tuple(rubric), self._reference(row))
         else:
@@ -106,6 +106,13 @@ class RowReader:
             tuple(kept(source.data, used) for source in sources),
         )
         return [given.answered(query, i, response) for i, response in enumerate(responses)]
+
+    def _own_conversation(self, row: Fields) -> tuple[Messages, str | None]:
+        if not row.there(self.names["prompt"]) and row.has("custom_id"):
+            found = f"fields {list(row.data)} hold no conversation"
+            remedy = "these are results of a batch: give the prompts and rubrics with `queries` (ids are custom_ids)"
+            raise UserError(row.where, found, remedy)
+        return read_conversation(row, self.names["prompt"], self.names["system"])
 
     def _used_item_names(self) -> list[str]:
         roles = ("criterion", "tags")

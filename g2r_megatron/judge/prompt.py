@@ -204,13 +204,22 @@ class JudgePrompt(ResponseReader):
 
 
 def verdict_ids(tokenizer: PreTrainedTokenizerFast, words: Sequence[str], option: str) -> list[int]:
-    """Sorted ids of the words, with or without leading space, that are one known token; ``UserError`` if none is."""
-    ids = set()
+    """Sorted ids of the words, with or without leading space, that are one known token.
+
+    Raises ``UserError`` if none is, or if one that the user has chosen is not: the verdict would leave it out.
+    """
+    ids: set[int] = set()
+    chosen = list(words) != getattr(JudgeConfig(), option.rpartition(".")[2])
     for word in words:
-        for spelling in (word, " " + word):
-            tokens = encode_text(tokenizer, spelling, continues=True)
-            if len(tokens) == 1 and tokens[0] != tokenizer.unk_token_id and tokens[0] not in special_ids(tokenizer):
-                ids.add(tokens[0])
+        spelled = [encode_text(tokenizer, spelling, continues=True) for spelling in (word, " " + word)]
+        single = (
+            {tokens[0] for tokens in spelled if len(tokens) == 1} - special_ids(tokenizer) - {tokenizer.unk_token_id}
+        )
+        if chosen and not single:
+            raise UserError(
+                option, f"{word!r} is not a single token of this tokenizer", "give words that are one token"
+            )
+        ids |= single
     if not ids:
         raise UserError(
             option, f"none of {list(words)} is a single token of this tokenizer", "give words that are one token"
