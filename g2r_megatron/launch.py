@@ -15,6 +15,7 @@ from g2r_megatron.policy.checkpoint import Checkpointer
 from g2r_megatron.policy.export import export_policy
 from g2r_megatron.records.failures import reported
 from g2r_megatron.records.heartbeat import Heartbeat
+from g2r_megatron.records.wandb_run import check_wandb_session
 from g2r_megatron.run import CONFIG_FILE, Run
 from g2r_megatron.train import take_steps
 from g2r_megatron.workers import Inputs, Workers, build_judge, build_workers, read_inputs
@@ -41,6 +42,7 @@ def train(config: TrainConfig) -> None:
     config = resolve_preset(config)
     output = Path(config.output_dir)
     check_same_run(config, output)
+    check_wandb_session(config.log)
     inputs = read_inputs(config)
     heartbeat, ranks = Heartbeat(output, config.steps), config.judge.ranks
     with reported(heartbeat):

@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerFast
 from g2r_megatron.config.options import TrainConfig
 from g2r_megatron.data.chat_template import check_template_options, with_system_prompt
 from g2r_megatron.data.order import epoch_batch
+from g2r_megatron.data.prompts import Prompts
 from g2r_megatron.data.readers import read_queries
-from g2r_megatron.data.tokenizer import render_prompt, stop_token_ids
+from g2r_megatron.data.tokenizer import stop_token_ids
 from g2r_megatron.data.types import Query
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.frozen import FrozenJudge
@@ -46,7 +47,7 @@ class Inputs:
     thought_end: ThoughtEnd | None
     train: list[Query]
     eval: list[Query]
-    prompt_ids: dict[str, list[int]]  # by query id
+    prompt_ids: Prompts  # by query id
 
 
 @dataclass
@@ -94,23 +95,33 @@ def read_inputs(config: TrainConfig) -> Inputs:
     rollout = config.rollout
     check_template_options(tokenizer, rollout.template_options, "rollout.template_options", rollout.chat_template)
     stop_ids = stop_token_ids(tokenizer, rollout.stop, rollout.template_options)
-    train = read_queries(
-        config.data.train, config.data.format, config.data.polarity, require_rubric=prompt.needs_rubric
-    )
-    held_out = read_queries(
-        config.data.eval, config.data.format, config.data.polarity, require_rubric=prompt.needs_rubric
-    )
+    prompts = Prompts(tokenizer, rollout)
+
+    def with_system(query: Query) -> Query:
+        return replace(query, messages=with_system_prompt(query.messages, config.data.system_prompt))
+
+    def check(query: Query) -> None:
+        prompts.check(with_system(query))
+        prompt.check_query(with_system(query), rollout.max_response_tokens)
+
     train, held_out = (
-        [replace(query, messages=with_system_prompt(query.messages, config.data.system_prompt)) for query in queries]
-        for queries in (train, held_out)
+        read_queries(
+            *(paths, config.data.format, config.data.polarity),
+            fields=config.data.fields,
+            on_bad_row=config.data.on_bad_row,
+            require_rubric=prompt.needs_rubric,
+            check=check,
+        )
+        for paths in (config.data.train, config.data.eval)
     )
+    train, held_out = ([with_system(query) for query in queries] for queries in (train, held_out))
     _check_ids(train, held_out)
     epoch_batch(len(train), config.rollout.prompts_per_step, 0, config.seed, config.data.shuffle)  # enough queries?
-    prompt_ids = {query.id: _prompt_ids(config, tokenizer, query) for query in [*held_out, *train]}
+    prompts.add([*held_out, *train])
     policy.check_positions(rollout.max_prompt_tokens + rollout.max_response_tokens, POLICY_LENGTH)
     check_judge_positions(judge, config.judge, ((q, rollout.max_response_tokens) for q in [*held_out, *train]))
     end = thought_end(tokenizer, rollout)
-    return Inputs(policy, judge, tokenizer, prompt, stop_ids, end, train, held_out, prompt_ids)
+    return Inputs(policy, judge, tokenizer, prompt, stop_ids, end, train, held_out, prompts)
 
 
 def _check_ids(train: list[Query], held_out: list[Query]) -> None:
@@ -120,19 +131,6 @@ def _check_ids(train: list[Query], held_out: list[Query]) -> None:
         if messages.get(query.id, query.messages) != query.messages:
             problem = f"id {query.id!r} has another prompt than in data.train"
             raise UserError("data.eval", problem, "give every prompt an id of its own")
-
-
-def _prompt_ids(config: TrainConfig, tokenizer, query: Query) -> list[int]:
-    where = f"query {query.id!r}"
-    rollout = config.rollout
-    ids = render_prompt(tokenizer, query.messages, rollout.chat_template, where, rollout.template_options)
-    if len(ids) > config.rollout.max_prompt_tokens:
-        raise UserError(
-            "rollout.max_prompt_tokens",
-            f"{where} has {len(ids)} prompt tokens, more than {config.rollout.max_prompt_tokens}",
-            "raise it or leave the query out",
-        )
-    return ids
 
 
 def build_workers(config: TrainConfig, inputs: Inputs, own_ranks: OwnRanks | None = None) -> Workers:

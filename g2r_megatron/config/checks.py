@@ -13,14 +13,19 @@ from typing import Any
 
 from g2r_megatron.config.layout import check_layout
 from g2r_megatron.config.options import (
+    PRESETS,
     GrpoConfig,
     JudgeConfig,
     LogConfig,
     OfflineJudgeConfig,
     RolloutConfig,
     TrainConfig,
+    fill_from_preset,
+    resolve_preset,
 )
-from g2r_megatron.errors import UserError
+from g2r_megatron.config.trackers import check_wandb_login
+from g2r_megatron.config.unused import check_used
+from g2r_megatron.errors import UserError, warn
 
 TEMPLATE_FIELDS = ("conversation", "response", "criterion")
 
@@ -116,7 +121,7 @@ TRAIN_RANGES = {
 def check_train_config(config: TrainConfig, world_size: int) -> None:
     """Raise ``UserError`` for the first thing in a resolved ``config`` that cannot work on ``world_size`` ranks."""
     _require_given("policy.model", config.policy.model, "give the Hugging Face directory the policy starts from")
-    _require_given("data.train", config.data.train, "give at least one .jsonl or .parquet file of queries")
+    _require_given("data.train", config.data.train, "give at least one file of queries (.jsonl, .parquet, ...)")
     _require_given("output_dir", config.output_dir, "give the run directory")
     _require_given("rollout.think_end", config.rollout.think_end, "give auto, none, or the text that ends a thought")
     _check_ranges(config, TRAIN_RANGES)
@@ -125,6 +130,9 @@ def check_train_config(config: TrainConfig, world_size: int) -> None:
     _check_judge(config.judge, world_size)
     _check_grpo(config.grpo, config.rollout)
     _check_schedule(config)
+    _check_evaluation(config)
+    check_used(config, resolve_preset(TrainConfig(grpo=GrpoConfig(preset=config.grpo.preset))))
+    _warn_of_small_budget(config)
     check_packages(config.log)
     _check_run_directory(config.output_dir)
 
@@ -132,7 +140,7 @@ def check_train_config(config: TrainConfig, world_size: int) -> None:
 def check_judge_config(config: OfflineJudgeConfig, world_size: int) -> None:
     """Raise ``UserError`` for the first thing in a resolved ``config`` that cannot work on ``world_size`` ranks."""
     _require_given("judge.model", config.judge.model, "give the Hugging Face directory of the judge")
-    _require_given("input", config.input, "give the .jsonl or .parquet file of rows to judge")
+    _require_given("input", config.input, "give the file of rows to judge (.jsonl, .parquet, ...)")
     _require_given("output", config.output, "give the .jsonl file to write")
     _check_ranges(config, OFFLINE_JUDGE_RANGES)
     for option, default in (("ranks", 0), ("parts", None), ("offload", False)):
@@ -143,6 +151,8 @@ def check_judge_config(config: OfflineJudgeConfig, world_size: int) -> None:
                 "leave it out: all ranks are the judge's, and no policy waits",
             )
     _check_judge(config.judge, world_size)
+    defaults = fill_from_preset(JudgeConfig(), PRESETS[config.preset]["judge"])
+    check_used(config, OfflineJudgeConfig(judge=defaults))
     if config.shard >= config.shards:
         raise UserError("shard", f"{config.shard} of {config.shards} shards", "shards are counted from 0")
     if config.shards == 1 and Path(config.output).exists():
@@ -243,9 +253,9 @@ def _check_grpo(grpo: GrpoConfig, rollout: RolloutConfig) -> None:
             "training learns from their differences: sample (eval_greedy evaluates greedily)",
         )
     responses = rollout.prompts_per_step * group
-    if grpo.mini_batches > responses:
+    if responses % grpo.mini_batches:
         raise UserError(
-            "grpo.mini_batches", str(grpo.mini_batches), f"must be at most the {responses} responses of a step"
+            "grpo.mini_batches", str(grpo.mini_batches), f"must divide the {responses} responses of a step evenly"
         )
     clip = grpo.weight_clip
     if clip is not None and not (len(clip) == 2 and 0 <= clip[0] <= 1 <= clip[1] < math.inf):
@@ -260,18 +270,43 @@ def _check_schedule(config: TrainConfig) -> None:
         )
     if optimizer.min_lr > optimizer.lr:
         raise UserError("optimizer.min_lr", str(optimizer.min_lr), f"must be at most optimizer.lr {optimizer.lr}")
+
+
+def _check_evaluation(config: TrainConfig) -> None:
     if config.eval_every and not config.data.eval:
         raise UserError("eval_every", f"{config.eval_every} without data.eval", "give data.eval files or set it to 0")
+    if config.eval_greedy and config.eval_responses > 1:
+        found = f"{config.eval_responses} with eval_greedy"
+        raise UserError(
+            "eval_responses", found, "greedy responses of a prompt are all the same: set it to 1, or sample"
+        )
+    samples, prompts = config.log.samples_per_step, config.rollout.prompts_per_step
+    if samples > max(prompts, LogConfig.samples_per_step):
+        remedy = f"one response a prompt is kept: give at most the {prompts} prompts of a step"
+        raise UserError("log.samples_per_step", str(samples), remedy)
+
+
+def _warn_of_small_budget(config: TrainConfig) -> None:
+    budget, longest = (
+        config.policy.micro_batch_tokens,
+        config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
+    )
+    if longest > budget:
+        warn(
+            f"policy.micro_batch_tokens {budget}: a sequence can have {longest} tokens, and is then a micro-batch of its own"
+        )
 
 
 def check_packages(log: LogConfig) -> None:
-    """Raise ``UserError`` unless the packages that the logging asks for are installed."""
+    """Raise ``UserError`` unless the packages that the logging asks for are installed, and W&B has a login or needs none."""
     for option, wanted, package in (
         ("log.tensorboard", log.tensorboard, "tensorboard"),
         ("log.wandb", log.wandb, "wandb"),
     ):
         if wanted and find_spec(package) is None:
             raise UserError(option, f"package {package} is not installed", f"pip install {package} or set it false")
+    if log.wandb:
+        check_wandb_login()
 
 
 def check_template(template: str) -> None:

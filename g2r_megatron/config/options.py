@@ -73,7 +73,7 @@ class PolicyConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     """activation recompute: none, attention only, or whole layers"""
     micro_batch_tokens: int = 8192
-    """token budget of a micro-batch (padding included)"""
+    """token budget of a micro-batch (padding included); a longer sequence is a micro-batch of its own"""
     spec: Literal["auto", "torch", "te"] = "auto"
     """layers: plain torch or Transformer Engine (TF32 in fp32); auto: Transformer Engine on GPU, except in fp32"""
 
@@ -110,7 +110,8 @@ class JudgeConfig:
     think: Literal["close", "refuse"] = "close"
     """where the chat template opens a thought before the verdict: close it first, or refuse the judge"""
     true_words: list[str] = field(default_factory=lambda: ["True", "true", "TRUE"])
-    """spellings of a positive verdict; each also with a leading space; single-token ones count"""
+    """spellings of a positive verdict; each also with a leading space; each that you give must be one token (of the default
+    ones those that are count)"""
     false_words: list[str] = field(default_factory=lambda: ["False", "false", "FALSE"])
     """spellings of a negative verdict"""
     max_length: int = 32768
@@ -210,7 +211,7 @@ class GrpoConfig:
     weight_clip: list[float] | None = None
     """[low, high] bounds of T alpha, e.g. [0.5, 2.0]"""
     top_items: float = 1.0
-    """fraction of items a response, by size of centred term, that keep their attribution"""
+    """fraction of items a response, by size of centred term, that keep their attribution; rounded up to whole items"""
     false_scale: float = 1.0
     """factor on the centred terms of items judged False, or of scores below the group's mean (advantage=itemwise)"""
     clip_low: float = 0.2
@@ -224,7 +225,7 @@ class GrpoConfig:
     loss_aggregation: Literal["seq_mean", "token_mean", "dr_grpo"] = "seq_mean"
     """mean over tokens then sequences (paper); mean over all tokens; sum / (sequences x max_response_tokens)"""
     mini_batches: int = 1
-    """optimizer steps a training step"""
+    """optimizer steps a training step; must divide its responses evenly"""
 
 
 @dataclass
@@ -260,13 +261,19 @@ class DataConfig:
     """Queries."""
 
     train: list[str] = field(default_factory=list)
-    """files of training queries (jsonl or parquet)"""
+    """training queries: files (jsonl, json, parquet, csv, tsv, arrow; also .gz, .zst), directories, glob patterns"""
     eval: list[str] = field(default_factory=list)
-    """files of held-out queries"""
+    """held-out queries, as data.train"""
     format: Literal["auto", "g2r", "healthbench", "rar", "researchqa"] = "auto"
-    """auto looks at the field names of the first row"""
-    polarity: Literal["raw", "flip_negated"] = "raw"
-    """negative-weight items phrased "does not ..." (met is good, RaR-Science): raw keeps the sign, flip_negated makes them positive"""
+    """auto knows the field names of many projects; others take the names of one data set only"""
+    fields: dict[str, str] = field(default_factory=dict)
+    """other field names, dotted where nested, e.g. {prompt: meta.task, weight: importance}; of prompt, system, rubric,
+    criterion, weight, tags, id, reference"""
+    polarity: Literal["raw", "flip_negated"] | None = None
+    """negative-weight items phrased "does not ..." (met is good, RaR-Science): raw keeps the sign, flip_negated makes them
+    positive; not given: as raw, but items weighted "Pitfall" without a number are refused"""
+    on_bad_row: Literal["refuse", "skip"] = "refuse"
+    """a row that cannot be used ends the start of the run, or is left out with a warning (up to 5% of the rows)"""
     system_prompt: str = ""
     """system message of every conversation that does not begin with one of its own"""
     shuffle: bool = True
@@ -298,7 +305,7 @@ class LogConfig:
     wandb_project: str = "g2r-megatron"
     """W&B project of the run"""
     samples_per_step: int = 2
-    """responses a logged step kept in samples.jsonl for the report"""
+    """responses a logged step kept in samples.jsonl for the report, of as many prompts"""
     samples_every: int = 10
     """steps between logged samples"""
 
@@ -338,7 +345,9 @@ class OfflineJudgeConfig:
     """Everything `g2r judge` reads."""
 
     input: str = ""
-    """rows (jsonl or parquet): a query in any format plus "response" """
+    """rows, in files as data.train: a query plus "response", or outputs of other tools (vLLM, OpenAI batches)"""
+    queries: list[str] = field(default_factory=list)
+    """files of the queries, where the rows of input hold only their ids (custom_id) and responses"""
     output: str = ""
     """output jsonl; must not exist. What a killed process has done of it is kept, and the same command goes on from there"""
     shards: int = 1
@@ -352,9 +361,13 @@ class OfflineJudgeConfig:
     seed: int = 1234
     """of sampled verdicts"""
     format: Literal["auto", "g2r", "healthbench", "rar", "researchqa"] = "auto"
-    """auto looks at the field names of the first row"""
-    polarity: Literal["raw", "flip_negated"] = "raw"
-    """negative-weight items phrased "does not ..." (met is good, RaR-Science): raw keeps the sign, flip_negated makes them positive"""
+    """as data.format"""
+    fields: dict[str, str] = field(default_factory=dict)
+    """as data.fields, and of response"""
+    polarity: Literal["raw", "flip_negated"] | None = None
+    """as data.polarity"""
+    on_bad_row: Literal["refuse", "skip"] = "refuse"
+    """as data.on_bad_row"""
     preset: Literal["paper", "robust"] = "paper"
     """fills judge.target, attribution, normalize, standardize and smoothing where they are not given"""
     judge: JudgeConfig = field(default_factory=JudgeConfig)

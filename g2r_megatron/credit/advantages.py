@@ -207,7 +207,7 @@ def _keep_top(needed: Tensor, sizes: Tensor, fraction: float) -> Tensor:
         return needed
     ranks = sizes.masked_fill(~needed, -1.0).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     # 1e-9: 0.28 x 25 is 7.000000000000001 in floating point and means 7
-    keep = torch.ceil(fraction * needed.sum(dim=1).double() - 1e-9)
+    keep = torch.ceil(fraction * needed.sum(dim=1).double() - 1e-9).clamp(min=1)
     return needed & (ranks < keep[:, None])
 
 

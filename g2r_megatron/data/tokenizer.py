@@ -182,7 +182,7 @@ def _blanks(tokenizer: PreTrainedTokenizerFast) -> tuple[bool, bool]:
     """Whether the tokenizer puts a blank before a text, and whether text after a control token gets none, which some
     tokenizers (Metaspace "first") do not count as a beginning and others do."""
     backend = tokenizer.backend_tokenizer
-    parts = [step for name in ("normalizer", "pre_tokenizer") for step in _steps(getattr(backend, name))]
+    parts = [step for name in ("normalizer", "pre_tokenizer") for step in steps_of(getattr(backend, name))]
     schemes = {step["prepend_scheme"] for step in parts if step["type"] == "Metaspace"}
     puts = not schemes <= {"never"} or any(step["type"] == "Prepend" for step in parts)
     return puts, "first" in schemes
@@ -196,7 +196,7 @@ def _data_backend(tokenizer: PreTrainedTokenizerFast, without_blank: bool, hidde
     state = json.loads(backend.to_str())
     if without_blank:
         for name, children in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
-            kept = [_without_blank(step) for step in _steps(getattr(backend, name))]
+            kept = [_without_blank(step) for step in steps_of(getattr(backend, name))]
             state[name] = {"type": "Sequence", children: [step for step in kept if step]} if kept else None
     for token in state["added_tokens"]:
         token["special"] = token["special"] or token["id"] in hidden
@@ -207,7 +207,7 @@ def _data_backend(tokenizer: PreTrainedTokenizerFast, without_blank: bool, hidde
     return copy
 
 
-def _steps(component) -> list[dict]:
+def steps_of(component) -> list[dict]:
     """The serialized steps of a normalizer or pre-tokenizer."""
     if component is None:
         return []

@@ -1,9 +1,9 @@
 """What a training query is: a conversation and the rubric its answer is judged by."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RubricItem:
     """One criterion. ``weight`` < 0 marks a pitfall (docs/method.md: c_k, w_k).
 
@@ -18,11 +18,29 @@ class RubricItem:
     check: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What the output line of a judged row repeats of the row: its id as it was, earlier scores and labels.
+
+    ``choice`` counts the responses of a row that has several. ``items``: earlier results of each rubric item.
+    """
+
+    id: str | int | float
+    choice: int | None = None
+    fields: dict = field(default_factory=dict)
+    items: tuple[dict, ...] = ()
+
+    def answered(self, query: "Query", choice: int, response: str) -> "Query":
+        """``query`` with one of the row's responses."""
+        given = self if self.choice is None else replace(self, choice=choice)
+        return replace(query, response=response, given=given)
+
+
+@dataclass(frozen=True, slots=True)
 class Query:
     """A conversation (``messages`` as ``{"role", "content"}``) with its rubric, which may be empty for a reward model.
 
-    ``response`` is set only in files of responses to be judged (``g2r judge``).
+    ``response`` and ``given`` are set only in files of responses to be judged (``g2r judge``).
     """
 
     id: str
@@ -30,6 +48,7 @@ class Query:
     rubric: tuple[RubricItem, ...]
     reference: str | None = None
     response: str | None = None
+    given: Given | None = None
 
     @property
     def positive_weight(self) -> float:

@@ -1,6 +1,6 @@
 """The judge stage on its own: a file of responses in, a file of judgements, attributions and token rewards out.
 
-One output line per input row, in order: ``id, reward, tokens, token_rewards, items``, and per item ``criterion, weight,
+One output line per response, in the order of the rows: ``id, reward, tokens, token_rewards, items``, and per item ``criterion, weight,
 p_true, p_false, verdict, attribution, alpha`` (``attribution`` and ``alpha`` null where no backward ran: items judged
 False or of weight 0). A reward model has no items: ``id, reward, tokens, token_rewards, attribution, alpha``. Lists run
 over the T tokens of the response. What the judge computed in fp32 is written with 9 significant digits, which identify
@@ -25,9 +25,10 @@ from rich.progress import Progress as RichProgress
 from g2r_megatron.config.options import OfflineJudgeConfig
 from g2r_megatron.credit.judgements import Alphas, JudgementRow, kind_of, plain_numbers
 from g2r_megatron.data.readers import read_queries
+from g2r_megatron.data.token_bound import most_tokens
 from g2r_megatron.data.tokenizer import encode_text, token_texts
 from g2r_megatron.data.types import Query
-from g2r_megatron.errors import UserError
+from g2r_megatron.errors import UserError, warn
 from g2r_megatron.judge.frozen import FrozenJudge
 from g2r_megatron.judge.health import JudgeHealth
 from g2r_megatron.judge.length_bound import check_judge_positions
@@ -75,9 +76,9 @@ def judge_file(config: OfflineJudgeConfig) -> None:
     hf = open_hf_model(config.judge.model, "judge.model")
     prompt = judge_prompt(hf, load_model_tokenizer(hf), config.judge)
     rows = own_rows(config, read_rows(config, prompt))
-    check_judge_positions(hf, config.judge, ((row.query, len(row.body)) for row in rows))
+    check_judge_positions(hf, config.judge, ((query, len(query.response.encode())) for query in rows))
     groups.initialize(config.seed)
-    key, ids = job_key(config, [row.query for row in rows]), [row.query.id for row in rows]
+    key, ids = job_key(config, rows), [query.given.id for query in rows]
     writes = dist.get_rank() == 0
     with partial_file(path, key, ids, config.batch_rows) if writes else nullcontext() as file:
         done = shared(len(file.rewards) if writes else None)
@@ -97,7 +98,7 @@ def judge_and_write(
     config: OfflineJudgeConfig,
     hf: HFModel,
     prompt: JudgePrompt | RewardPrompt,
-    rows: list[Row],
+    rows: list[Query],
     done: int,
     file: PartialFile | None,
 ) -> JudgeHealth:
@@ -112,7 +113,8 @@ def judge_and_write(
     health = JudgeHealth(config.judge.flat_threshold)
     with RowProgress(len(rows), done, enabled=file is not None) as progress:
         for first in range(done, len(rows), config.batch_rows):
-            batch = rows[first : first + config.batch_rows]
+            queries = rows[first : first + config.batch_rows]
+            batch = [Row(query, encode_text(prompt.tokenizer, query.response)) for query in queries]
             records = []
             for row, inputs, judgements in judge_rows(stage, batch, config.seed):
                 alphas = stage.alphas(row.body, judgements, row_key(config.seed, row))
@@ -142,21 +144,30 @@ def shared(count: int | None) -> int:
     return box[0]
 
 
-def own_rows(config: OfflineJudgeConfig, rows: list[Row]) -> list[Row]:
+def own_rows(config: OfflineJudgeConfig, rows: list[Query]) -> list[Query]:
     """This job's share. Raises ``UserError`` if there are fewer rows than shares."""
     if len(rows) < config.shards:
         raise UserError("shards", f"{config.shards} for {len(rows)} rows", "give at most as many as there are rows")
     return [rows[i] for i in share_of(len(rows), config.shard, config.shards)]
 
 
-def read_rows(config: OfflineJudgeConfig, prompt: JudgePrompt | RewardPrompt) -> list[Row]:
-    """All rows of the input, tokenized. Raises ``UserError`` for a bad row or one whose judge input is too long."""
-    queries = read_queries(
-        [config.input], config.format, config.polarity, require_response=True, require_rubric=prompt.needs_rubric
+def read_rows(config: OfflineJudgeConfig, prompt: JudgePrompt | RewardPrompt) -> list[Query]:
+    """Every response of the input with its query. Raises ``UserError`` for bad rows, also those too long to be judged."""
+    options = dict(fields=config.fields, on_bad_row=config.on_bad_row, require_rubric=prompt.needs_rubric)
+    known = None
+    if config.queries:
+        known = {q.id: q for q in read_queries(config.queries, config.format, config.polarity, **options)}
+
+    def check(query: Query) -> None:
+        if prompt.longest(query)[0] + most_tokens(prompt.tokenizer, [query.response]) > prompt.max_length:
+            prompt.build_items(query, encode_text(prompt.tokenizer, query.response))
+
+    rows = read_queries(
+        [config.input], config.format, config.polarity, require_response=True, check=check, queries=known, **options
     )
-    rows = [Row(query, encode_text(prompt.tokenizer, query.response)) for query in queries]
-    for row in rows:
-        prompt.build_items(row.query, row.body)
+    unanswered = set(known or ()) - {query.id for query in rows}
+    if unanswered:
+        warn(f"{len(unanswered)} of {len(known)} queries have no row in {config.input}")
     return rows
 
 
@@ -182,12 +193,23 @@ def output_record(stage: JudgeStage, row: Row, judgements: JudgementRow, alphas:
     """The output line of one row, as plain data. ``alphas``: of its judgements."""
     query, kind = row.query, kind_of(judgements)
     rewards = kind.token_rewards(query, judgements, alphas, len(row.body))
-    return {
-        "id": query.id,
+    record = {
+        "id": query.given.id,
         "reward": None,
         "tokens": token_texts(stage.prompt.tokenizer, row.body),
         "token_rewards": plain_numbers(rewards),
     } | kind.output_record(query, judgements, alphas)
+    if query.given.choice is not None:
+        record["choice"] = query.given.choice
+    add_given(record, query.given.fields)
+    for item, given in zip(record.get("items", ()), query.given.items):
+        add_given(item, given)
+    return record
+
+
+def add_given(record: dict, given: dict) -> None:
+    """Put what the row held already beside our own; ``given_NAME`` where the name is ours."""
+    record |= {f"given_{name}" if name in record else name: value for name, value in given.items()}
 
 
 def add_inputs(record: dict, inputs: Sequence[JudgeInput], prompt: JudgePrompt | RewardPrompt) -> None:

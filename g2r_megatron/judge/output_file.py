@@ -20,7 +20,7 @@ from g2r_megatron.data.types import Query
 from g2r_megatron.errors import UserError
 
 # Options that may differ between two attempts at one file: they change no number by more than rounding.
-FREE = ("input", "output", "batch_rows")  # the rows themselves count, not where they are
+FREE = ("input", "queries", "output", "batch_rows")  # the rows themselves count, not where they are
 
 
 def share_of(count: int, shard: int, shards: int) -> range:

@@ -1,7 +1,7 @@
 """The judge's input: one token sequence per (response, criterion), with the exact span of the response in it."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from transformers import PreTrainedTokenizerFast
@@ -11,6 +11,7 @@ from g2r_megatron.config.options import JudgeConfig, gated_queries
 from g2r_megatron.credit.alignment import Alignment, align
 from g2r_megatron.data.chat_template import check_template_options, conversation_text, placeholders, render
 from g2r_megatron.data.thoughts import closed, open_thought
+from g2r_megatron.data.token_bound import most_tokens
 from g2r_megatron.data.token_spans import decoded_bounds, encoded_bounds
 from g2r_megatron.data.tokenizer import (
     data_continues,
@@ -93,6 +94,24 @@ class ResponseReader:
                 "raise judge.max_length or shorten the responses",
             )
 
+    def longest(self, query: Query) -> tuple[float, Callable[[], int]]:
+        """Tokens of the query's longest judge input without a response: a number that it cannot exceed, and how to count."""
+        raise NotImplementedError
+
+    def check_query(self, query: Query, response_tokens: int) -> None:
+        """Raise ``UserError`` if a response of so many tokens would make a judge input of ``query`` too long.
+
+        Tokenizes nothing where the number of bytes says that it fits.
+        """
+        bound, count = self.longest(query)
+        if bound + response_tokens > self.max_length and (tokens := count() + response_tokens) > self.max_length:
+            raise UserError(
+                "judge.max_length",
+                f"the judge input of query {query.id!r} is {tokens} tokens with a response of {response_tokens}, more "
+                f"than {self.max_length}",
+                "raise it, shorten the responses, or leave the query out",
+            )
+
 
 class JudgePrompt(ResponseReader):
     """Builds judge inputs from ``judge.template``, and knows which token ids spell a verdict.
@@ -124,6 +143,7 @@ class JudgePrompt(ResponseReader):
             shared = tokenizer.convert_ids_to_tokens(sorted(both))
             raise UserError("judge.true_words", f"{shared} also spell judge.false_words", "give spellings that differ")
         self._before, self._after = _template_sides(tokenizer, config)
+        self._fixed_texts = [text for kind, text in [*self._before, *self._after] if kind == "text"]
         self._leading = [] if config.chat_template else list(leading_ids(tokenizer))
         kind, text = self._before[-1] if self._before else ("text", "")
         self.check_branch(len(self._after), "judge.template", "let something follow {response}, or use all")
@@ -166,6 +186,17 @@ class JudgePrompt(ResponseReader):
         """Where and how the verdict of ``item`` is read, as plain data."""
         return {"verdict_position": item.verdict_position, "true_ids": self.true_ids, "false_ids": self.false_ids}
 
+    def longest(self, query: Query) -> tuple[float, Callable[[], int]]:
+        criteria = [item.criterion for item in query.rubric]
+        counted = criteria if self.one_sequence else [max(criteria, key=lambda text: len(text.encode()))]
+        texts = [*self._fixed_texts * len(counted), conversation_text(query.messages), *counted]
+
+        def count() -> int:
+            inputs = [self.build(query, item, ()) for item in query.rubric]
+            return tree_tokens(inputs) if self.one_sequence else max(len(i.input_ids) for i in inputs)
+
+        return most_tokens(self.tokenizer, texts), count
+
     def _side(self, side: str, conversation: str, criterion: str) -> tuple[int, ...]:
         """Encoded text on one side of the response; cached by the fields that stand on that side."""
         names = {name for kind, name in self._parts(side) if kind == "field"}
@@ -184,13 +215,22 @@ class JudgePrompt(ResponseReader):
 
 
 def verdict_ids(tokenizer: PreTrainedTokenizerFast, words: Sequence[str], option: str) -> list[int]:
-    """Sorted ids of the words, with or without leading space, that are one known token; ``UserError`` if none is."""
-    ids = set()
+    """Sorted ids of the words, with or without leading space, that are one known token.
+
+    Raises ``UserError`` if none is, or if one that the user has chosen is not: the verdict would leave it out.
+    """
+    ids: set[int] = set()
+    chosen = list(words) != getattr(JudgeConfig(), option.rpartition(".")[2])
     for word in words:
-        for spelling in (word, " " + word):
-            tokens = encode_text(tokenizer, spelling, continues=True)
-            if len(tokens) == 1 and tokens[0] != tokenizer.unk_token_id and tokens[0] not in special_ids(tokenizer):
-                ids.add(tokens[0])
+        spelled = [encode_text(tokenizer, spelling, continues=True) for spelling in (word, " " + word)]
+        single = (
+            {tokens[0] for tokens in spelled if len(tokens) == 1} - special_ids(tokenizer) - {tokenizer.unk_token_id}
+        )
+        if chosen and not single:
+            raise UserError(
+                option, f"{word!r} is not a single token of this tokenizer", "give words that are one token"
+            )
+        ids |= single
     if not ids:
         raise UserError(
             option, f"none of {list(words)} is a single token of this tokenizer", "give words that are one token"

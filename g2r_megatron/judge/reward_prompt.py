@@ -1,7 +1,7 @@
 """A reward model's input: conversation and response in its own chat template, with the exact span of the response."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from transformers import PreTrainedTokenizerFast
@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from g2r_megatron.config.options import JudgeConfig
 from g2r_megatron.data.chat_template import Part, check_template_options, placeholder_for
 from g2r_megatron.data.thoughts import begins_with_thought, without_empty_thought
+from g2r_megatron.data.token_bound import most_tokens
 from g2r_megatron.data.tokenizer import chat_parts, data_continues, encode_parts, parts_around
 from g2r_megatron.data.types import Query
 from g2r_megatron.errors import UserError
@@ -83,6 +84,14 @@ class RewardPrompt(ResponseReader):
     def described(self, item: JudgeInput) -> dict:
         """Where the score of ``item`` is read, as plain data."""
         return {"score_position": item.verdict_position}
+
+    def longest(self, query: Query) -> tuple[float, Callable[[], int]]:
+        before, after = self._parts(query.messages, f"query {query.id!r}")
+
+        def count() -> int:
+            return len(self.build_items(query, ())[0].input_ids)
+
+        return most_tokens(self.tokenizer, [text for text, _ in [*before, *after]]), count
 
     def score_position(self, input_ids: Sequence[int]) -> int:
         """Of the rightmost token that is not padding by its id (0 if all are): where transformers reads the score."""

@@ -2,17 +2,16 @@
 
 import json
 import math
-import secrets
 from pathlib import Path
 from typing import Any
 
 from g2r_megatron.config.options import LogConfig
 from g2r_megatron.errors import UserError, unwritable
 from g2r_megatron.records.files import make_directory, replace_text
+from g2r_megatron.records.wandb_run import WandbRun
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
-WANDB_ID_FILE = "wandb_id"
 
 
 class MetricsLog:
@@ -32,7 +31,7 @@ class MetricsLog:
         make_directory(self.output_dir)
         self._wants_tensorboard = log.tensorboard
         self._tensorboard: Any = None  # opened by the first log: only then is it known from which step on to purge
-        self._wandb = _start_wandb(self.output_dir, log.wandb_project, config_dict) if log.wandb else None
+        self._wandb = WandbRun(self.output_dir, log.wandb_project, config_dict) if log.wandb else None
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append the metrics (numbers or one-element tensors) of ``step`` everywhere."""
@@ -41,7 +40,7 @@ class MetricsLog:
         if self._wants_tensorboard:
             self._log_tensorboard(step, values)
         if self._wandb is not None:
-            self._wandb.log(values, step=step)
+            self._wandb.log(step, values)
 
     def sample(self, record: dict) -> None:
         """Append one judged response (a dict with ``step``, see the report) to samples.jsonl."""
@@ -64,7 +63,7 @@ class MetricsLog:
             self._tensorboard.close()
             self._tensorboard = None
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.close()
             self._wandb = None
 
     def _log_tensorboard(self, step: int, values: dict[str, float]) -> None:
@@ -139,20 +138,3 @@ def _finite(value):
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _start_wandb(output_dir: Path, project: str, config_dict: dict):
-    """A W&B run that a resumed training continues: its id is kept in the run directory."""
-    import wandb
-
-    id_file = output_dir / WANDB_ID_FILE
-    if not id_file.exists():
-        id_file.write_text(secrets.token_hex(4))
-    return wandb.init(
-        project=project,
-        name=output_dir.name,
-        id=id_file.read_text().strip(),
-        resume="allow",
-        config=config_dict,
-        dir=str(output_dir),
-    )

@@ -223,6 +223,39 @@ def test_the_file_says_what_it_should(tiny_hf, worlds, tmp_path):
     assert dumped == plain
 
 
+def test_results_of_other_tools(tiny_hf, worlds, tmp_path):
+    """Batch results find their queries, several choices are a line each, ids come back as they were, earlier scores stay
+    beside ours, in the order of the input; a file that was begun is gone on with although ids recur."""
+    queries = write_rows(tmp_path / "queries.jsonl", [{**ROWS[0], "id": 7}, {**ROWS[1], "id": "b"}, ROWS[2]])
+
+    def result(id, *texts, **more):
+        choices = [{"index": i, "message": {"role": "assistant", "content": text}} for i, text in enumerate(texts)]
+        return {
+            "id": "batch_1",
+            "custom_id": id,
+            "response": {"status_code": 200, "body": {"choices": choices}},
+            **more,
+        }
+
+    rows = [result("b", "rest", None, "rest"), result(7, "water", reward=0.5, grade="B")]
+    config = config_for(
+        tiny_hf("qwen3"), write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl", queries=[str(queries)]
+    )
+    worlds[1].run(judge_file, config)
+    records = read(tmp_path / "out.jsonl")
+    assert [(r["id"], r.get("choice")) for r in records] == [("b", 0), ("b", 1), ("b", 2), (7, None)]
+    assert ["".join(r["tokens"]) for r in records] == ["rest", "", "rest", "water"]
+    assert records[0]["items"] == records[2]["items"] and records[1]["token_rewards"] == []
+    assert (records[3]["given_reward"], records[3]["grade"]) == (0.5, "B") and records[3]["reward"] != 0.5
+    graded = {**ROWS[0], "rubric": [{**item, "verdict": True, "grade": 2} for item in ROWS[0]["rubric"]]}
+    again = replace(config, input=str(write_rows(tmp_path / "again.jsonl", [graded] * 3)), queries=[], batch_rows=1)
+    again.output = str(tmp_path / "again.out")
+    worlds[1].run(judge_file, again)
+    assert [(i["given_verdict"], i["grade"]) for r in read(tmp_path / "again.out") for i in r["items"]] == [
+        (True, 2)
+    ] * 12
+
+
 def test_sampled_verdicts_depend_on_the_seed_and_the_row_alone(tiny_hf, worlds, tmp_path):
     """Neither on the order of the rows nor on how many are judged together."""
 

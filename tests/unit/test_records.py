@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import select
+import socket
 import sys
 
 import pytest
@@ -12,9 +13,11 @@ import torch
 
 from g2r_megatron.config.checks import check_packages
 from g2r_megatron.config.options import LogConfig
-from g2r_megatron.errors import UserError
+from g2r_megatron.config.trackers import check_wandb_login, wandb_host, wandb_mode
+from g2r_megatron.errors import UserError, warn
 from g2r_megatron.records.metrics_log import MetricsLog, read_metrics, read_samples
 from g2r_megatron.records.progress_bar import Progress, format_seconds
+from g2r_megatron.records.wandb_run import reachable
 
 PLAIN = LogConfig(tensorboard=False)
 
@@ -182,3 +185,68 @@ def test_a_record_that_cannot_be_written_is_named(tmp_path, name):
     (tmp_path / "run").rmdir()
     with pytest.raises(UserError, match=f"run/{name}: cannot be written .No such file or directory"):
         log.log(1, {"a": 1.0}) if name == "metrics.jsonl" else log.sample({"step": 1})
+
+
+def environment(tmp_path, **variables) -> dict[str, str]:
+    """An environment whose home is empty."""
+    return {"HOME": str(tmp_path), "WANDB_DIR": str(tmp_path), **variables}
+
+
+def test_wandb_login(tmp_path, capsys):
+    """A key in the environment, in netrc (of the server that is meant) or in a settings file is a login; without one it is
+    one line. Leaves out whether the server accepts it."""
+    with pytest.raises(UserError, match=r"log.wandb: .*no login.*api.wandb.ai.*`wandb login`.*WANDB_MODE=offline"):
+        check_wandb_login(environment(tmp_path, WANDB_API_KEY=""))
+    check_wandb_login(environment(tmp_path, WANDB_API_KEY="a" * 40))
+    check_wandb_login(environment(tmp_path, WANDB_IDENTITY_TOKEN_FILE="token"))
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password key\n")
+    check_wandb_login(environment(tmp_path))
+    own = environment(tmp_path, WANDB_BASE_URL="https://wandb.example.org:8443")
+    assert wandb_host(own) == ("wandb.example.org", 8443)
+    with pytest.raises(UserError, match="wandb.example.org"):
+        check_wandb_login(own)
+    (tmp_path / ".netrc").write_text("machine")
+    with pytest.raises(UserError, match="netrc cannot be read"):
+        check_wandb_login(environment(tmp_path))
+
+
+@pytest.mark.parametrize("mode", ["offline", "dryrun", "file"])
+def test_wandb_offline_needs_no_login(tmp_path, mode, capsys):
+    """Offline by the environment or by `wandb offline`, which writes a settings file: a note and no error."""
+    warn.cache_clear()
+    variables = {} if mode == "file" else {"WANDB_MODE": mode}
+    if mode == "file":
+        (tmp_path / "wandb").mkdir()
+        (tmp_path / "wandb" / "settings").write_text("[default]\nmode = offline\n")
+    check_wandb_login(environment(tmp_path, **variables))
+    assert "offline" in capsys.readouterr().err and wandb_mode(environment(tmp_path, **variables)) == "offline"
+
+
+@pytest.mark.parametrize("variables", [{"WANDB_MODE": "disabled"}, {"WANDB_DISABLED": "true"}])
+def test_wandb_disabled_contradicts_the_option(tmp_path, variables):
+    with pytest.raises(UserError, match="log.wandb: true, but the environment disables"):
+        check_wandb_login(environment(tmp_path, **variables))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs the wandb extra")
+def test_wandb_without_network(tmp_path, monkeypatch, capfd):
+    """With the package itself: no server, so the run is kept offline and the log goes on. Leaves out a server that answers."""
+    warn.cache_clear()
+    for name, value in environment(tmp_path, WANDB_API_KEY="a" * 40, WANDB_BASE_URL="http://127.0.0.1:9").items():
+        monkeypatch.setenv(name, value)
+    log = MetricsLog(tmp_path / "run", LogConfig(tensorboard=False, wandb=True), {})
+    log.log(1, {"a": 1.0})
+    log.close()
+    assert "cannot be reached" in capfd.readouterr().err and list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+
+
+def test_reachable(monkeypatch):
+    """A server is reachable where a connection can be made, or the proxy's can."""
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert reachable("127.0.0.1", port)
+        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{port}")
+        assert reachable("nowhere.invalid", 443)
+    assert not reachable("nowhere.invalid", 443)

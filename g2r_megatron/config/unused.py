@@ -1,0 +1,56 @@
+"""Options that would do nothing beside the others: whoever sets one of them means something by it, so it is refused."""
+
+from collections.abc import Callable
+from typing import Any
+
+from g2r_megatron.config.options import OfflineJudgeConfig, TrainConfig
+from g2r_megatron.errors import UserError
+
+# option -> (whether it has an effect, given the sections that it depends on; what it needs)
+OF_JUDGE: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "judge.contraction": (lambda c: c.judge.attribution == "contracted", "judge.attribution=contracted"),
+    "judge.tau": (lambda c: c.judge.normalize == "softmax", "judge.normalize=softmax"),
+    "judge.standardize": (
+        lambda c: c.judge.normalize == "softmax" or not c.judge.standardize,
+        "judge.normalize=softmax",
+    ),
+    "judge.smear_gamma": (lambda c: c.judge.smoothing == "smear", "judge.smoothing=smear"),
+}
+OF_TRAINING: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **OF_JUDGE,
+    "grpo.return_to_go": (
+        lambda c: c.grpo.advantage == "token_return" or not c.grpo.return_to_go,
+        "grpo.advantage=token_return",
+    ),
+    "grpo.false_scale": (lambda c: c.grpo.advantage == "itemwise", "grpo.advantage=itemwise"),
+    "grpo.mix": (lambda c: c.grpo.advantage != "sequence" or c.grpo.mix == 0, "a grpo.advantage other than sequence"),
+    "grpo.mix_anneal": (lambda c: c.grpo.mix > 0 or c.grpo.mix_anneal == 0, "grpo.mix more than 0"),
+    "grpo.weight_clip": (
+        lambda c: c.grpo.advantage != "sequence" and c.grpo.mix > 0,
+        "grpo.mix more than 0 and a grpo.advantage other than sequence",
+    ),
+    "grpo.top_items": (
+        lambda c: c.grpo.advantage != "sequence" and c.grpo.mix > 0,
+        "grpo.mix more than 0 and a grpo.advantage other than sequence",
+    ),
+    "grpo.kl_estimator": (lambda c: c.grpo.kl_coef > 0, "grpo.kl_coef more than 0"),
+    "optimizer.min_lr": (lambda c: c.optimizer.decay != "constant", "optimizer.decay linear or cosine"),
+    "eval_responses": (lambda c: bool(c.data.eval), "data.eval"),
+    "eval_greedy": (lambda c: bool(c.data.eval), "data.eval"),
+    "log.wandb_project": (lambda c: c.log.wandb, "log.wandb"),
+    "log.samples_every": (lambda c: c.log.samples_per_step > 0, "log.samples_per_step more than 0"),
+}
+
+
+def check_used(config: TrainConfig | OfflineJudgeConfig, defaults: TrainConfig | OfflineJudgeConfig) -> None:
+    """Raise ``UserError`` for an option that is set and has no effect. Both are resolved, with the same preset."""
+    for option, (has_effect, needed) in (OF_TRAINING if isinstance(config, TrainConfig) else OF_JUDGE).items():
+        value = _value(config, option)
+        if value != _value(defaults, option) and not has_effect(config):
+            raise UserError(option, f"{value} has no effect", f"it needs {needed}: set that, or leave it out")
+
+
+def _value(config: Any, option: str) -> Any:
+    for name in option.split("."):
+        config = getattr(config, name)
+    return config

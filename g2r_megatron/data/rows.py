@@ -1,0 +1,147 @@
+"""One row of any project to a ``Query``: which fields hold what, under which names.
+
+Every role has a list of names under which public data sets and projects publish it, in the order in which they are
+looked for. ``data.format`` fixes the names of one data set, ``data.fields`` those of single roles.
+"""
+
+import hashlib
+import json
+
+from g2r_megatron.data.conversations import Messages, read_conversation
+from g2r_megatron.data.fields import Fields
+from g2r_megatron.data.responses import NAMES as RESPONSE_NAMES
+from g2r_megatron.data.responses import kept, read_responses
+from g2r_megatron.data.rubrics import RubricReader
+from g2r_megatron.data.types import Given, Query
+from g2r_megatron.errors import UserError
+
+# Where each role is looked for; a dot leads into an object. Names of a rubric's items are those inside an item.
+NAMES: dict[str, tuple[str, ...]] = {
+    "prompt": (
+        *("prompt", "messages", "question", "query", "instruction", "conversations", "conversation", "problem"),
+        *("body.messages", "input"),
+    ),
+    "system": ("system_prompt", "system"),
+    "rubric": (
+        *("rubric", "rubrics", "criteria", "reward_model.rubrics", "reward_model.rubric", "reward_model.ground_truth"),
+        *("extra_info.rubrics", "extra_info.rubric", "extra_info.reward_model.rubrics", "metadata.rubrics"),
+        *("metadata.rubric", "info.rubrics", "info.rubric", "checklist"),
+    ),
+    "criterion": (
+        *("criterion", "description", "rubric_item", "criteria", "requirement", "criterion_description", "text"),
+        *("expected_outcome", "content.property.description", "title", "name"),
+    ),
+    "weight": ("points", "weight", "criterion_weight", "importance", "score"),
+    "tags": ("tags", "title", "type", "category", "name"),
+    "id": (
+        *("custom_id", "id", "prompt_id", "question_id", "uid", "uuid", "example_id", "task_id", "extra_info.id"),
+        "request_id",
+    ),
+    "reference": (
+        *("reference", "reference_answer", "ideal_completions_data.ideal_completion", "reward_model.ground_truth"),
+    ),
+    "response": RESPONSE_NAMES,
+}
+# The names of one data set, for data.format.
+FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
+    "g2r": {"prompt": ("prompt",), "rubric": ("rubric",), "criterion": ("criterion",), "weight": ("weight",)},
+    "healthbench": {
+        "prompt": ("prompt",),
+        "rubric": ("rubrics", "reward_model.rubrics"),
+        "criterion": ("criterion",),
+        "weight": ("points",),
+    },
+    "rar": {"prompt": ("question",), "rubric": ("rubric",), "criterion": ("description",), "weight": ("weight",)},
+    "researchqa": {"prompt": ("query",), "rubric": ("rubric",), "criterion": ("rubric_item",)},
+}
+
+
+def names_of(format: str, fields: dict[str, str]) -> dict[str, tuple[str, ...]]:
+    """The names of every role with ``data.format`` and ``data.fields`` applied."""
+    unknown = sorted(set(fields) - set(NAMES))
+    if unknown:
+        raise UserError("data.fields", f"no field {unknown[0]!r} to map", f"map some of {', '.join(NAMES)}")
+    return NAMES | FORMATS.get(format, {}) | {role: (path,) for role, path in fields.items()}
+
+
+class RowReader:
+    """Turns rows into queries, with the names and the polarity that were chosen."""
+
+    def __init__(self, format: str, polarity: str | None, fields: dict[str, str], require_rubric: bool):
+        """``require_rubric``: else rows may lack it (``Query.rubric`` is then empty)."""
+        self.names = names_of(format, fields)
+        self.require_rubric = require_rubric
+        self.answers = 0  # training rows that ended with an answer
+        self._rubrics = RubricReader(self.names, polarity)
+        # top-level fields that a row may be read from: they do not come back beside a judgement
+        roles = ("prompt", "system", "rubric", "id", "reference", "response")
+        self._used = {name.partition(".")[0] for role in roles for name in self.names[role]} | {"input", "history"}
+
+    def query(self, row: Fields) -> Query:
+        """The query of a training row. An answer after the user's last message is its reference."""
+        messages, answer = read_conversation(row, self.names["prompt"], self.names["system"])
+        rubric, _ = self._rubrics.read(row, self.require_rubric)
+        reference = self._reference(row) or answer
+        self.answers += answer is not None
+        return Query(self._id(row, messages), messages, tuple(rubric), reference)
+
+    def judged(self, row: Fields, queries: dict[str, Query] | None) -> list[Query]:
+        """A query for every response of a row to be judged.
+
+        ``queries``: by id, those that the rows answer when they hold no conversation themselves.
+        """
+        if queries is None:
+            messages, answer = self._own_conversation(row)
+            rubric, sources = self._rubrics.read(row, self.require_rubric)
+            query = Query(self._id(row, messages), messages, tuple(rubric), self._reference(row))
+        else:
+            query, answer, sources = self._known(row, queries), None, []
+        responses = read_responses(row, self.names["response"], answer)
+        name = row.first(self.names["id"])
+        used = self._used | set(self._used_item_names())
+        given = Given(
+            row.get(name) if name else query.id,
+            None if len(responses) == 1 else 0,
+            kept(row.data, self._used),
+            tuple(kept(source.data, used) for source in sources),
+        )
+        return [given.answered(query, i, response) for i, response in enumerate(responses)]
+
+    def _own_conversation(self, row: Fields) -> tuple[Messages, str | None]:
+        if not row.there(self.names["prompt"]) and row.has("custom_id"):
+            found = f"fields {list(row.data)} hold no conversation"
+            remedy = "these are results of a batch: give the prompts and rubrics with `queries` (ids are custom_ids)"
+            raise UserError(row.where, found, remedy)
+        return read_conversation(row, self.names["prompt"], self.names["system"])
+
+    def _used_item_names(self) -> list[str]:
+        roles = ("criterion", "tags")
+        return [name for role in roles for name in self.names[role]] + [
+            name for name in self.names["weight"] if name != "score"
+        ]
+
+    def _known(self, row: Fields, queries: dict[str, Query]) -> Query:
+        name = row.first(self.names["id"])
+        if name is None:
+            raise row.fail("custom_id", "a row without its conversation needs the id of one of the queries")
+        query = queries.get(str(row.get(name)))
+        if query is None:
+            raise row.fail(name, "it must be the id of one of the queries")
+        return query
+
+    def _id(self, row: Fields, messages: Messages) -> str:
+        """The row's own id (a whole number counts), else a hash of its conversation."""
+        name = row.first(self.names["id"])
+        value = row.get(name) if name else None
+        if value is None or value == "":
+            return hashlib.sha1(json.dumps(messages, sort_keys=True).encode()).hexdigest()[:16]
+        return row.text(name) if isinstance(value, str) or type(value) not in (int, float) else str(value)
+
+    def _reference(self, row: Fields) -> str | None:
+        """A text; only under our own name anything else is a mistake, as "ground truth" can be a number or a list."""
+        name = row.first(self.names["reference"])
+        if name is None or row.get(name) == "":
+            return None
+        if name == "reference" or isinstance(row.get(name), str):
+            return row.optional_text(name) if name == "reference" else row.text(name, may_be_blank=True)
+        return None
