@@ -95,7 +95,7 @@ def read_inputs(config: TrainConfig) -> Inputs:
     rollout = config.rollout
     check_template_options(tokenizer, rollout.template_options, "rollout.template_options", rollout.chat_template)
     stop_ids = stop_token_ids(tokenizer, rollout.stop, rollout.template_options)
-    prompts = Prompts(tokenizer, rollout)
+    prompts = Prompts(tokenizer, rollout.chat_template, rollout.max_prompt_tokens, rollout.template_options)
 
     def with_system(query: Query) -> Query:
         return replace(query, messages=with_system_prompt(query.messages, config.data.system_prompt))

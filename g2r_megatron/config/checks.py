@@ -210,12 +210,6 @@ def _check_judge(judge: JudgeConfig, world_size: int) -> None:
             "put the criterion after the response, so that its items share it, or use per_item",
         )
     _check_gates(judge)
-    if judge.normalize == "positive" and judge.tau != JudgeConfig.tau:
-        raise UserError(
-            "judge.tau",
-            f"{judge.tau} with judge.normalize positive",
-            "leave it out: only the softmax has a temperature",
-        )
     if judge.attribution == "uniform" and judge.shuffle:
         raise UserError(
             "judge.shuffle", "true with judge.attribution uniform", "leave it out: all tokens weigh the same"
@@ -280,10 +274,6 @@ def _check_evaluation(config: TrainConfig) -> None:
         raise UserError(
             "eval_responses", found, "greedy responses of a prompt are all the same: set it to 1, or sample"
         )
-    samples, prompts = config.log.samples_per_step, config.rollout.prompts_per_step
-    if samples > max(prompts, LogConfig.samples_per_step):
-        remedy = f"one response a prompt is kept: give at most the {prompts} prompts of a step"
-        raise UserError("log.samples_per_step", str(samples), remedy)
 
 
 def _warn_of_small_budget(config: TrainConfig) -> None:

@@ -305,7 +305,7 @@ class LogConfig:
     wandb_project: str = "g2r-megatron"
     """W&B project of the run"""
     samples_per_step: int = 2
-    """responses a logged step kept in samples.jsonl for the report, of as many prompts"""
+    """most responses of a logged step that are kept in samples.jsonl for the report, one a prompt"""
     samples_every: int = 10
     """steps between logged samples"""
 

@@ -50,7 +50,7 @@ def parse(config_class: type[Config], prog: str, argv: list[str]) -> Config:
     argv = [_with_underscores(argument) for argument in argv]
     parser = build_parser(config_class, prog)
     for path in _config_files(argv):
-        check_config_file(path)
+        check_config_file(config_class, path)
     argv = with_new_names(argv)
     try:
         values = vars(parser.instantiate(parser.parse_args(argv)))
@@ -83,7 +83,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def check_config_file(path: str) -> None:
+def check_config_file(config_class: type, path: str) -> None:
     """Raise ``UserError`` unless ``path`` is a readable YAML file of sections and options."""
     if not Path(path).is_file():
         raise UserError("--config", f"{path} is not a file", "give an existing YAML file")
@@ -101,7 +101,8 @@ def check_config_file(path: str) -> None:
     if not isinstance(content, dict):
         raise UserError(path, f"holds {_shown(content)}", "a config file is a list of `option: value` lines")
     for name, value in content.items():
-        if value is None:
+        kind = type_of(config_class, name)
+        if value is None and types.NoneType not in get_args(kind):
             raise UserError(f"{path} {name}", "has no value", "give it one, or remove the line")
 
 

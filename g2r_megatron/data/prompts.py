@@ -1,11 +1,10 @@
 """Prompts of queries as token ids: checked for every row before a run begins, made when a step asks for them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
 from transformers import PreTrainedTokenizerFast
 
-from g2r_megatron.config.options import RolloutConfig
 from g2r_megatron.data.chat_template import conversation_text
 from g2r_megatron.data.token_bound import most_tokens
 from g2r_megatron.data.tokenizer import chat_parts, render_prompt
@@ -21,8 +20,12 @@ class Prompts:
     A hundred thousand prompts as lists of numbers would take gigabytes.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, config: RolloutConfig):
-        self._tokenizer, self._config = tokenizer, config
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, chat_template: bool, max_tokens: int, options: Mapping | None = None
+    ):
+        """``chat_template`` and its ``options``: as of ``render_prompt``; ``max_tokens``: ``rollout.max_prompt_tokens``."""
+        self._tokenizer, self._chat_template, self._max_tokens = tokenizer, chat_template, max_tokens
+        self._options = options
         self._queries: dict[str, Query] = {}
         self._ids = lru_cache(maxsize=CACHED_PROMPTS)(self._render)
 
@@ -38,12 +41,11 @@ class Prompts:
 
     def _tokens(self, query: Query) -> list[int]:
         where = f"query {query.id!r}"
-        options = self._config.template_options
-        return render_prompt(self._tokenizer, query.messages, self._config.chat_template, where, options)
+        return render_prompt(self._tokenizer, query.messages, self._chat_template, where, self._options)
 
     def check(self, query: Query) -> None:
         """Raise ``UserError`` for a conversation that the chat template rejects, or whose prompt is too long."""
-        limit = self._config.max_prompt_tokens
+        limit = self._max_tokens
         if most_tokens(self._tokenizer, self._texts(query)) <= limit:
             return
         tokens = len(self._tokens(query))
@@ -56,7 +58,7 @@ class Prompts:
 
     def _texts(self, query: Query) -> list[str]:
         """What ``render_prompt`` encodes."""
-        if self._config.chat_template:
-            where, options = f"query {query.id!r}", self._config.template_options
-            return [text for text, _ in chat_parts(self._tokenizer, query.messages, where, options=options)]
+        if self._chat_template:
+            where = f"query {query.id!r}"
+            return [text for text, _ in chat_parts(self._tokenizer, query.messages, where, options=self._options)]
         return [conversation_text(query.messages)]

@@ -79,7 +79,6 @@ OPTIONS = [
         ["--eval_greedy", "true", "--eval_responses", "4", "--data.eval", '["b.jsonl"]'],
         ["eval_responses", "4 with eval_greedy", "all the same"],
     ),
-    (["--log.samples_per_step", "40"], ["log.samples_per_step", "40", "32 prompts"]),
     (["--log.wandb_project", "mine"], ["log.wandb_project", "no effect", "log.wandb"]),
     (["--data.fields", "prompt"], ["data.fields", "prompt"]),
     (["--data.on_bad_row", "ignore"], ["data.on_bad_row", "'ignore'", "refuse, skip"]),
@@ -102,7 +101,6 @@ OPTIONS = [
     (["--judge.true_words", "[]"], ["judge.true_words", "missing", "spelling"]),
     (["--judge.true_words", "[Met]", "--judge.false_words", "[Met]"], ["judge.true_words", "Met", "differ"]),
     (["--judge.true_words", "[yes]"], ["judge.true_words", "'True'", "quoted"]),  # YAML's boolean
-    (["--judge.normalize", "positive", "--judge.tau", "0.5"], ["judge.tau", "only the softmax has a temperature"]),
     (["--judge.attribution", "uniform", "--judge.shuffle"], ["judge.shuffle", "all tokens weigh the same"]),
     (["--judge.attribution", "gate", "--judge.gate_levels", "[]"], ["judge.gate_levels", "[]", "at least one"]),
     (["--judge.attribution", "gate", "--judge.gate_levels", "[1, 0]"], ["judge.gate_levels", "0.0]", "more than 0"]),

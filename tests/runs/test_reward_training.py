@@ -268,6 +268,6 @@ def test_a_policy_that_is_a_reward_model(task, judge, tmp_path):
 
 def test_an_ordinary_judge_needs_a_rubric(task, tiny_hf, tmp_path):
     argv = ["train", *task, "--output_dir", str(tmp_path / "run"), "--judge.model", str(tiny_hf("qwen3"))]
-    assert_refused(run(argv), "train.jsonl:1", "fit no format")
-    assert_refused(run([*argv, "--data.format", "g2r"]), "train.jsonl:1", "rubric is missing")
+    assert_refused(run(argv), "train.jsonl:1", "hold no rubric")
+    assert_refused(run([*argv, "--data.format", "g2r"]), "train.jsonl:1", "hold no rubric")
     assert not list(tmp_path.iterdir())

@@ -319,14 +319,22 @@ def test_alpha_on_the_policys_tokens():
 
 QUERY = Query("q", ({"role": "user", "content": "a rash?"},), (RubricItem("is kind", 1.0),))
 TEMPLATE = "{conversation} |{response}| {criterion} ="
-WORDS_ONE = dict(true_words=["True", "T", "1"], false_words=["False", "F", "0"], chat_template=False)
+
+
+def one_token_words(t) -> dict:
+    """Options of the judge with verdict words that are one token of ``t``."""
+
+    def known(words: list[str]) -> list[str]:
+        return [w for w in words if len(ids := encode_text(t, w, continues=True)) == 1 and ids != [t.unk_token_id]]
+
+    return dict(true_words=known(["True", "T", "1"]), false_words=known(["False", "F", "0"]), chat_template=False)
 
 
 @pytest.mark.parametrize(("policy", "judge"), [p for p in PAIRS if p[1] != "words" and p[0] != p[1]])
 def test_judge_input_holds_the_text(tokenizer, policy, judge):
     """Encoded by the judge's tokenizer as data, at the response's place; special ids of either never get through."""
     t, other = tokenizer(judge), tokenizer(policy)
-    prompt = JudgePrompt(t, JudgeConfig(template=TEMPLATE, **WORDS_ONE), other)
+    prompt = JudgePrompt(t, JudgeConfig(template=TEMPLATE, **one_token_words(t)), other)
     assert prompt.body_tokenizer is other
     empty = prompt.build(QUERY, QUERY.rubric[0], [])
     assert empty.response_start == empty.response_end
@@ -345,7 +353,7 @@ def test_judge_input_holds_the_text(tokenizer, policy, judge):
 
 def test_special_ids_of_the_policy_read_as_its_stand_in(tokenizer):
     t, other = tokenizer("bpe"), tokenizer("small")
-    prompt = JudgePrompt(t, JudgeConfig(template=TEMPLATE, **WORDS_ONE), other)
+    prompt = JudgePrompt(t, JudgeConfig(template=TEMPLATE, **one_token_words(t)), other)
     body = [*sorted(special_ids(other)), *encode_text(other, "</s><s>")]
     ids, _ = prompt.response(body)
     assert t.decode(ids) == other.decode([stand_in_id(other)]) * len(special_ids(other)) + "</s><s>"
@@ -364,7 +372,7 @@ def test_special_ids_of_the_policy_read_as_its_stand_in(tokenizer):
 def test_a_response_that_begins_a_text_gets_the_blank_of_beginnings(tokenizer, template, continues):
     """Exactly where the judge's tokenizer puts one before other text; the blank is no part of the response's bytes."""
     t, other = tokenizer("bpe"), tokenizer("small")
-    prompt = JudgePrompt(t, JudgeConfig(template=template, **WORDS_ONE), other)
+    prompt = JudgePrompt(t, JudgeConfig(template=template, **one_token_words(t)), other)
     body = encode_text(other, "the rash")
     built = prompt.build(QUERY, QUERY.rubric[0], body)
     span = built.input_ids[built.response_start : built.response_end]
