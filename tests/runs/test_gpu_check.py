@@ -1,0 +1,85 @@
+"""tools/gpu_check.sh: its dry run at tiny sizes on this machine, and what becomes of stages that fail or do not end.
+
+Leaves out the doctor (test_doctor.py), tests/gpu, and every figure that only a GPU has.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.timeout(600)
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+import gpu_check  # noqa: E402
+
+WRITES = """
+import json, sys, time
+file = open({file!r}, "w")
+print(json.dumps({{"name": "first", "value": 3.0, "at_most": {bound}}}), file=file, flush=True)
+print("what it says", flush=True)
+{end}
+"""
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> tuple[dict, str]:
+    """(gpu_check.json, gpu_check.md) of a dry run of the stages that compute something."""
+    output = tmp_path_factory.mktemp("check")
+    command = [str(ROOT / "tools" / "gpu_check.sh"), "--dry-run", "--only", "parity,speed"]
+    done = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, timeout=560, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr + (output / "gpu_check.md").read_text()
+    return json.loads((output / "gpu_check.json").read_text()), (output / "gpu_check.md").read_text()
+
+
+def test_the_dry_run_has_every_figure(report):
+    content, text = report
+    stages = {stage["stage"]: stage for stage in content["stages"]}
+    assert list(stages) == ["parity", "speed"] and "torch" in content["machine"]["machine"]
+    assert {stage["state"] for stage in stages.values()} == {"passed"}
+    parity = {figure["name"]: figure for figure in stages["parity"]["figures"]}
+    assert parity["logits, relative error"]["value"] <= parity["logits, relative error"]["at_most"] == 1e-4
+    assert {"credit, relative error", "gradient, relative error", "first ratio, off 1"} <= set(parity)
+    speed = {figure["name"]: figure["value"] for figure in stages["speed"]["figures"]}
+    assert all(value > 0 for value in speed.values())
+    assert {"judge: verdicts", "decoding", "update: forward and backward"} <= set(speed)
+    for name in (*parity, *speed):
+        assert f"| {name} |" in text
+
+
+@pytest.mark.parametrize(
+    ("bound", "end", "state"),
+    [
+        (5, "", "passed"),
+        (2, "", "failed"),  # beyond the bound
+        (5, "raise RuntimeError('no')", "failed"),
+        (5, "time.sleep(60)", "timed out"),
+    ],
+    ids=["passed", "bound not kept", "raised", "hung"],
+)
+def test_what_a_stage_leaves_is_kept(tmp_path, bound, end, state):
+    """Its figures until then, and the end of what it printed when something is wrong."""
+    code = WRITES.format(file=str(tmp_path / "some.jsonl"), bound=bound, end=end)
+    stage = gpu_check.Stage("some", 20.0, "anything", ("-c", code))
+    result = gpu_check.run_stage(stage, tmp_path, dry_run=True, seconds=3.0 if state == "timed out" else 60.0)
+    assert result.state == state and [figure.value for figure in result.figures] == [3.0]
+    assert "what it says" in result.output
+    text = gpu_check.markdown({"machine": "this one"}, [result])
+    assert f"## some: {state}" in text and ("**not kept**" in text) == (bound == 2)
+
+
+def test_stages_fit_into_eight_minutes():
+    assert sum(stage.seconds for stage in gpu_check.STAGES) <= 480
+
+
+def test_without_a_gpu_only_a_dry_run(tmp_path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = subprocess.run(
+        [str(ROOT / "tools" / "gpu_check.sh")], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 2 and "no CUDA device here" in done.stderr
