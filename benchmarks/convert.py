@@ -51,12 +51,23 @@ CONFIG = {
     "tie_word_embeddings": False,
     "vocab_size": 151936,
 }
+SMALL = {  # the same shapes in a few hundred kB
+    "hidden_size": 64,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+}
 LAYER_BYTES = 2 * (128 * 3 * 768 * 2048 + (32 + 4 + 4) * 128 * 2048 + 32 * 128 * 2048)
 VOCABULARY_BYTES = 2 * 2 * 151936 * 2048
 
 
-def make_checkpoint(directory: Path, gigabytes: float) -> None:
-    """Write the Hugging Face directory, a block of rows at a time."""
+def make_checkpoint(directory: Path, gigabytes: float, small: bool) -> None:
+    """Write the Hugging Face directory, a block of rows at a time; ``small``: two layers of ``SMALL`` sizes."""
     import torch
 
     from g2r_megatron.convert.tensor_table import row_blocks
@@ -65,12 +76,13 @@ def make_checkpoint(directory: Path, gigabytes: float) -> None:
     from g2r_megatron.model.weights import hf_shapes
 
     directory.mkdir()
-    layers = max(1, round((gigabytes * 1e9 - VOCABULARY_BYTES) / LAYER_BYTES))
-    (directory / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}, indent=2))
+    layers = 2 if small else max(1, round((gigabytes * 1e9 - VOCABULARY_BYTES) / LAYER_BYTES))
+    config = CONFIG | (SMALL if small else {}) | {"num_hidden_layers": layers}
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
     shapes = hf_shapes(open_hf_model(str(directory), "--directory"))
     writer = SafetensorsWriter(directory, {n: (torch.bfloat16, shape) for n, shape in shapes.items()}, SHARD_BYTES)
     generator = torch.Generator().manual_seed(1)
-    pool = (0.02 * torch.randn(POOL_NUMBERS, generator=generator)).bfloat16()
+    pool = (0.02 * torch.randn(POOL_NUMBERS // 2**8 if small else POOL_NUMBERS, generator=generator)).bfloat16()
     for name, shape in shapes.items():
         for block in row_blocks([(shape, torch.bfloat16)]):
             count = block.nbytes // 2
@@ -94,11 +106,15 @@ def size_of(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
 
-def timed(command: list[str], sources: list[Path]) -> tuple[float, float]:
-    """(seconds, peak RSS in GB of the largest process) of a command that reads ``sources`` from the disk."""
+def timed(command: list[str], sources: list[Path], settle: bool) -> tuple[float, float]:
+    """(seconds, peak RSS in GB of the largest process) of a command that reads ``sources`` from the disk.
+
+    ``settle``: wait before until nothing on the machine is left to be written.
+    """
     for source in sources:
         evict(source)
-    os.sync()
+    if settle:
+        os.sync()
     start = time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)  # with what its own children used, as far as it has waited for them
@@ -116,18 +132,18 @@ def tool(name: str, processes: int, *arguments: object) -> list[str]:
     return [*launcher, str(TOOLS / name), *map(str, arguments)]
 
 
-def measure(work: Path, processes: list[int]) -> list[tuple[str, float, float, float]]:
+def measure(work: Path, processes: list[int], settle: bool) -> list[tuple[str, float, float, float]]:
     """(step, GB of the weights, seconds, peak RSS in GB) of every step."""
     source, copy, megatron, back = (work / name for name in ("source", "copy", "megatron", "back"))
     rows = []
 
     def step(name: str, nbytes: int, command: list[str], *sources: Path) -> None:
-        seconds, peak = timed(command, list(sources))
+        seconds, peak = timed(command, list(sources), settle)
         rows.append((name, nbytes / 1e9, seconds, peak))
         print(f"{name}: {seconds:.1f} s, {nbytes / 1e9 / seconds:.2f} GB/s, peak RSS {peak:.2f} GB", flush=True)
 
     nbytes = size_of(source)
-    step("cp -r, sync", nbytes, ["sh", "-c", f"cp -r '{source}' '{copy}' && sync"], source)
+    step("cp -r, sync", nbytes, ["sh", "-c", f"cp -r '{source}' '{copy}' && {'sync' if settle else 'true'}"], source)
     shutil.rmtree(copy)
     for n in processes:
         label = f"{n} process{'es' if n > 1 else ''}"
@@ -170,22 +186,23 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="(%(default)s)")
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
     parser.add_argument("--output", type=Path, help="markdown file for the table")
+    parser.add_argument("--small", action="store_true", help="a tiny checkpoint: whether it works, not how fast")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)  # the step that needs torch, in its own process
     args = parser.parse_args()
     if args.make:
-        sys.exit(exit_code(lambda: make_checkpoint(args.make, args.gigabytes)))
+        sys.exit(exit_code(lambda: make_checkpoint(args.make, args.gigabytes, args.small)))
     work = Path(tempfile.mkdtemp(prefix="g2r-convert-", dir=args.directory))
     try:
         description = machine(work)
         make = [sys.executable, __file__, "--make", str(work / "source"), "--gigabytes", str(args.gigabytes)]
+        make += ["--small"] if args.small else []
         subprocess.run(make, check=True)
         size = size_of(work / "source") / 1e9
-        rows = measure(work, args.processes)
+        rows = measure(work, args.processes, settle=not args.small)
     finally:
         shutil.rmtree(work)
-    intro = (
-        f"{size:.2f} GB of Qwen3-30B-A3B shapes in bf16, shards of 4 GB, files not in the page cache. {description}."
-    )
+    shapes = "shapes of SMALL" if args.small else "Qwen3-30B-A3B shapes"
+    intro = f"{size:.2f} GB of {shapes} in bf16, shards of 4 GB, files not in the page cache. {description}."
     options = f"--gigabytes {args.gigabytes:g} --processes {' '.join(map(str, args.processes))}"
     text = f"# Converting checkpoints\n\n`python benchmarks/convert.py {options}`\n\n{intro}\n\n{table(rows)}\n"
     print(text)

@@ -32,6 +32,7 @@ from g2r_megatron.report.charts import Chart, Curve, line_chart
 
 CONVERSATION, CRITERION = 400, 110  # tokens
 LENGTHS, CRITERIA = (128, 512, 1024, 2048, 4096), (1, 4, 8, 16, 33)
+LARGEST = 33  # criteria of the largest rubric of HealthBench
 FIXED_LENGTH, FIXED_CRITERIA = 512, 8
 RANKS = {"1 rank": Layout(), "2 data parallel": Layout(), "2 tensor parallel, SP": Layout(tp=2, sp=True)}
 RESPONSES = 4  # of the comparison of ranks
@@ -96,14 +97,14 @@ def one_rank(args: argparse.Namespace, directory: str, connection) -> None:
     """Everything but the comparison of ranks."""
     judged = Judged(directory, Layout())
     judged.run("response", [inputs(64, 2, args.vocab)])
-    for length, criteria in [(n, FIXED_CRITERIA) for n in LENGTHS] + [(FIXED_LENGTH, k) for k in CRITERIA]:
+    for length, criteria in [(n, FIXED_CRITERIA) for n in args.lengths] + [(FIXED_LENGTH, k) for k in args.criteria]:
         rows = [inputs(length, criteria, args.vocab)]
         found = {way: judged.measure(way, rows, 1 if length > 2000 else args.repetitions) for way in WORDS}
         connection.send((length, criteria, found))
     for recompute in ("none", "full"):
         judged = Judged(directory, Layout(), recompute)
         judged.run("response", [inputs(64, 2, args.vocab)])
-        connection.send((recompute, judged.measure("response", [inputs(4096, 33, args.vocab)], 1)))
+        connection.send((recompute, judged.measure("response", [inputs(args.longest, LARGEST, args.vocab)], 1)))
     connection.send(None)
 
 
@@ -179,7 +180,7 @@ def drawing(lengths: list[tuple], criteria: list[tuple]) -> str:
 
 
 def report(args, points: list[tuple], long: dict, ranks: dict) -> str:
-    lengths, criteria = points[: len(LENGTHS)], points[len(LENGTHS) :]
+    lengths, criteria = points[: len(args.lengths)], points[len(args.lengths) :]
     lines = [
         f"| ranks | {' | '.join(f'{w}, s' for w in WORDS.values())} | {' | '.join(f'{w}, CPU s a rank' for w in WORDS.values())} |",
         "|---" * 7 + "|",
@@ -218,7 +219,8 @@ def report(args, points: list[tuple], long: dict, ranks: dict) -> str:
             "",
             *lines,
             "",
-            f"The largest rubric, 33 criteria, on a response of 4096 tokens ({CONVERSATION + 4096 + 33 * CRITERION} tokens in one "
+            f"The largest rubric, {LARGEST} criteria, on a response of {args.longest} tokens "
+            f"({CONVERSATION + args.longest + LARGEST * CRITERION} tokens in one "
             "row), verdicts and one backward:",
             "",
             *rest,
@@ -231,6 +233,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in dict(hidden=128, layers=2, vocab=2048, repetitions=2).items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="response tokens")
+    parser.add_argument("--criteria", type=int, nargs="+", default=CRITERIA)
+    parser.add_argument("--longest", type=int, default=4096, help="response tokens of the largest input")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)  # freed tensors are given back: the peak is of what lives
@@ -248,10 +253,11 @@ def main() -> None:
         while (message := here.recv()) is not None:
             found.append(message)
             print(message, flush=True)
-    points, long = found[: len(LENGTHS) + len(CRITERIA)], dict(found[len(LENGTHS) + len(CRITERIA) :])
+    count = len(args.lengths) + len(args.criteria)
+    points, long = found[:count], dict(found[count:])
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "judge_growth.md").write_text(report(args, points, long, ranks))
-    lengths, criteria = points[: len(LENGTHS)], points[len(LENGTHS) :]
+    lengths, criteria = points[: len(args.lengths)], points[len(args.lengths) :]
     svg = drawing([(n, f) for n, _, f in lengths], [(k, f) for _, k, f in criteria])
     (args.output / "judge_growth.svg").write_text(svg)
     for name, r in long.items():

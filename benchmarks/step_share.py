@@ -4,7 +4,8 @@
 
 The presets train side by side in one process, from the same start, with the same seed and queries, and take turns step by
 step. Medians of the process's CPU seconds a step: what else runs on the machine disturbs them least. `robust` attributes
-in the first 60% of its steps, so those and all steps are reported. Steps without evaluations, records and checkpoints.
+in the first 60% of its steps, so those and all steps are reported. What `grpo` takes to judge are the verdicts, what
+the others take longer is the attribution. Steps without evaluations, records and checkpoints.
 """
 
 import argparse
@@ -19,13 +20,12 @@ from statistics import fmean, median
 import torch
 from machine import machine
 
-from g2r_megatron import experience
 from g2r_megatron.config import parsing
 from g2r_megatron.config.options import TrainConfig, resolve_preset
 from g2r_megatron.credit.advantages import mix_at
 from g2r_megatron.credit.judgements import backward_passes
 from g2r_megatron.data.order import epoch_batch
-from g2r_megatron.train import update
+from g2r_megatron.experience import assign_credit, sample_and_submit
 from g2r_megatron.workers import Inputs, Workers, build_workers, read_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +36,7 @@ RUNS = {  # name -> options
     "paper": ["--grpo.preset", "paper"],
     "paper, credit per_response": ["--grpo.preset", "paper", "--judge.credit", "per_response"],
 }
-PHASES = ("sample", "verdicts", "attribution", "update")
+PHASES = ("sample", "judge", "update")
 TARGET = 1.25
 
 
@@ -59,24 +59,38 @@ def counted(seconds: dict[str, float], name: str) -> Iterator[None]:
     start = time.process_time()
     yield
     torch.cuda.synchronize()
-    seconds[name] = time.process_time() - start
+    seconds[name] = seconds.get(name, 0.0) + time.process_time() - start
 
 
 def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, number: int) -> Step:
     """train.train_step, without records."""
-    rollout, seconds, start = config.rollout, {}, time.perf_counter()
-    chosen = epoch_batch(len(inputs.train), rollout.prompts_per_step, number - 1, config.seed, config.data.shuffle)
-    queries = [inputs.train[i] for i in chosen]
+    seconds: dict[str, float] = {}
+    start = time.perf_counter()
+    mix = mix_at(config.grpo.mix, config.grpo.mix_anneal, (number - 1) / config.steps)
+    order = (config.rollout.prompts_per_step, number - 1, config.seed, config.data.shuffle)
     with counted(seconds, "sample"):
-        key = f"{config.seed}/{number}"
-        batch = experience.sample(workers.engine, inputs, queries, rollout.responses_per_prompt, key)
-    with counted(seconds, "verdicts"):
-        judge_inputs = experience.judge(workers.judge, batch)
-    with counted(seconds, "attribution"):
-        mix = mix_at(config.grpo.mix, config.grpo.mix_anneal, (number - 1) / config.steps)
-        experience.attribute(workers.judge, batch, judge_inputs, config, mix)
+        rollouts = sample_and_submit(
+            workers,
+            inputs,
+            queries=[inputs.train[i] for i in epoch_batch(len(inputs.train), *order)],
+            group_size=config.rollout.responses_per_prompt,
+            key=f"{config.seed}/{number}",
+            parts=config.judge.parts,
+            mix=mix,
+        )
     with counted(seconds, "update"):
-        update(config, workers, batch)
+        log_probs = workers.trainer.update_log_probs(rollouts.sequences, workers.reference)
+    with counted(seconds, "judge"):
+        judgements, _ = workers.judge.judge_submitted()
+        batch = assign_credit(rollouts, judgements, prompt=inputs.prompt, config=config, mix=mix)
+    with counted(seconds, "update"):
+        workers.trainer.update(
+            batch.sequences,
+            log_probs.mini_batches,
+            advantages=batch.advantages,
+            old=log_probs.old,
+            reference=log_probs.reference,
+        )
     passes = sum(len(backward_passes(row)) for row in batch.judgements)
     tokens = fmean(len(r.token_ids) for r in batch.responses)
     return Step(seconds, time.perf_counter() - start, passes, tokens)
@@ -105,12 +119,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    args = parser.parse_args()
+    args, options = parser.parse_known_args()  # the rest is for g2r train, e.g. --rollout.prompts_per_step 2
     os.chdir(ROOT)  # the quickstart's paths are relative to it
     runs = {}
     for name, given in RUNS.items():
         common = ["--config", "examples/quickstart/config.yaml", "--output_dir", "unused", "--seed", str(args.seed)]
-        config = parsing.parse(TrainConfig, "step_share", [*common, *given])
+        config = parsing.parse(TrainConfig, "step_share", [*common, *given, *options])
         config = replace(resolve_preset(config), steps=args.steps)
         inputs = read_inputs(config)
         runs[name] = config, inputs, build_workers(config, inputs)
@@ -123,7 +137,7 @@ def main() -> None:
     report = [
         "# Share of a training step spent in attribution",
         "",
-        f"`python benchmarks/step_share.py --steps {args.steps} --seed {args.seed}`",
+        f"`{' '.join(['python benchmarks/step_share.py --steps', str(args.steps), '--seed', str(args.seed), *options])}`",
         "",
         " ".join((__doc__ or "").split("\n\n")[2].split()),
         "",

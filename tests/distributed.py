@@ -82,7 +82,7 @@ _processes.set_forkserver_preload(
 
 
 @cache
-def _start_server() -> None:
+def start_server() -> None:
     """Start the server blind to GPUs: these worlds are of CPU processes, also on a machine that has one GPU."""
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -133,7 +133,7 @@ class World:
         self._ranks: list[tuple] = []  # (process, connection)
 
     def _start(self) -> None:
-        _start_server()
+        start_server()
         port = free_port()
         for rank in range(self.size):
             here, there = _processes.Pipe()

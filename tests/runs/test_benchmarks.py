@@ -1,0 +1,105 @@
+"""Each script of benchmarks/ and examples/ still runs: its smallest run, in seconds, writes what it should.
+
+Leaves out what the figures say, and GPUs. tools/ are run by test_convert.py, the drawings of docs/ by test_readme.py.
+"""
+
+import contextlib
+import importlib.util
+import io
+import sys
+from pathlib import Path
+
+import pytest
+
+from distributed import start_server
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--hidden", "128", "--layers", "1", "--vocab", "512"]
+IN_A_RANK = {  # script -> its arguments without --output, and what it writes there
+    "benchmarks/step_share.py": (
+        ["--steps", "1", "--rollout.prompts_per_step", "2", "--rollout.responses_per_prompt", "2"],
+        "step_share.md",
+    ),
+    "benchmarks/judge_gpu.py": (
+        [*SMALL, *("--sequences", "2", "--tokens", "32", "--micro_batch_tokens", "64", "--repetitions", "1")],
+        "judge_gpu.md",
+    ),
+    "benchmarks/async_save.py": (["--hidden", "64", "--layers", "1", "--saves", "1"], "."),
+    "examples/quickstart/make_model.py": (["--steps", "1"], "model.safetensors"),
+}
+WITH_PROCESSES = {  # they start processes themselves
+    "benchmarks/judge_cost.py": (
+        [*SMALL, "--rows", "1", "--rounds", "1", "--response-tokens", "16"],
+        "judge_cost.md",
+    ),
+    "benchmarks/judge_growth.py": (
+        [*SMALL, "--repetitions", "1", "--lengths", "8", "16", "--criteria", "1", "2", "--longest", "16"],
+        "judge_growth.svg",
+    ),
+    "benchmarks/convert.py": (["--small", "--processes", "1"], "."),
+    "benchmarks/credit_study.py": (["--steps", "1", "--seeds", "1", "--variants", "grpo"], "table-1.md"),
+    "examples/quickstart/run.py": (
+        ["--presets", "robust", "--ranks", "1", "--steps", "1", "--eval_every", "0", "--data.eval", "[]"],
+        "report.html",
+    ),
+}
+ELSEWHERE = {  # script -> the test that runs it
+    "examples/quickstart/make_data.py": "tests/unit/test_quickstart_task.py",
+    "examples/quickstart/task.py": "tests/unit/test_quickstart_task.py",
+    "benchmarks/machine.py": "tests/runs/test_benchmarks.py",
+    "tools/convert_hf_to_megatron.py": "tests/parity/test_convert.py",
+    "tools/convert_megatron_to_hf.py": "tests/parity/test_convert.py",
+    "tools/verify_checkpoint.py": "tests/parity/test_convert.py",
+}
+
+
+def run_main(script: str, arguments: list[str]) -> str:
+    """``main()`` of a script with these arguments; what it prints. Its directory can be imported from, as when it is run."""
+    path = ROOT / script
+    sys.path[:0] = [str(path.parent)]
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[path.stem] = module  # processes that it starts find their function by this name
+    specification.loader.exec_module(module)
+    before, sys.argv = sys.argv, [script, *arguments]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            module.main()
+    finally:
+        sys.argv = before
+        sys.path.remove(str(path.parent))
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("script", IN_A_RANK)
+def test_a_script_of_one_rank(worlds, tmp_path, script):
+    arguments, written = IN_A_RANK[script]
+    output = tmp_path / "table.md" if written == "." else tmp_path
+    (printed,) = worlds[1].run(run_main, script, [*arguments, "--output", str(output)])
+    assert printed and (output if written == "." else tmp_path / written).stat().st_size > 0
+
+
+@pytest.mark.parametrize("script", WITH_PROCESSES)
+@pytest.mark.timeout(900)  # four starts of Python, and the disk
+def test_a_script_with_processes_of_its_own(tmp_path, monkeypatch, script):
+    arguments, written = WITH_PROCESSES[script]
+    start_server()  # the scripts' processes are forked from it
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**16))  # set by some: restored
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    output = tmp_path / "table.md" if written == "." else tmp_path
+    try:
+        run_main(script, [*arguments, "--output", str(output)])
+    except SystemExit as end:  # judge_growth.py's verdict on its figures, which mean nothing for a run so small
+        assert "not within" in str(end)
+    assert (output if written == "." else tmp_path / written).stat().st_size > 0
+
+
+def test_every_script_has_its_run():
+    """A new script is added to one of the tables above."""
+    folders = ("benchmarks", "examples", "tools")
+    found = {str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    known = {*IN_A_RANK, *WITH_PROCESSES, *ELSEWHERE}
+    assert found == known
+    for script, test in ELSEWHERE.items():
+        assert Path(script).stem in (ROOT / test).read_text(), f"{test} does not run {script}"
