@@ -2,7 +2,7 @@
 
     python examples/smollm2/run.py [--output DIR] [--steps 2] [options of g2r train]
 
-Every stage that has its result already is left out, so the same command goes on after an interruption.
+The same command goes on after an interruption: what is made, converted, judged or trained already is not done again.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def convert_and_verify(model: Path, output: Path) -> None:
     checkpoint = output / "megatron"
     if not checkpoint.exists():
         run("tools/convert_hf_to_megatron.py", "--hf", str(model), "--output", str(checkpoint))
-        run("tools/verify_checkpoint.py", str(model), str(checkpoint), "--logits")
+    run("tools/verify_checkpoint.py", str(model), str(checkpoint), "--logits")
 
 
 def judge(model: Path, output: Path) -> None:

@@ -67,7 +67,9 @@ def read_queries(
             bad.add(where, data, reader, error)
     bad.settle()
     if reader.answers:
-        warn(f"{reader.answers} rows end with the assistant's answer: it is no part of the prompt, but its reference")
+        warn(
+            f"{reader.answers} conversations end with the assistant's answer: it is no part of the prompt, but its reference"
+        )
     return result
 
 

@@ -4,6 +4,8 @@ Texts, lists of texts, None (a response without text), messages, OpenAI's and vL
 ``RequestOutput``, the output list of OpenAI's Responses. Text of a response is data: it is never parsed.
 """
 
+import math
+
 from g2r_megatron.data.fields import Fields
 from g2r_megatron.data.files import shown
 
@@ -93,7 +95,16 @@ def kept(data: dict, used: set[str]) -> dict:
 
     ``used``: top-level names that the row was read from; they do not come back.
     """
-    return {name: value for name, value in data.items() if name not in used and _is_short(value)}
+    return {name: _plain(value) for name, value in data.items() if name not in used and _is_short(value)}
+
+
+def _plain(value):
+    """JSON has no NaN and no infinities: null."""
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_short(value) -> bool:

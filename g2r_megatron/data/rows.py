@@ -93,7 +93,9 @@ class RowReader:
         if queries is None:
             messages, answer = self._own_conversation(row)
             rubric, sources = self._rubrics.read(row, self.require_rubric)
-            query = Query(self._id(row, messages), messages, tuple(rubric), self._reference(row))
+            reference = self._reference(row) or answer
+            query = Query(self._id(row, messages), messages, tuple(rubric), reference)
+            self.answers += answer is not None and bool(row.there(self.names["response"]))
         else:
             query, answer, sources = self._known(row, queries), None, []
         responses = read_responses(row, self.names["response"], answer)

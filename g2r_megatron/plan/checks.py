@@ -3,10 +3,10 @@
 import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
 
 from g2r_megatron.config.checks import check_train_config
 from g2r_megatron.config.options import Precision
+from g2r_megatron.data.files import find_files
 from g2r_megatron.data.tokenizer_files import has_tokenizer
 from g2r_megatron.errors import UserError
 from g2r_megatron.model.hf import CHECKPOINT_FACTS, HFModel, open_hf_model
@@ -91,7 +91,10 @@ def missing_files(config: PlanConfig) -> list[str]:
 
 
 def _there(file: str) -> bool:
-    return Path(file).is_file()
+    try:
+        return bool(find_files(file))
+    except UserError:
+        return False
 
 
 def check_inputs(config: PlanConfig, models: Iterable[HFModel], problems: Problems) -> None:

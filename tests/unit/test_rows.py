@@ -116,7 +116,7 @@ def test_answers_of_training_rows(tmp_path, capsys):
     turns = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
     queries = read(tmp_path, {"messages": ANSWERED} | ITEMS, {"conversations": turns} | ITEMS)
     assert [(conversation(q)[-1][0], q.reference) for q in queries] == [("user", "Old pond"), ("user", "So.")]
-    assert "2 rows end with the assistant's answer" in capsys.readouterr().err
+    assert "2 conversations end with the assistant's answer" in capsys.readouterr().err
 
 
 def rubric(query) -> list[tuple]:
@@ -293,6 +293,8 @@ def test_answer_is_the_response(tmp_path):
     """A row whose conversation ends with the assistant needs no other response."""
     (query,) = judged(tmp_path, {"messages": ANSWERED} | ITEMS)
     assert (conversation(query), query.response) == (ASKED, "Old pond")
+    (query,) = judged(tmp_path, {"messages": ANSWERED, "model_output": "a"} | ITEMS)
+    assert (query.response, query.reference) == ("a", "Old pond")
 
 
 REFUSED_RESPONSES = {
@@ -339,10 +341,10 @@ def test_scores_that_are_there_come_back(tmp_path):
         "score": 0.5,
         "reward": 1,
         "grade": "B",
-        "scores": {"style": 3, "facts": 2.5},
+        "scores": {"style": 3, "facts": float("nan")},
         "prompt_token_ids": list(range(500)),
         "metrics": None,
     }
     (query,) = judged(tmp_path, row)
-    assert query.given.fields == {"score": 0.5, "reward": 1, "grade": "B", "scores": {"style": 3, "facts": 2.5}}
+    assert query.given.fields == {"score": 0.5, "reward": 1, "grade": "B", "scores": {"style": 3, "facts": None}}
     assert query.given.items == ({"criteria_met": True},)
