@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from g2r_megatron.data.files import shown
 from g2r_megatron.errors import UserError
@@ -39,7 +40,7 @@ def lookup(data: dict, path: str):
     """The value at a dotted path, None if it is not there; texts on the way that spell an object are read as one."""
     if path in data or "." not in path:
         return data.get(path)
-    value = data
+    value: Any = data
     for name in path.split("."):
         value = decoded(value)
         if isinstance(value, list) and name.isdecimal() and int(name) < len(value):

@@ -12,6 +12,7 @@ import itertools
 import json
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -127,7 +128,7 @@ def read_rows(path: Path) -> Iterator[tuple[Place, RowOrError]]:
             yield from READERS[kind](path, _decompressed(path, raw))
     except UserError:
         raise
-    except (pyarrow.ArrowException, OSError, EOFError, gzip.zlib.error) as error:
+    except (pyarrow.ArrowException, OSError, EOFError, zlib.error) as error:
         problem = getattr(error, "strerror", None) or error
         raise UserError(
             str(path), f"not a readable {kind[1:]} file ({problem})", "check that it is whole, and its permissions"
@@ -140,7 +141,7 @@ def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
     if head == LFS_POINTER:
         raise UserError(str(path), "a Git LFS pointer, not the file itself", "run `git lfs pull` where it comes from")
     if head[:2] == b"\x1f\x8b":
-        return gzip.GzipFile(fileobj=raw)
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw))
     if head[:4] == b"\x28\xb5\x2f\xfd":
         stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
         return io.BufferedReader(_Readable(stream))

@@ -119,8 +119,11 @@ class BadRows:
     def add(self, where: str, data: dict | UserError, reader: RowReader, error: UserError) -> None:
         """``error`` says what is wrong with the row ``data`` at ``where``."""
         self.first = self.first or error
-        name = Fields(where, "", data).first(reader.names["id"]) if isinstance(data, dict) else None
-        id = f"id {Fields(where, '', data).get(name)!r} at " if name else ""
+        id = ""
+        if isinstance(data, dict):
+            row = Fields(where, "", data)
+            name = row.first(reader.names["id"])
+            id = f"id {row.get(name)!r} at " if name else ""
         self.places.append(id + os.path.basename(where))
 
     def settle(self) -> None:

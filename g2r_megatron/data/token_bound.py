@@ -3,6 +3,7 @@
 import unicodedata
 from collections.abc import Iterable
 from functools import lru_cache
+from typing import Literal
 
 from transformers import PreTrainedTokenizerFast
 
@@ -10,7 +11,8 @@ from g2r_megatron.data.tokenizer import steps_of
 
 # How many times as many UTF-8 bytes a normalizer or pre-tokenizer can make of a text, at most.
 # Normal forms: https://www.unicode.org/faq/normalization.html; Metaspace writes a blank as a character of 3 bytes.
-NORMAL_FORMS = {"NFC": 3, "NFD": 3, "NFKC": 11, "NFKD": 11}
+NormalForm = Literal["NFC", "NFD", "NFKC", "NFKD"]
+NORMAL_FORMS: dict[NormalForm, int] = {"NFC": 3, "NFD": 3, "NFKC": 11, "NFKD": 11}
 GROWTH = {"Metaspace": 3, "Lowercase": 3}
 NO_GROWTH = {
     *("ByteLevel", "Split", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit", "BertPreTokenizer"),
@@ -20,9 +22,9 @@ PER_TEXT = 16  # tokens around a text: a blank of up to 3 bytes, leading tokens,
 
 
 @lru_cache(maxsize=16)
-def _growth(tokenizer: PreTrainedTokenizerFast) -> tuple[int, tuple[str, ...]] | None:
+def _growth(tokenizer: PreTrainedTokenizerFast) -> tuple[int, tuple[NormalForm, ...]] | None:
     """The factor for texts that are in all the named normal forms already, and those forms; None if it is unknown."""
-    backend, factor, forms = tokenizer.backend_tokenizer, 1, []
+    backend, factor, forms = tokenizer.backend_tokenizer, 1, list[NormalForm]()
     for step in [*steps_of(backend.normalizer), *steps_of(backend.pre_tokenizer)]:
         kind = step["type"]
         if kind in NORMAL_FORMS:

@@ -152,7 +152,7 @@ def check_suffix_memory(
             bytes_per_number=model.config.params_dtype.itemsize,
             recompute=config.recompute,
             window=model.hf.sliding_window is not None,
-            rows=min(rows_in_flight(layout.pp, layout.vpp), len(plans)),
+            rows=int(min(rows_in_flight(layout.pp, layout.vpp), len(plans))),
             backward=backward,
         )
         if found > need:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Self
@@ -153,18 +154,23 @@ def own_rows(config: OfflineJudgeConfig, rows: list[Query]) -> list[Query]:
 
 def read_rows(config: OfflineJudgeConfig, prompt: JudgePrompt | RewardPrompt) -> list[Query]:
     """Every response of the input with its query. Raises ``UserError`` for bad rows, also those too long to be judged."""
-    options = dict(fields=config.fields, on_bad_row=config.on_bad_row, require_rubric=prompt.needs_rubric)
+    read = partial(
+        read_queries,
+        format=config.format,
+        polarity=config.polarity,
+        fields=config.fields,
+        on_bad_row=config.on_bad_row,
+        require_rubric=prompt.needs_rubric,
+    )
     known = None
     if config.queries:
-        known = {q.id: q for q in read_queries(config.queries, config.format, config.polarity, **options)}
+        known = {q.id: q for q in read(config.queries)}
 
     def check(query: Query) -> None:
         if prompt.longest(query)[0] + most_tokens(prompt.tokenizer, [query.response]) > prompt.max_length:
             prompt.build_items(query, encode_text(prompt.tokenizer, query.response))
 
-    rows = read_queries(
-        [config.input], config.format, config.polarity, require_response=True, check=check, queries=known, **options
-    )
+    rows = read([config.input], require_response=True, check=check, queries=known)
     unanswered = set(known or ()) - {query.id for query in rows}
     if unanswered:
         warn(f"{len(unanswered)} of {len(known)} queries have no row in {config.input}")

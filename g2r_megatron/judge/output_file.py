@@ -79,7 +79,7 @@ def partial_path(path: Path) -> Path:
 
 
 @contextmanager
-def partial_file(path: Path, key: str, ids: Sequence[str], batch: int) -> Iterator[PartialFile]:
+def partial_file(path: Path, key: str, ids: Sequence[str | int | float], batch: int) -> Iterator[PartialFile]:
     """Continue ``path``'s partial file, or begin it. ``ids``: of the rows it will hold, in order.
 
     Whole batches of ``batch`` rows are kept. They are copied into a new file that takes the old one's name: a process
@@ -104,7 +104,9 @@ def partial_file(path: Path, key: str, ids: Sequence[str], batch: int) -> Iterat
             partial.unlink(missing_ok=True)
 
 
-def copy_whole_batches(partial: Path, target: BinaryIO, key: str, ids: Sequence[str], batch: int) -> list[float]:
+def copy_whole_batches(
+    partial: Path, target: BinaryIO, key: str, ids: Sequence[str | int | float], batch: int
+) -> list[float]:
     """Copy the lines of ``partial`` that need not be made again, without the first; the rewards of their rows.
 
     A line cut short by a crash, or one that is not its row's, ends what is kept.

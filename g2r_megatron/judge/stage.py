@@ -73,7 +73,7 @@ class JudgeStage:
             found: list[Judgement] = [ScoreJudgement(score) for (score,) in values.tolist()]
         else:
             probabilities = values.exp().tolist()
-            found = [ItemJudgement(*p, verdict) for p, verdict in zip(probabilities, verdicts, strict=True)]
+            found = [ItemJudgement(true, false, v) for (true, false), v in zip(probabilities, verdicts, strict=True)]
         for judgement, b in zip(found, gates, strict=True):
             _credit([judgement], b)
         judgements = iter(found)
@@ -119,7 +119,7 @@ class JudgeStage:
     def _keep(self, credited: list[list[Judgement]], passes: list[Pass], judgements: list[list[Judgement]]) -> None:
         """Of the attributions that the verdict pass gave, those of each pass's items, combined by its weights."""
         combined = [
-            sum(weight * item.attribution for weight, item in zip(one.weights, items, strict=True))
+            sum((weight * item.attribution for weight, item in zip(one.weights, items, strict=True)), torch.zeros(()))
             for one, items in zip(passes, credited, strict=True)
         ]
         for row in judgements:

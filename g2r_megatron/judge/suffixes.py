@@ -119,8 +119,8 @@ def plan_suffixes(
         plans.append(plan)
     multiple = model.groups.pgs.pp.size() if len(model.chunks) > 1 else 1
     micro_batches = padded(max(len(plan) for plan in plans), multiple)
-    mine = plans[model.groups.dp_rank]
-    return mine + [SuffixPlan(1, [])] * (micro_batches - len(mine))
+    own = plans[model.groups.dp_rank]
+    return own + [SuffixPlan(1, [])] * (micro_batches - len(own))
 
 
 def planned_tokens(plan: SuffixPlan, inputs: Sequence[JudgeInput]) -> tuple[int, int]:
@@ -175,7 +175,7 @@ def _prefix_batch(
     model: MegatronModel, units: Sequence[SuffixUnit], inputs: Sequence[JudgeInput], kept: KeptKeys | None
 ) -> SegmentBatch:
     segments = [Segment(unit.suffixes[0].item, 0, unit.prefix) for unit in units if unit.prefix]
-    trees = [Tree(range(s.length), s.length, [], [], [], 0, 0) for s in segments]
+    trees = [Tree(list(range(s.length)), s.length, [], [], [], 0, 0) for s in segments]
     length = padded(max(1, sum(s.length for s in segments)), model.length_multiple)
     structure = row_structure(trees, length)
     positions = structure[2].tolist()

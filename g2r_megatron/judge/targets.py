@@ -6,28 +6,12 @@ sequence from them: [n].
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
 
 import torch
 
 from g2r_megatron.errors import UserError
 from g2r_megatron.model.build import MegatronModel
 from g2r_megatron.parallel.vocab import log_probs_at
-
-
-class Target(Protocol):
-    """``columns``: numbers read of a sequence; ``noun`` names them in errors. Passes to be read run in ``exact()``."""
-
-    columns: int
-    noun: str
-
-    def exact(self) -> AbstractContextManager[None]: ...
-
-    def read(self, output: torch.Tensor) -> torch.Tensor: ...
-
-    def of(self, values: torch.Tensor, verdicts: Sequence[bool | None] | torch.Tensor) -> torch.Tensor: ...
-
-    def decide(self, values: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor: ...
 
 
 def require_finite(table: torch.Tensor, noun: str) -> None:
@@ -64,7 +48,7 @@ class VerdictTarget:
         split = len(self.true_ids)
         return torch.stack([log_probs[:, :split].logsumexp(1), log_probs[:, split:].logsumexp(1)], dim=1)
 
-    def of(self, values: torch.Tensor, verdicts: Sequence[bool] | torch.Tensor) -> torch.Tensor:
+    def of(self, values: torch.Tensor, verdicts: Sequence[bool | None] | torch.Tensor) -> torch.Tensor:
         if self.kind == "logit_margin":
             return values[:, 0] - values[:, 1]
         chosen = 1 - torch.as_tensor(verdicts, device=values.device).long()
@@ -89,9 +73,12 @@ class ScoreTarget:
         """``output``: fp32 [n, 1]."""
         return output
 
-    def of(self, values: torch.Tensor, verdicts: Sequence[None] | torch.Tensor) -> torch.Tensor:
+    def of(self, values: torch.Tensor, verdicts: Sequence[bool | None] | torch.Tensor) -> torch.Tensor:
         return values[:, 0]
 
     def decide(self, values: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
         """A score has no verdict: bool [n], all False."""
         return torch.zeros(values.size(0), dtype=torch.bool, device=values.device)
+
+
+Target = VerdictTarget | ScoreTarget  # passes to be read run in its ``exact()``

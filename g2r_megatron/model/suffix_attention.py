@@ -69,8 +69,8 @@ class SuffixAttention(torch.autograd.Function):
         dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q, key[0], value[0]))
         for block in (block for blocks in ctx.trees for block in blocks):
             of_keys = None if block.kept else (dk, dv)
-            keys = kept if block.kept else (key[0], value[0])
-            _look_back(block, q, *keys, g, sums, delta, dq, of_keys, ctx.scale)
+            keys, values = kept if block.kept else (key[0], value[0])
+            _look_back(block, q, keys, values, g, sums, delta, dq, of_keys, ctx.scale)
         dq = dq.to(query.dtype).view_as(query)
         return dq, dk.to(key.dtype).unsqueeze(0), dv.to(value.dtype).unsqueeze(0), None, None, None, None
 
