@@ -110,8 +110,7 @@ class JudgeConfig:
     think: Literal["close", "refuse"] = "close"
     """where the chat template opens a thought before the verdict: close it first, or refuse the judge"""
     true_words: list[str] = field(default_factory=lambda: ["True", "true", "TRUE"])
-    """spellings of a positive verdict; each also with a leading space; each that you give must be one token (of the default
-    ones those that are count)"""
+    """spellings of a positive verdict; each also with a leading space; those that are one token count"""
     false_words: list[str] = field(default_factory=lambda: ["False", "false", "FALSE"])
     """spellings of a negative verdict"""
     max_length: int = 32768

@@ -22,7 +22,7 @@ from g2r_megatron.data.tokenizer import (
     special_ids,
 )
 from g2r_megatron.data.types import Query, RubricItem
-from g2r_megatron.errors import UserError
+from g2r_megatron.errors import UserError, warn
 from g2r_megatron.judge.packing import shared_length, tree_tokens
 from g2r_megatron.judge.types import JudgeInput
 
@@ -217,24 +217,25 @@ class JudgePrompt(ResponseReader):
 def verdict_ids(tokenizer: PreTrainedTokenizerFast, words: Sequence[str], option: str) -> list[int]:
     """Sorted ids of the words, with or without leading space, that are one known token.
 
-    Raises ``UserError`` if none is, or if one that the user has chosen is not: the verdict would leave it out.
+    Raises ``UserError`` if none is. A word that the user has chosen and that is several tokens is named in a warning: the
+    verdict leaves it out.
     """
     ids: set[int] = set()
-    chosen = list(words) != getattr(JudgeConfig(), option.rpartition(".")[2])
+    left_out = []
     for word in words:
         spelled = [encode_text(tokenizer, spelling, continues=True) for spelling in (word, " " + word)]
         single = (
             {tokens[0] for tokens in spelled if len(tokens) == 1} - special_ids(tokenizer) - {tokenizer.unk_token_id}
         )
-        if chosen and not single:
-            raise UserError(
-                option, f"{word!r} is not a single token of this tokenizer", "give words that are one token"
-            )
         ids |= single
+        if not single:
+            left_out.append(word)
     if not ids:
         raise UserError(
             option, f"none of {list(words)} is a single token of this tokenizer", "give words that are one token"
         )
+    if left_out and list(words) != getattr(JudgeConfig(), option.rpartition(".")[2]):
+        warn(f"{option}: {left_out} are not single tokens of this tokenizer; the verdict leaves them out")
     return sorted(ids)
 
 
