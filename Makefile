@@ -1,5 +1,6 @@
 # make quickstart   installs and trains a tiny policy on its own judge: a table and runs/quickstart/report.html
 # make test         installs and runs the tests
+# make test-fast    the unit tests and the command line, for daily work
 # make lint         ruff and mypy
 # Needs Python >= 3.11. PYTHON=python3.12 make ... chooses another one. Arguments: make quickstart ARGS="--seeds 1 2 3"
 
@@ -8,13 +9,16 @@ ARGS ?=
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test lint install clean
+.PHONY: quickstart test test-fast lint install clean
 
 quickstart: install
 	$(VENV)/bin/python examples/quickstart/run.py $(ARGS)
 
 test: install
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/suite.py $(ARGS)
+
+test-fast: install
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup tests/unit tests/runs/test_cli.py $(ARGS)
 
 lint: install
 	$(VENV)/bin/ruff check .
