@@ -63,7 +63,7 @@ class Run:
 
     def tell_what_it_runs_on(self, inputs: Inputs, optimizer: torch.optim.Optimizer) -> None:
         """One line on the terminal, and one in the run's record."""
-        if self.is_writer:
+        if self.is_writer and self.done < self.config.steps:
             facts = runs_on(self.config, inputs.policy, inputs.judge, optimizer)
             record(self.output, facts)
             self.progress.message(line_of(facts))

@@ -24,7 +24,7 @@ from g2r_megatron.config.options import (
     resolve_preset,
 )
 from g2r_megatron.config.trackers import check_wandb_login
-from g2r_megatron.config.unused import check_used
+from g2r_megatron.config.unused import warn_of_unused
 from g2r_megatron.errors import UserError, warn
 
 TEMPLATE_FIELDS = ("conversation", "response", "criterion")
@@ -131,7 +131,7 @@ def check_train_config(config: TrainConfig, world_size: int) -> None:
     _check_grpo(config.grpo, config.rollout)
     _check_schedule(config)
     _check_evaluation(config)
-    check_used(config, resolve_preset(TrainConfig(grpo=GrpoConfig(preset=config.grpo.preset))))
+    warn_of_unused(config, resolve_preset(TrainConfig(grpo=GrpoConfig(preset=config.grpo.preset))))
     _warn_of_small_budget(config)
     check_packages(config.log)
     _check_run_directory(config.output_dir)
@@ -152,7 +152,7 @@ def check_judge_config(config: OfflineJudgeConfig, world_size: int) -> None:
             )
     _check_judge(config.judge, world_size)
     defaults = fill_from_preset(JudgeConfig(), PRESETS[config.preset]["judge"])
-    check_used(config, OfflineJudgeConfig(judge=defaults))
+    warn_of_unused(config, OfflineJudgeConfig(judge=defaults))
     if config.shard >= config.shards:
         raise UserError("shard", f"{config.shard} of {config.shards} shards", "shards are counted from 0")
     if config.shards == 1 and Path(config.output).exists():

@@ -1,10 +1,10 @@
-"""Options that would do nothing beside the others: whoever sets one of them means something by it, so it is refused."""
+"""Options that do nothing beside the others: whoever sets one of them means something by it, so a warning names it."""
 
 from collections.abc import Callable
 from typing import Any
 
 from g2r_megatron.config.options import OfflineJudgeConfig, TrainConfig
-from g2r_megatron.errors import UserError
+from g2r_megatron.errors import warn
 
 # option -> (whether it has an effect, given the sections that it depends on; what it needs)
 OF_JUDGE: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -42,12 +42,12 @@ OF_TRAINING: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def check_used(config: TrainConfig | OfflineJudgeConfig, defaults: TrainConfig | OfflineJudgeConfig) -> None:
-    """Raise ``UserError`` for an option that is set and has no effect. Both are resolved, with the same preset."""
+def warn_of_unused(config: TrainConfig | OfflineJudgeConfig, defaults: TrainConfig | OfflineJudgeConfig) -> None:
+    """Name every option that is set and has no effect, and what it needs. Both are resolved, with the same preset."""
     for option, (has_effect, needed) in (OF_TRAINING if isinstance(config, TrainConfig) else OF_JUDGE).items():
         value = _value(config, option)
         if value != _value(defaults, option) and not has_effect(config):
-            raise UserError(option, f"{value} has no effect", f"it needs {needed}: set that, or leave it out")
+            warn(f"{option}: {value} has no effect; it needs {needed}")
 
 
 def _value(config: Any, option: str) -> Any:

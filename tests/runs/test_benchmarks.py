@@ -44,6 +44,12 @@ WITH_PROCESSES = {  # they start processes themselves
     ),
 }
 ELSEWHERE = {  # script -> the test that runs it
+    "benchmarks/gpu_check.py": "tests/runs/test_gpu_check.py",
+    "benchmarks/gpu_check_stages.py": "tests/runs/test_gpu_check.py",
+    "benchmarks/read_rows.py": "tests/unit/test_row_limits.py",
+    "examples/smollm2/run.py": "tests/runs/test_smollm2.py",
+    "examples/smollm2/make_model.py": "tests/runs/test_smollm2.py",
+    "examples/smollm2/make_data.py": "tests/runs/test_smollm2.py",
     "examples/quickstart/make_data.py": "tests/unit/test_quickstart_task.py",
     "examples/quickstart/task.py": "tests/unit/test_quickstart_task.py",
     "benchmarks/machine.py": "tests/runs/test_benchmarks.py",

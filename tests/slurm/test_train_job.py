@@ -4,13 +4,11 @@ The script as it is, with the quickstart's model, on two virtual nodes of a real
 network that fails, and a node whose processes live on after Slurm has given it up.
 """
 
-import shutil
 from pathlib import Path
 
 import pytest
 from cluster import ask
 from jobs import PATIENCE, Job
-from safetensors.torch import load_file, save_file
 
 from real_runs import TASK, checkpoints, heartbeat, last_recorded, quickstart_options, records
 from test_train_resume import train_here
@@ -90,15 +88,13 @@ def test_a_plan_that_cannot_work_is_refused(options, tmp_path):
 
 
 def test_bad_input_that_only_the_ranks_find_is_not_tried_again(options, tmp_path):
-    """Weights are read when the job is running; torchrun says 1 whatever its ranks end with."""
-    model = shutil.copytree(TASK / "model", tmp_path / "model")
-    weights = load_file(model / "model.safetensors")
-    del weights["model.norm.weight"]
-    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    job = Job("train_30b", options, tmp_path, RUN=str(tmp_path / "run"), POLICY=str(model), **CONFIG)
+    """The run directory is looked at when the job is running; torchrun says 1 whatever its ranks end with."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("seed: 99\n")  # of another run
+    job = Job("train_30b", options, tmp_path, RUN=str(tmp_path / "run"), POLICY=str(TASK / "model"), **CONFIG)
     assert job.end() == "FAILED 2:0"
     assert job.attempt() == 1
-    assert "model.norm.weight is missing" in job.text() and "bad input" in job.text()
+    assert "choose another output_dir" in job.text() and "bad input" in job.text()
 
 
 def test_a_crash_loop_ends(options, tmp_path):

@@ -1,0 +1,38 @@
+"""An option that is set and does nothing beside the others is named, with what it needs; others are not.
+
+Leaves out options whose value cannot work at all, which are refused (test_bad_input.py).
+"""
+
+import pytest
+
+from g2r_megatron.config import parsing
+from g2r_megatron.config.options import GrpoConfig, TrainConfig, resolve_preset
+from g2r_megatron.config.unused import warn_of_unused
+
+UNUSED = [
+    (["--grpo.false_scale", "0.5", "--grpo.preset", "paper"], "grpo.false_scale", "itemwise"),
+    (["--grpo.top_items", "0.5", "--grpo.preset", "grpo"], "grpo.top_items", "grpo.mix"),
+    (["--grpo.kl_estimator", "k1"], "grpo.kl_estimator", "grpo.kl_coef"),
+    (["--judge.contraction", "0.5", "--grpo.preset", "paper"], "judge.contraction", "contracted"),
+    (["--judge.smear_gamma", "0.5", "--judge.smoothing", "none"], "judge.smear_gamma", "smear"),
+    (["--judge.tau", "0.5", "--judge.normalize", "positive"], "judge.tau", "softmax"),
+    (["--optimizer.min_lr", "1e-9"], "optimizer.min_lr", "decay"),
+    (["--eval_greedy", "true"], "eval_greedy", "data.eval"),
+    (["--log.wandb_project", "mine"], "log.wandb_project", "log.wandb"),
+]
+
+
+def warnings_of(arguments: list[str], capsys) -> list[str]:
+    config = resolve_preset(parsing.parse(TrainConfig, "g2r train", arguments))
+    warn_of_unused(config, resolve_preset(TrainConfig(grpo=GrpoConfig(preset=config.grpo.preset))))
+    return capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize(("arguments", "option", "needed"), UNUSED)
+def test_an_option_without_effect_is_named(arguments, option, needed, capsys):
+    (line,) = warnings_of(arguments, capsys)
+    assert option in line and "has no effect" in line and needed in line
+
+
+def test_options_with_an_effect_are_not(capsys):
+    assert warnings_of(["--judge.tau", "0.5", "--grpo.kl_coef", "0.1", "--grpo.kl_estimator", "k1"], capsys) == []
