@@ -1,4 +1,4 @@
-"""tools/gpu_check.sh: a dry run of its stages (benchmarks/gpu_check_stages.py) at tiny sizes, and what becomes of those that fail or do not end.
+"""tools/gpu_check.sh: a dry run of its stages (benchmarks/gpu_check_stages.py), and what becomes of those that fail.
 
 Leaves out the doctor (test_doctor.py), tests/gpu, and every figure that only a GPU has.
 """
