@@ -49,7 +49,7 @@ ELSEWHERE = {  # script -> the test that runs it
     "benchmarks/read_rows.py": "tests/unit/test_row_limits.py",
     "examples/smollm2/run.py": "tests/runs/test_smollm2.py",
     "examples/smollm2/make_model.py": "tests/runs/test_smollm2.py",
-    "examples/smollm2/make_data.py": "tests/runs/test_smollm2.py",
+    "examples/smollm2/make_data.py": "tests/unit/test_smollm2_data.py",
     "examples/quickstart/make_data.py": "tests/unit/test_quickstart_task.py",
     "examples/quickstart/task.py": "tests/unit/test_quickstart_task.py",
     "benchmarks/machine.py": "tests/runs/test_benchmarks.py",
