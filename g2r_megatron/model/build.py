@@ -307,7 +307,8 @@ def transformer_config(
         use_cpu_initialization=on_cpu(),
         perform_initialization=False,  # every weight is read from the checkpoint
         gradient_accumulation_fusion=False,
-        deallocate_pipeline_outputs=True,
+        # gloo sends from the tensor itself: freed before it is sent, it would arrive with what took its place in memory
+        deallocate_pipeline_outputs=not on_cpu(),
         deterministic_mode=torch.are_deterministic_algorithms_enabled(),  # groups.make_deterministic
         **_moe_options(hf, layout, backend),
         **_window_options(hf),
