@@ -31,6 +31,8 @@ FIXED = (
     "rollout.prompts_per_step",
     "optimizer.distributed",  # its checkpoints have another form
 )
+# What a preset implied when the run began; a preset that has changed since must not change the run.
+IMPLIED = ("judge.target", "judge.attribution", "grpo.advantage", "grpo.mix_anneal")
 
 
 def train(config: TrainConfig) -> None:
@@ -83,11 +85,12 @@ def check_same_run(config: TrainConfig, output: Path) -> None:
     if not file.is_file():
         return
     before, now = yaml.safe_load(file.read_text()), asdict(config)
-    for option in FIXED:
+    for option in (*FIXED, *IMPLIED):
         old, new = before, now
         for part in option.split("."):
             old, new = old[part], new[part]
         if old != new:
+            keep = f"give --{option}={old} to go on with it, or " if option in IMPLIED else ""
             raise UserError(
-                option, f"{new!r}, but output_dir {output} holds a run with {old!r}", "choose another output_dir"
+                option, f"{new!r}, but output_dir {output} holds a run with {old!r}", f"{keep}choose another output_dir"
             )

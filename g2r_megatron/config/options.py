@@ -194,7 +194,7 @@ class GrpoConfig:
     """Advantages and loss. Paper: arXiv 2602.01791."""
 
     preset: Literal["robust", "paper", "grpo"] = "robust"
-    """grpo: sequence-level; paper: the published estimator; robust: item-wise, drift-free (default)"""
+    """grpo: sequence-level; paper: the published estimator; robust: item-wise, by gates and sentences (default)"""
     advantage: AdvantageKind | None = None
     """estimator (follows the preset)"""
     return_to_go: bool | None = None
@@ -390,9 +390,9 @@ PRESETS = {
     },
     "robust": {
         "judge": dict(
-            target="logit_margin", attribution="contracted", normalize="softmax", standardize=True, smoothing="smear"
+            target="logit_margin", attribution="gate", normalize="positive", standardize=False, smoothing="sentence"
         ),
-        "grpo": dict(advantage="itemwise", return_to_go=False, mix=0.5, mix_anneal=0.6),
+        "grpo": dict(advantage="itemwise", return_to_go=False, mix=0.5, mix_anneal=0.0),
     },
 }
 

@@ -83,6 +83,7 @@ def arguments_of(task: list[str], judge: Path, name: str, output: Path) -> list[
         *(*task, "--judge.model", str(judge), "--output_dir", str(output)),
         *("--grpo.preset", "robust" if name == "robust" else "paper", "--judge.tau", str(v.tau)),
         *("--judge.attribution", v.attribution, "--judge.target", v.target, "--judge.smoothing", v.smoothing),
+        *("--judge.normalize", "softmax"),
         *("--judge.standardize", str(v.standardize).lower(), "--judge.micro_batch_tokens", str(v.micro_batch_tokens)),
     ]
 

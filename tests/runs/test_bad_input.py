@@ -97,8 +97,14 @@ OPTIONS = [
     (["--judge.attribution", "gate", "--judge.gate_levels", "[1, 0]"], ["judge.gate_levels", "0.0]", "more than 0"]),
     (["--judge.attribution", "gate", "--judge.gate_levels", "[1.5]"], ["judge.gate_levels", "[1.5]", "at most 1"]),
     (["--judge.attribution", "gate", "--judge.gate_queries", "some"], ["judge.gate_queries", "'some'", "branch, all"]),
-    (["--judge.gate_queries", "all"], ["judge.gate_queries", "all with judge.attribution contracted", "=gate"]),
-    (["--judge.gate_levels", "[0.5]"], ["judge.gate_levels", "[0.5] with judge.attribution contracted", "=gate"]),
+    (
+        ["--judge.gate_queries", "all", "--judge.attribution", "contracted"],
+        ["judge.gate_queries", "all with judge.attribution contracted", "=gate"],
+    ),
+    (
+        ["--judge.gate_levels", "[0.5]", "--judge.attribution", "contracted"],
+        ["judge.gate_levels", "[0.5] with judge.attribution contracted", "=gate"],
+    ),
     (["--optimizer.lr=-1e-6"], ["optimizer.lr", "-1e-06", "more than 0"]),
     (["--optimizer.min_lr", "1"], ["optimizer.min_lr", "1", "optimizer.lr"]),
     (["--optimizer.warmup_steps", "100"], ["optimizer.warmup_steps", "100", "less than steps"]),

@@ -61,10 +61,17 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
-def config_for(model: Path, rows: Path, output: Path, preset="robust", **options) -> OfflineJudgeConfig:
+CONTRACTED = dict(
+    target="logit_margin", attribution="contracted", normalize="softmax", standardize=True, smoothing="smear"
+)
+
+
+def config_for(model: Path, rows: Path, output: Path, preset="contracted", **options) -> OfflineJudgeConfig:
     """Verdicts are sampled unless told otherwise: a random judge then says True to about half of the items."""
     judge = {"verdict": "sample", **options.pop("judge", {})}
-    judge = fill_from_preset(JudgeConfig(model=str(model), **judge), PRESETS[preset]["judge"])
+    filled = CONTRACTED if preset == "contracted" else PRESETS[preset]["judge"]
+    judge = fill_from_preset(JudgeConfig(model=str(model), **judge), filled)
+    preset = "robust" if preset == "contracted" else preset
     options = {"dump_inputs": True, **options}
     return OfflineJudgeConfig(input=str(rows), output=str(output), preset=preset, judge=judge, **options)
 
@@ -143,7 +150,7 @@ def assert_equals_reference(records: list[dict], model_path: Path, judge: JudgeC
 # ---- tests ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", ["paper", "robust"])
+@pytest.mark.parametrize("preset", ["paper", "contracted"])
 @pytest.mark.parametrize("family", DENSE_FAMILIES)
 def test_equals_hugging_face_autograd(family, preset, tiny_hf, worlds, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", ROWS)

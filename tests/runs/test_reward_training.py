@@ -96,6 +96,8 @@ def step_of(arguments: list[str]) -> dict:
 
 # The reference.
 
+CONTRACTED = dict(attribution="contracted", normalize="softmax", standardize=True, smoothing="smear")
+
 
 def paper_advantages(scores: list[float], alphas: list[torch.Tensor], finished: list[bool]) -> list[torch.Tensor]:
     """docs/method.md step 8 with return-to-go and a z-score over all tokens, token by token."""
@@ -123,6 +125,8 @@ def robust_advantages(scores: list[float], alphas: list[torch.Tensor], finished:
 def test_a_step_equals_hugging_face(worlds, task, judge, tmp_path, preset, expected):
     """Scores of what was sampled, and the advantages that follow from them; the KL reference is the policy, not the judge."""
     arguments = [*task, "--grpo.preset", preset, "--output_dir", str(tmp_path / "run")]
+    if preset == "robust":
+        arguments += [text for name, value in CONTRACTED.items() for text in (f"--judge.{name}", str(value).lower())]
     (found,) = worlds[1].run(step_of, arguments)
     config = resolve_preset(parsing.parse(TrainConfig, "g2r train", arguments)).judge
     model = AutoModelForSequenceClassification.from_pretrained(judge, dtype=torch.float32).eval().requires_grad_(False)
@@ -182,7 +186,8 @@ def test_offline(worlds, judge, tmp_path, preset):
     """Every number of ``g2r judge`` against transformers on the inputs it dumps; the rows need no rubric."""
     texts = ["Rest, drink water.", "A doctor can tell! <|im_end|> See one.", "No"]
     rows = [{"id": f"r{i}", "prompt": "What helps?", "response": text} for i, text in enumerate(texts)]
-    options = fill_from_preset(JudgeConfig(model=str(judge)), PRESETS[preset]["judge"])
+    known = CONTRACTED if preset == "robust" else {}  # gates: tests/parity/test_parity_gates.py
+    options = fill_from_preset(JudgeConfig(model=str(judge), **known), PRESETS[preset]["judge"])
     file, output = write_rows(tmp_path / "rows.jsonl", *rows), tmp_path / "out.jsonl"
     config = OfflineJudgeConfig(input=str(file), output=str(output), preset=preset, judge=options, dump_inputs=True)
     worlds[1].run(judge_file, config)

@@ -35,4 +35,19 @@ def test_an_option_without_effect_is_named(arguments, option, needed, capsys):
 
 
 def test_options_with_an_effect_are_not(capsys):
-    assert warnings_of(["--judge.tau", "0.5", "--grpo.kl_coef", "0.1", "--grpo.kl_estimator", "k1"], capsys) == []
+    assert (
+        warnings_of(
+            [
+                "--judge.normalize",
+                "softmax",
+                "--judge.tau",
+                "0.5",
+                "--grpo.kl_coef",
+                "0.1",
+                "--grpo.kl_estimator",
+                "k1",
+            ],
+            capsys,
+        )
+        == []
+    )
