@@ -3,9 +3,9 @@
     python benchmarks/step_share.py [--steps 20]
 
 The presets train side by side in one process, from the same start, with the same seed and queries, and take turns step by
-step. Medians of the process's CPU seconds a step: what else runs on the machine disturbs them least. `robust` attributes
-in the first 60% of its steps, so those and all steps are reported. What `grpo` takes to judge are the verdicts, what
-the others take longer is the attribution. Steps without evaluations, records and checkpoints.
+step. Medians of the process's CPU seconds a step: what else runs on the machine disturbs them least. With
+`grpo.mix_anneal` a preset attributes in its first steps only, so those and all steps are reported. What `grpo` takes to
+judge are the verdicts, what the others take longer is the attribution. Steps without evaluations, records and checkpoints.
 """
 
 import argparse
@@ -133,7 +133,8 @@ def main() -> None:
         for name, run in runs.items():
             found[name].append(train_step(*run, number))
         print(number, {name: round(steps[-1].total, 2) for name, steps in found.items()}, flush=True)
-    attributing = round(args.steps * runs["robust"][0].grpo.mix_anneal)
+    anneal = runs["robust"][0].grpo.mix_anneal  # 0: it attributes in all steps
+    attributing = round(args.steps * (anneal or 1))
     report = [
         "# Share of a training step spent in attribution",
         "",
