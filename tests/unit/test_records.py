@@ -81,11 +81,11 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     assert [event.step for event in events] == [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
-def test_missing_wandb_is_named():
+def test_missing_wandb_is_named(monkeypatch):
     """Asking for W&B without the package is one line, among the checks of the options. Leaves out W&B itself."""
+    monkeypatch.setattr("g2r_megatron.config.checks.find_spec", lambda name: None)
     with pytest.raises(UserError, match="log.wandb.*not installed"):
-        check_packages(LogConfig(wandb=True))
+        check_packages(LogConfig(tensorboard=False, wandb=True))
 
 
 @pytest.mark.parametrize("content", ["{broken\n", "[1]\n", '{"a": 1}\n', '{"step": "1"}\n', '{"step": true}\n'])
