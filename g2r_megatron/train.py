@@ -71,6 +71,8 @@ def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run, 
                 old=log_probs.old,
                 reference=log_probs.reference,
             )
+        with times("sync", shown=False):
+            workers.engine.take_weights()
         if step == run.first:
             check_first_ratio(metrics, workers.trainer.model.config.params_dtype)
         metrics |= judge_metrics | step_metrics(batch, inputs, config.judge.flat_threshold) | {"attribution/mix": mix}
