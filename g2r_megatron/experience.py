@@ -51,6 +51,13 @@ class Rollouts:
         return [r.finished for r in self.responses]
 
     @property
+    def sampler_log_probs(self) -> list[torch.Tensor] | None:
+        """Of the sampled tokens by another program than the trainer, fp32 [T] with the stop token; else None."""
+        if not all(r.log_probs is not None for r in self.responses):
+            return None
+        return [torch.tensor(r.log_probs, dtype=torch.float32) for r in self.responses]
+
+    @property
     def groups(self) -> list[slice]:
         return [slice(i, i + self.group_size) for i in range(0, len(self.queries), self.group_size)]
 

@@ -89,9 +89,7 @@ class MegatronRolloutEngine:
         merged = {i: result for part in gathered for i, result in part.items()}
         return [merged[i] for i in range(len(requests))]
 
-    def _generate_batch(
-        self, requests: list[Request], temperature: float, start: int, longest: int
-    ) -> list[Sampled]:
+    def _generate_batch(self, requests: list[Request], temperature: float, start: int, longest: int) -> list[Sampled]:
         """One batch to the end, on this replica's model-parallel ranks (which all return the same).
 
         ``start``, ``longest``: lengths of the shortest and the longest prompt of all replicas that step together.

@@ -45,7 +45,7 @@ def check_weights_arrive(engine: VLLMRolloutEngine, trainer_log_probs: LogProbs)
         return
     lost = []
     for parameter in parameter_names(model.hf):
-        with changed(model, lambda name, wanted=parameter: name == wanted):
+        with changed(model, parameter.__eq__):
             if error() > max(bound, 2 * put_back):
                 lost.append(", ".join(mapping_of(model.hf, parameter).hf))
     raise RunError(

@@ -53,7 +53,9 @@ class VLLMRolloutEngine:
             self._llm.collective_rpc("update_weights", args=({"bucket": bucket},))
             missing -= {name for name, _, _ in bucket}
         if missing:
-            raise RunError(f"weight synchronisation: {min(missing)} (of {len(missing)}) was not sent to the vLLM engine")
+            raise RunError(
+                f"weight synchronisation: {min(missing)} (of {len(missing)}) was not sent to the vLLM engine"
+            )
         self._llm.collective_rpc("finish_weight_update")
         if not self._llm.reset_prefix_cache():
             raise RunError("weight synchronisation: vLLM did not reset its prefix cache")

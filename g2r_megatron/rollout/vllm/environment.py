@@ -20,7 +20,13 @@ HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's at
 # What the engine sets itself; another value would break it.
 OURS = (
     *("model", "tokenizer", "skip_tokenizer_init", "dtype", "load_format", "generation_config", "logprobs_mode"),
-    *("weight_transfer_config", "trust_remote_code", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"),
+    *(
+        "weight_transfer_config",
+        "trust_remote_code",
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "data_parallel_size",
+    ),
 )
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process: nothing that could outlive it
