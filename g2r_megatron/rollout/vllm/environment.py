@@ -66,7 +66,7 @@ def engine_options(policy: HFModel, rollout: RolloutConfig, dtype: str) -> dict[
         raise UserError("rollout.vllm.options", f"{taken[0]} is set by g2r", "leave it out")
     length, geometry = rollout.max_prompt_tokens + rollout.max_response_tokens, policy.geometry
     defaults: dict[str, Any] = dict(
-        max_model_len=length, max_num_seqs=rollout.batch_size, enforce_eager=on_cpu(), disable_log_stats=True
+        max_model_len=length, max_num_seqs=rollout.batch_size, enforce_eager=on_cpu(), use_tqdm_on_load=False
     )
     if on_cpu():  # vLLM would take a share of the whole machine's memory in every rank
         a_token = 2 * geometry.layers * geometry.kv_heads * geometry.head_dim * (4 if dtype == "fp32" else 2)
