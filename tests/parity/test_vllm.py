@@ -1,6 +1,7 @@
-"""The vLLM engine in the policy's ranks: after visible updates it is a fresh engine on the exported weights, token for token.
+"""The vLLM engine in the policy's ranks: after visible updates it says what the exported weights say, token for token.
 
-Real vLLM on a CPU, tiny models with heads of 32, layouts of up to 4 ranks. Log-probs of sampled tokens against the trainer's.
+Real vLLM on a CPU, tiny models with heads of 32, layouts of up to 4 ranks. The exported weights are run by transformers, and
+for a tied model and one with experts by a fresh vLLM too. Log-probs of sampled tokens against the trainer's.
 A weight that does not arrive is found by name. Leaves out GPUs, and training (tests/runs/test_vllm_training.py).
 """
 
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from distributed import groups_of
 from g2r_megatron.config.options import Layout, OptimizerConfig, Precision, RolloutConfig, TrainConfig
@@ -33,7 +35,6 @@ PROMPTS = [3, 150, 7, 7, 1, 140, 5]  # tokens; a block of the prefix cache has 1
 UPDATES = 3
 CASES = [
     *(("tp1pp1", name) for name in MODELS),
-    ("tp1pp1dp2", "qwen3"),
     ("tp2pp2sp", "qwen2"),  # tied, on stages of their own
     ("tp2sp_ep2", "qwen3_moe"),
 ]
@@ -95,11 +96,8 @@ def updated_engine(layout: Layout, path: str, export: str) -> dict:
     }
 
 
-def fresh_engine(export: str) -> dict:
+def fresh_engine(export: str) -> list:
     """What a vLLM that loads the exported directory itself says, without any of our engine."""
-    from g2r_megatron.rollout.vllm.environment import set_environment
-
-    set_environment()
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -148,6 +146,17 @@ def canary_message(path: str, sabotaged: str) -> str:
 # The tests.
 
 
+def by_transformers(export: str) -> list:
+    """What transformers generates greedily from the exported directory."""
+    model, found = AutoModelForCausalLM.from_pretrained(export), []
+    for request in requests():
+        ids = torch.tensor([request.prompt_ids])
+        whole = model.generate(ids, max_new_tokens=LIMIT, do_sample=False, eos_token_id=2, pad_token_id=0)
+        response = whole[0, len(request.prompt_ids) :].tolist()
+        found.append((response, response[-1] == 2))
+    return found
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """``tiny(name)``: a model of ``MODELS``, built once."""
@@ -163,13 +172,15 @@ def tiny(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("layout", "name"), CASES)
-def test_updated_engine_equals_a_fresh_one(worlds, tiny, tmp_path, layout, name):
+def test_updated_engine_says_what_the_exported_weights_say(worlds, tiny, tmp_path, layout, name):
     """Greedy, after three visible updates and with a filled prefix cache; its log-probs are the trainer's to 1e-4."""
     export = str(tmp_path / "export")
     results = worlds.on(layout, updated_engine, str(tiny(name)), export)
-    worlds.close()  # one engine a process
-    expected = worlds[1].run(fresh_engine, export)[0]
-    worlds.close()
+    worlds.close()  # one engine a process: the end of one takes torch.distributed with it
+    expected = by_transformers(export)
+    if layout == "tp1pp1" and name in ("qwen2", "qwen3_moe"):
+        assert worlds[1].run(fresh_engine, export)[0] == expected
+        worlds.close()
     for result in results:
         assert result["greedy"] == expected
         assert result["sampled"] == results[0]["sampled"] != expected

@@ -45,12 +45,11 @@ class TestRuns:
         """Four steps with large updates, correction and evaluation: the sampler's log-probs stay the trainer's."""
         done = train([*options, "--rollout.correction", "tis", "--output_dir", str(tmp_path / "run")], ranks=2)
         assert done.returncode == 0, done.stderr
-        steps = [record for record in records(tmp_path / "run") if record["step"] > 0]
+        steps = [record for record in records(tmp_path / "run", "metrics.jsonl") if record["step"] > 0]
         assert [record["step"] for record in steps] == [1, 2, 3, 4]
         for record in steps:
             assert 0 < record["rollout/sync_error"] < 1e-4  # another program, the same weights
             assert record["rollout/corrected_share"] == 0
-            assert record["time/sync"] > 0
         assert (tmp_path / "run" / "hf" / "model.safetensors").exists()
 
     def test_a_resumed_run_samples_with_the_resumed_weights(self, options, tmp_path):
@@ -60,7 +59,7 @@ class TestRuns:
         assert train([*options, "--steps", "2", "--output_dir", str(parts)]).returncode == 0
         done = train([*options, "--output_dir", str(parts)])
         assert done.returncode == 0, done.stderr
-        for ours, theirs in zip(records(parts), records(whole), strict=True):
+        for ours, theirs in zip(*(records(path, "metrics.jsonl") for path in (parts, whole)), strict=True):
             for name in ("reward/mean", "loss/policy", "rollout/sync_error", "optimizer/grad_norm"):
                 assert ours.get(name) == theirs.get(name), (ours["step"], name)
 
