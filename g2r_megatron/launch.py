@@ -64,6 +64,7 @@ def run_training(config: TrainConfig, inputs: Inputs, workers: Workers, output: 
     """``train`` on the policy's ranks."""
     checkpointer = Checkpointer(workers.trainer, output / "checkpoints", config.checkpoint.keep_last)
     done = checkpointer.load_latest()
+    workers.engine.take_weights()
     with Run(config, output, done, heartbeat, checkpointer) as run:
         run.tell_what_it_runs_on(inputs, workers.trainer.inner_optimizer)
         try:

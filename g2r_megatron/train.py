@@ -4,12 +4,15 @@ Every rank of the policy runs this same code. What is sharded, and over which ra
 ``Workers``; what is shown, saved and recorded, to ``Run``. launch.py does what comes before and after.
 """
 
+import torch
+
 from g2r_megatron.config.options import TrainConfig
 from g2r_megatron.credit.advantages import mix_at
 from g2r_megatron.data.order import epoch_batch
 from g2r_megatron.eval.held_out import evaluate
-from g2r_megatron.experience import assign_credit, sample_and_submit, step_metrics
+from g2r_megatron.experience import Rollouts, assign_credit, sample_and_submit, step_metrics
 from g2r_megatron.parallel.preemption import leave_if_asked
+from g2r_megatron.policy.correction import Correction, check_sampler, correct
 from g2r_megatron.policy.trainer import check_first_ratio
 from g2r_megatron.records.phase_times import PhaseTimes
 from g2r_megatron.run import Run
@@ -59,6 +62,7 @@ def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run, 
         with workers.judge_on_device(times):
             with times("update"):
                 log_probs = workers.trainer.update_log_probs(rollouts.sequences, workers.reference)
+                correction = corrected(config, rollouts, log_probs.old, workers.trainer.model.config.params_dtype)
             with times("judge"):
                 judgements, judge_metrics = workers.judge.judge_submitted()
                 batch = assign_credit(rollouts, judgements, prompt=inputs.prompt, config=config, mix=mix)
@@ -67,15 +71,33 @@ def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run, 
             metrics = workers.trainer.update(
                 batch.sequences,
                 log_probs.mini_batches,
-                advantages=batch.advantages,
+                advantages=correction.scaled(batch.advantages) if correction else batch.advantages,
                 old=log_probs.old,
                 reference=log_probs.reference,
+                kept=correction.kept if correction else None,
             )
+        with times("sync", shown=False):
+            workers.engine.take_weights()
         if step == run.first:
             check_first_ratio(metrics, workers.trainer.model.config.params_dtype)
+        metrics |= correction.metrics if correction else {}
         metrics |= judge_metrics | step_metrics(batch, inputs, config.judge.flat_threshold) | {"attribution/mix": mix}
     metrics |= times.metrics()
     if config.judge.ranks:
         metrics["time/judge_busy_share"] = metrics.pop("time/judge_busy") / metrics["time/step"]
     run.record(step, batch, inputs, log_probs, metrics)
     return metrics
+
+
+def corrected(
+    config: TrainConfig, rollouts: Rollouts, old: list[torch.Tensor], dtype: torch.dtype
+) -> Correction | None:
+    """What the difference between sampler and trainer does to the loss; None where the trainer itself has sampled.
+
+    Raises ``RunError`` when the difference is too large for the same weights.
+    """
+    sampler = rollouts.sampler_log_probs
+    if sampler is None:
+        return None
+    check_sampler(old, sampler, dtype)
+    return correct(old, sampler, config.rollout)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
+import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerFast
 
@@ -26,11 +27,13 @@ from g2r_megatron.model.build import MegatronModel, build_model, check_model
 from g2r_megatron.model.hf import HFModel, load_model_tokenizer, open_hf_model
 from g2r_megatron.model.offload import HostWeights
 from g2r_megatron.parallel.groups import ModelGroups, build_groups
+from g2r_megatron.policy.log_probs import TokenSequence, response_log_probs
 from g2r_megatron.policy.trainer import PolicyTrainer
 from g2r_megatron.records.phase_times import PhaseTimes
 from g2r_megatron.rollout.megatron import MegatronRolloutEngine
 from g2r_megatron.rollout.thoughts import ThoughtEnd, thought_end
 from g2r_megatron.rollout.types import RolloutEngine
+from g2r_megatron.rollout.vllm.environment import check_engine
 
 POLICY_LENGTH = "rollout.max_prompt_tokens + rollout.max_response_tokens"
 
@@ -86,6 +89,8 @@ def read_inputs(config: TrainConfig) -> Inputs:
     judge = policy if config.judge.model is None else open_hf_model(config.judge.model, "judge.model")
     check_model("policy", policy, config.policy.layout, config.policy.precision, config.policy.spec)
     check_model("judge", judge, config.judge.layout, config.judge.precision, config.judge.spec)
+    if config.rollout.engine == "vllm":
+        check_engine(policy, config.rollout, config.policy.precision.dtype)
     tokenizer = load_model_tokenizer(policy)
     judge_tokenizer = tokenizer if judge is policy else load_model_tokenizer(judge)
     # a judge that has every token of the policy, under the same id, reads its ids; any other one reads its text
@@ -154,11 +159,28 @@ def build_workers(config: TrainConfig, inputs: Inputs, own_ranks: OwnRanks | Non
     p = config.policy
     policy = build_model("policy", inputs.policy, policy_groups, p.precision, p.recompute, p.spec)
     trainer = PolicyTrainer(policy, config)
-    engine = MegatronRolloutEngine(policy, config.rollout, inputs.stop_ids)
+    engine = build_engine(config, trainer, inputs.stop_ids)
     dist.barrier()
     if own_ranks is not None:
         own_ranks.wait_until_ready()
     return Workers(trainer, engine, judge, reference, host_weights)
+
+
+def build_engine(config: TrainConfig, trainer: PolicyTrainer, stop_ids: set[int]) -> RolloutEngine:
+    """The engine that samples (collective); a vLLM engine has shown that every weight of the policy reaches it."""
+    if config.rollout.engine == "megatron":
+        return MegatronRolloutEngine(trainer.model, config.rollout, stop_ids)
+    from g2r_megatron.rollout.vllm.canary import check_weights_arrive
+    from g2r_megatron.rollout.vllm.engine import VLLMRolloutEngine
+
+    def log_probs(ids: list[list[int]]) -> list[torch.Tensor]:
+        sequences = [TokenSequence(sequence[:1], sequence[1:]) for sequence in ids]
+        plan = trainer.plan(sequences, list(range(len(sequences))))
+        return response_log_probs(trainer.model, sequences, plan, temperature=1.0)
+
+    engine = VLLMRolloutEngine(trainer.model, config.rollout, stop_ids, config.policy.precision.dtype)
+    check_weights_arrive(engine, log_probs)
+    return engine
 
 
 def build_judge(config: TrainConfig, inputs: Inputs, groups: ModelGroups | None = None) -> JudgeStage:

@@ -2,6 +2,7 @@
 
     python examples/quickstart/run.py                         # what `make quickstart` runs
     python examples/quickstart/run.py --seeds 1 2 3 --output runs/three-seeds
+    python examples/quickstart/run.py --engine vllm           # after make vllm
 
 A run that was interrupted is resumed by running the same command again.
 """
@@ -50,6 +51,9 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "quickstart", help="directory of the runs")
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    parser.add_argument(
+        "--engine", choices=("megatron", "vllm"), default="megatron", help="of the rollouts (%(default)s)"
+    )
     parser.add_argument("--ranks", type=int, default=default_ranks(), help="data-parallel ranks (%(default)s here)")
     return parser.parse_known_args()
 
@@ -62,7 +66,7 @@ def main() -> None:
     print(f"A tiny policy learns to write clinic notes; its own frozen copy judges them. {len(runs)} runs.", flush=True)
     for number, ((preset, seed), directory) in enumerate(zip(runs, directories), start=1):
         print(f"\n[{number}/{len(runs)}] preset {preset}, seed {seed}: {PRESETS[preset]}", flush=True)
-        own = ["--grpo.preset", preset, "--seed", str(seed), "--output_dir", directory]
+        own = ["--rollout.engine", args.engine, "--grpo.preset", preset, "--seed", str(seed), "--output_dir", directory]
         g2r(["train", "--config", CONFIG, *own, *options], args.ranks)
     print(flush=True)
     g2r(["report", *directories, "--output", str(output / "report.html")])

@@ -129,6 +129,7 @@ def check_train_config(config: TrainConfig, world_size: int) -> None:
     check_layout("policy", config.policy.layout, world_size, config.judge.ranks)
     _check_judge(config.judge, world_size)
     _check_grpo(config.grpo, config.rollout)
+    _check_engine(config.rollout)
     _check_schedule(config)
     _check_evaluation(config)
     warn_of_unused(config, resolve_preset(TrainConfig(grpo=GrpoConfig(preset=config.grpo.preset))))
@@ -254,6 +255,34 @@ def _check_grpo(grpo: GrpoConfig, rollout: RolloutConfig) -> None:
     clip = grpo.weight_clip
     if clip is not None and not (len(clip) == 2 and 0 <= clip[0] <= 1 <= clip[1] < math.inf):
         raise UserError("grpo.weight_clip", str(clip), "must be [low, high] with 0 <= low <= 1 <= high")
+
+
+def _check_engine(rollout: RolloutConfig) -> None:
+    bounds, filtered = rollout.correction_bounds, rollout.top_p < 1 or rollout.top_k > 0
+    if bounds is not None and not (len(bounds) == 2 and 0 <= bounds[0] < 1 < bounds[1] < math.inf):
+        raise UserError("rollout.correction_bounds", str(bounds), "must be [low, high] with 0 <= low < 1 < high")
+    if rollout.correction == "tis" and bounds is not None and bounds[0] > 0:
+        raise UserError("rollout.correction_bounds", f"{bounds} with tis", "tis has no lower bound: give [0, high]")
+    if rollout.engine == "megatron":
+        return
+    if filtered and rollout.correction != "none":
+        raise UserError(
+            "rollout.correction",
+            f"{rollout.correction} with rollout.top_p {rollout.top_p:g} and top_k {rollout.top_k}",
+            "the sampler's log-probs are of all tokens: set top_p 1 and top_k 0, or correction none",
+        )
+    if filtered and rollout.temperature != 1:
+        raise UserError(
+            "rollout.temperature",
+            f"{rollout.temperature:g} with rollout.engine vllm, top_p {rollout.top_p:g} and top_k {rollout.top_k}",
+            "vLLM has no log-probs at this temperature without the filters: set temperature 1, or top_p 1 and top_k 0",
+        )
+    if find_spec("vllm") is None:
+        raise UserError(
+            "rollout.engine",
+            "vllm, but the package vllm is not installed",
+            "pip install 'g2r-megatron[vllm]' on a machine with a GPU, make vllm without one, or set it megatron",
+        )
 
 
 def _check_schedule(config: TrainConfig) -> None:

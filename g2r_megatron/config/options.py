@@ -14,6 +14,8 @@ Dtype = Literal["fp32", "bf16"]
 Smoothing = Literal["none", "smear", "sentence"]
 Normalize = Literal["softmax", "positive"]
 Credit = Literal["per_item", "per_response"]
+Engine = Literal["megatron", "vllm"]
+Correction = Literal["none", "tis", "icepop", "sequence"]
 AdvantageKind = Literal["sequence", "token_return", "itemwise", "sequence_weighted"]
 
 DEFAULT_JUDGE_TEMPLATE = """Below are a conversation, a response to it, and one criterion. Decide whether the response meets the criterion.
@@ -159,8 +161,20 @@ def gated_queries(judge: JudgeConfig, is_reward_model: bool = False) -> str | No
 
 
 @dataclass
+class VLLMConfig:
+    """The vLLM engine in each of the policy's ranks (rollout.engine vllm)."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    """vLLM's own engine options, e.g. {gpu_memory_utilization: 0.4}; vLLM checks them"""
+
+
+@dataclass
 class RolloutConfig:
     """Sampling of responses."""
+
+    engine: Engine = "megatron"
+    """Megatron-Core on the policy's own weights, or a vLLM engine in each of its ranks that gets them after every update"""
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
 
     prompts_per_step: int = 32
     """prompts a training step"""
@@ -180,6 +194,12 @@ class RolloutConfig:
     """further stop tokens (single tokens); end-of-sequence and the chat template's end of turn always stop"""
     batch_size: int = 64
     """sequences decoded together on a data-parallel rank"""
+    correction: Correction = "none"
+    """of the sampler's log-probs against the trainer's, for engine=vllm, by rho = p trainer / p sampler: tis multiplies a
+    token's loss by min(rho, high), icepop by rho and leaves out tokens with rho outside [low, high], sequence leaves out
+    responses whose geometric mean of rho is outside"""
+    correction_bounds: list[float] | None = None
+    """[low, high] of rho; none: [0, 2] for tis, [0.5, 5] for icepop, [0.99, 1.01] for sequence"""
     chat_template: bool = True
     """render the conversation with the tokenizer's chat template (off for a tokenizer without one)"""
     template_options: dict[str, Any] = field(default_factory=dict)

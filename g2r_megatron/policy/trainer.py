@@ -222,17 +222,22 @@ class PolicyTrainer:
         advantages: list[torch.Tensor],
         old: list[torch.Tensor],
         reference: list[torch.Tensor] | None,
+        kept: list[torch.Tensor] | None = None,
     ) -> dict[str, float]:
         """Fill the gradient buffers with the mini-batch's gradient; its loss metrics (same on every rank).
 
-        ``advantages``, ``old``, ``reference``: one [T_i] tensor per entry of ``sequences`` (with the stop token).
+        ``advantages``, ``old``, ``reference``: one [T_i] tensor per entry of ``sequences`` (with the stop token). ``kept``:
+        bool, the tokens that count (all without it); others are in no mean, a response of which none counts neither.
         """
+        if kept is None:
+            kept = [torch.ones(len(sequence.response_ids), dtype=torch.bool) for sequence in sequences]
+        weighed = [i for i in mini_batch if kept[i].any() or not len(kept[i])]
         weights = aggregation_weights(
-            [len(sequences[i].response_ids) for i in mini_batch],
+            [int(kept[i].sum()) for i in weighed],
             self.config.grpo.loss_aggregation,
             self.config.rollout.max_response_tokens,
         )
-        weight_of = dict(zip(mini_batch, weights, strict=True))
+        weight_of = dict.fromkeys(mini_batch, 0.0) | dict(zip(weighed, weights, strict=True))
         plan = self.plan(sequences, mini_batch)
         for module in self.model.modules:
             module.zero_grad_buffer()
@@ -244,7 +249,7 @@ class PolicyTrainer:
 
         def loss(batch: TokenBatch, logits: torch.Tensor):
             log_probs = token_log_probs(self.model, batch, logits, sequences, self.config.rollout.temperature)
-            token_weights = [torch.full((len(sequences[i].response_ids),), weight_of[i]) for i in batch.items]
+            token_weights = [weight_of[i] * kept[i] for i in batch.items]
             output = policy_loss(
                 log_probs,
                 flat(old, batch),
@@ -292,14 +297,14 @@ class PolicyTrainer:
         self.optimizer.step()
         return grad_norm, True
 
-    def update(self, sequences, mini_batches, advantages, old, reference) -> dict[str, float]:
+    def update(self, sequences, mini_batches, advantages, old, reference, kept=None) -> dict[str, float]:
         """One training step: an optimizer step a mini-batch, then the schedule. Metrics are means over mini-batches.
 
         The schedule is a function of the training step: it goes on also where optimizer steps were skipped.
         """
         collected, skipped = [], 0
         for mini_batch in mini_batches:
-            metrics = self.gradients(sequences, mini_batch, advantages, old, reference)
+            metrics = self.gradients(sequences, mini_batch, advantages, old, reference, kept)
             metrics["optimizer/grad_norm"], applied = self.step(metrics["loss/policy"] + metrics.get("loss/kl", 0.0))
             skipped += not applied
             collected.append(metrics)

@@ -14,7 +14,7 @@ from g2r_megatron.model.build import MegatronModel
 from g2r_megatron.model.schedule import forward_once
 from g2r_megatron.parallel.microbatches import padded
 from g2r_megatron.rollout.sampling import next_tokens, uniforms
-from g2r_megatron.rollout.types import Request
+from g2r_megatron.rollout.types import Request, Sampled
 
 
 @contextmanager
@@ -45,6 +45,9 @@ class MegatronRolloutEngine:
     def __init__(self, model: MegatronModel, config: RolloutConfig, stop_ids: set[int]):
         self.model, self.config, self.stop_ids = model, config, stop_ids
 
+    def take_weights(self) -> None:
+        """Nothing to do: it samples with the policy itself."""
+
     @torch.no_grad()
     def generate(
         self,
@@ -52,8 +55,8 @@ class MegatronRolloutEngine:
         temperature: float | None = None,
         on_progress: Callable[[int], None] = lambda n: None,
         between_batches: Callable[[], None] = lambda: None,
-    ) -> list[tuple[list[int], bool]]:
-        """(token ids with the stop token, finished) of every request, in order, on every rank.
+    ) -> list[Sampled]:
+        """What was sampled for every request, in order, on every rank; without log-probs.
 
         ``temperature`` overrides the config's (0: greedy). ``on_progress`` is called with finished sequences of
         this rank, ``between_batches`` at the same times on every rank, and may raise.
@@ -86,9 +89,7 @@ class MegatronRolloutEngine:
         merged = {i: result for part in gathered for i, result in part.items()}
         return [merged[i] for i in range(len(requests))]
 
-    def _generate_batch(
-        self, requests: list[Request], temperature: float, start: int, longest: int
-    ) -> list[tuple[list[int], bool]]:
+    def _generate_batch(self, requests: list[Request], temperature: float, start: int, longest: int) -> list[Sampled]:
         """One batch to the end, on this replica's model-parallel ranks (which all return the same).
 
         ``start``, ``longest``: lengths of the shortest and the longest prompt of all replicas that step together.
@@ -118,7 +119,7 @@ class MegatronRolloutEngine:
             ends = torch.where(stopped, torch.full_like(ends, position + 1), ends)
             finished |= stopped
             position += 1
-        return [(tokens[row, lengths[row] : ends[row]].tolist(), bool(finished[row])) for row in range(wanted)]
+        return [Sampled(tokens[row, lengths[row] : ends[row]].tolist(), bool(finished[row])) for row in range(wanted)]
 
     def _all_done(self, done: torch.Tensor) -> bool:
         """Whether every sequence is done, of this replica or of all that share its experts. ``done``: bool [b]."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
 @dataclass
@@ -11,6 +11,18 @@ class Request:
 
     prompt_ids: list[int]
     key: str
+
+
+class Sampled(NamedTuple):
+    """What an engine returns for a request. ``token_ids`` ends with the stop token when ``finished``.
+
+    ``log_probs``: of the sampled tokens as the sampler saw them, [T] at the sampling temperature, without top-k and top-p;
+    None where the sampler is the trainer's own model.
+    """
+
+    token_ids: list[int]
+    finished: bool
+    log_probs: list[float] | None = None
 
 
 @dataclass
@@ -27,6 +39,7 @@ class Response:
     text: str  # the answer, decoded
     thought: int = 0  # tokens
     closed: bool = True  # no thought, or one with its closing mark
+    log_probs: list[float] | None = None  # as in ``Sampled``
 
     @property
     def body_ids(self) -> list[int]:
@@ -45,7 +58,11 @@ class Response:
 
 
 class RolloutEngine(Protocol):
-    """Samples responses with the policy's current weights."""
+    """Samples responses with the policy's weights as of the last ``take_weights``."""
+
+    def take_weights(self) -> None:
+        """Use the policy's weights as they are now: called at the start and after every update (collective)."""
+        ...
 
     def generate(
         self,
@@ -53,8 +70,8 @@ class RolloutEngine(Protocol):
         temperature: float | None = None,
         on_progress: Callable[[int], None] = ...,
         between_batches: Callable[[], None] = ...,
-    ) -> list[tuple[list[int], bool]]:
-        """(token ids with the stop token, finished) of every request, in order, on every rank of the policy (collective).
+    ) -> list[Sampled]:
+        """What was sampled for every request, in order, on every rank of the policy (collective).
 
         ``temperature`` overrides the config's (0: greedy). ``on_progress`` is called with the number of finished
         sequences of this rank, ``between_batches`` at the same times on every rank; it may raise.

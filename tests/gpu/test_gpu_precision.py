@@ -179,7 +179,7 @@ def test_greedy_rollouts_follow_the_whole_forward(gpu_hf, format):
     engine = MegatronRolloutEngine(model, RolloutConfig(max_response_tokens=12, batch_size=3), {382})
     responses = engine.generate(rollouts.requests(rollouts.IN_ORDER), temperature=0.0)
     worst = 0.0
-    for prompt, (response, _) in zip(rollouts.prompts(), responses, strict=True):
+    for prompt, (response, *_) in zip(rollouts.prompts(), responses, strict=True):
         logits = next_logits(model, prompt, response)[:, : model.geometry.vocab]
         chosen = logits.gather(1, torch.tensor(response, device=logits.device)[:, None])[:, 0]
         worst = max(worst, ((logits.amax(1) - chosen) / logits.std(1)).max().item())

@@ -57,7 +57,7 @@ def requests(order: list[int]):
 
 def generate(layout: Layout, path: str, stop: list[int], batch_size: int, greedy: bool, order: list[int]) -> list:
     engine = engine_of(layout, path, stop, batch_size)
-    return engine.generate(requests(order), temperature=0.0 if greedy else None)
+    return [sampled[:2] for sampled in engine.generate(requests(order), temperature=0.0 if greedy else None)]
 
 
 def generate_in_training(layout: Layout, path: str, stop: list[int]) -> dict:
@@ -74,7 +74,7 @@ def generate_in_training(layout: Layout, path: str, stop: list[int]) -> dict:
     responses = engine.generate(requests(everything), on_progress=progress.append)
     after = trainer.log_probs(sequences, [everything])
     return {
-        "responses": responses,
+        "responses": [sampled[:2] for sampled in responses],
         "unchanged": all(torch.equal(a, b) for a, b in zip(before, after, strict=True)),
         "training": engine.model.training,
         "progress": progress,

@@ -1,0 +1,78 @@
+"""The policy's weights on every rank under Hugging Face names, in buckets: what each rank's engine is given."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+
+from g2r_megatron.model.build import MegatronModel
+from g2r_megatron.model.weights import hf_shapes
+from g2r_megatron.model.write_hf import stage_tensors
+
+BUCKET_BYTES = 256 << 20
+Bucket = list[tuple[str, torch.Tensor, int]]  # (Hugging Face name, whole tensor, check sum at the sender)
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+
+
+def check_sum(tensor: torch.Tensor) -> int:
+    """Sum of the tensor's elements, read as integers of their size."""
+    return int(tensor.contiguous().view(_BITS[tensor.element_size()]).sum(dtype=torch.int64))
+
+
+def buckets(tensors: Iterable[tuple[str, torch.Tensor]], size: int) -> Iterator[Bucket]:
+    """Tensors in lists of at most ``size`` bytes, or of one that is larger."""
+    bucket: Bucket = []
+    held = 0
+    for name, tensor in tensors:
+        if bucket and held + tensor.nbytes > size:
+            yield bucket
+            bucket, held = [], 0
+        bucket.append((name, tensor, check_sum(tensor)))
+        held += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def replica_buckets(model: MegatronModel, size: int = BUCKET_BYTES) -> Iterator[Bucket]:
+    """Every weight of the model, on every rank of each replica (collective: all ranks exhaust it).
+
+    Tensor and expert parallel ranks put their shards together stage by stage; each stage sends what it has to the other
+    stages of its pipeline.
+    """
+    pp = model.groups.pgs.pp
+    if pp.size() == 1:
+        yield from buckets(stage_tensors(model), size)
+        return
+    for stage in range(pp.size()):
+        source = dist.get_global_rank(pp, stage)
+        if stage == pp.rank():
+            for bucket in buckets(stage_tensors(model), size):
+                _broadcast([(name, tensor.dtype, total) for name, tensor, total in bucket], source, pp)
+                dist.broadcast(_flat([tensor for _, tensor, _ in bucket]), source, group=pp)
+                yield bucket
+            _broadcast(None, source, pp)
+        else:
+            yield from _received(model, source, pp)
+
+
+def _received(model: MegatronModel, source: int, pp: dist.ProcessGroup) -> Iterator[Bucket]:
+    """The buckets that another stage sends."""
+    shapes, device = hf_shapes(model.hf), next(model.chunks[0].parameters()).device
+    while (header := _broadcast(None, source, pp)) is not None:
+        sizes = [torch.Size(shapes[name]).numel() * dtype.itemsize for name, dtype, _ in header]
+        flat = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        dist.broadcast(flat, source, group=pp)
+        yield [
+            (name, part.view(dtype).view(shapes[name]), total)
+            for (name, dtype, total), part in zip(header, flat.split(sizes), strict=True)
+        ]
+
+
+def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.contiguous().view(torch.uint8).flatten() for tensor in tensors])
+
+
+def _broadcast(value, source: int, group: dist.ProcessGroup):
+    box = [value]
+    dist.broadcast_object_list(box, src=source, group=group)
+    return box[0]

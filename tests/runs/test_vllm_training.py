@@ -1,0 +1,109 @@
+"""``g2r train --rollout.engine vllm``: real runs of a few steps on the quickstart's task, and what is refused before them.
+
+Leaves out what the engine samples (tests/parity/test_vllm.py) and GPUs.
+"""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from g2r_megatron.config import checks
+from g2r_megatron.config.options import RolloutConfig
+from g2r_megatron.errors import UserError
+from real_runs import ROOT, quickstart_options, records
+from test_bad_input import assert_refused, run
+from tiny_models import build_tiny_hf
+
+with_vllm = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (make vllm)"),
+]
+
+
+def train(arguments: list[str], ranks: int = 1) -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launcher, "-m", "g2r_megatron.cli", "train", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory) -> list[str]:
+    return [
+        *quickstart_options(tmp_path_factory.mktemp("data")),
+        *("--rollout.engine", "vllm", "--optimizer.lr", "1e-3", "--steps", "4", "--rollout.temperature", "0.8"),
+    ]
+
+
+class TestRuns:
+    pytestmark = with_vllm
+
+    def test_a_run_on_two_ranks(self, options, tmp_path):
+        """Four steps with large updates, correction and evaluation: the sampler's log-probs stay the trainer's."""
+        done = train([*options, "--rollout.correction", "tis", "--output_dir", str(tmp_path / "run")], ranks=2)
+        assert done.returncode == 0, done.stderr
+        steps = [record for record in records(tmp_path / "run", "metrics.jsonl") if record["step"] > 0]
+        assert [record["step"] for record in steps] == [1, 2, 3, 4]
+        for record in steps:
+            assert 0 < record["rollout/sync_error"] < 1e-4  # another program, the same weights
+            assert record["rollout/corrected_share"] == 0
+        assert (tmp_path / "run" / "hf" / "model.safetensors").exists()
+
+    def test_a_resumed_run_samples_with_the_resumed_weights(self, options, tmp_path):
+        """Stopped after two steps and started again: the engine, which begins with the start weights, gets the new ones."""
+        whole, parts = tmp_path / "whole", tmp_path / "parts"
+        assert train([*options, "--output_dir", str(whole)]).returncode == 0
+        assert train([*options, "--steps", "2", "--output_dir", str(parts)]).returncode == 0
+        done = train([*options, "--output_dir", str(parts)])
+        assert done.returncode == 0, done.stderr
+        for ours, theirs in zip(*(records(path, "metrics.jsonl") for path in (parts, whole)), strict=True):
+            for name in ("reward/mean", "loss/policy", "rollout/sync_error", "optimizer/grad_norm"):
+                assert ours.get(name) == theirs.get(name), (ours["step"], name)
+
+    @pytest.mark.parametrize(
+        ("more", "said"),
+        [
+            (["--rollout.vllm.options", "{no_such_option: 1}"], ["rollout.vllm.options", "no_such_option"]),
+            (["--rollout.vllm.options", "{block_size: many}"], ["rollout.vllm.options", "block_size"]),
+            (["--rollout.vllm.options", "{tensor_parallel_size: 2}"], ["tensor_parallel_size is set by g2r"]),
+        ],
+    )
+    def test_options_that_vllm_refuses(self, options, tmp_path, more, said):
+        assert_refused(run(["train", *options, *more, "--output_dir", str(tmp_path / "run")]), *said)
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize(
+        ("family", "sizes", "said"),
+        [("qwen3", {}, "heads of 16"), ("qwen3_moe", {"head_dim": 32}, "experts of width 48")],
+    )
+    def test_models_that_vllm_cannot_run(self, options, tmp_path, family, sizes, said):
+        model = build_tiny_hf(family, tmp_path / "model", **sizes)
+        arguments = ["--policy.model", str(model), "--output_dir", str(tmp_path / "run")]
+        assert_refused(run(["train", *options, *arguments]), "rollout.engine", said)
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options_of_rollout", "where"),
+    [
+        ({"top_p": 0.9, "correction": "tis"}, "rollout.correction"),
+        ({"top_k": 5, "temperature": 0.7}, "rollout.temperature"),
+        ({"correction_bounds": [1.2, 2.0]}, "rollout.correction_bounds"),
+        ({"correction_bounds": [0.5]}, "rollout.correction_bounds"),
+        ({"correction": "tis", "correction_bounds": [0.5, 2.0]}, "rollout.correction_bounds"),
+    ],
+)
+def test_rollout_options_that_do_not_fit(options_of_rollout, where):
+    with pytest.raises(UserError) as error:
+        checks._check_engine(RolloutConfig(engine="vllm", **options_of_rollout))
+    assert error.value.where == where
+
+
+def test_without_the_package(monkeypatch):
+    """One line that says how to install it."""
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="rollout.engine: vllm, but the package vllm is not installed; .*make vllm"):
+        checks._check_engine(RolloutConfig(engine="vllm"))
