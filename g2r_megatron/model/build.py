@@ -119,9 +119,9 @@ def spec_backend(name: str, spec: str, dtype: str) -> BackendSpecProvider:
             f"{spec} with {dtype} on a GPU needs Transformer Engine, which cannot be imported ({reason})",
             f"install it (tools/install_gpu.sh), or ask for plain torch layers with {name}.spec torch",
         ) from error
-    from g2r_megatron.model.te_layers import TreeTESpecProvider
+    from g2r_megatron.model.te_layers import RowTESpecProvider
 
-    return TreeTESpecProvider()
+    return RowTESpecProvider()
 
 
 def check_precision_options(name: str, precision: Precision, spec: str) -> None:
