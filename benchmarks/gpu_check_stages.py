@@ -126,7 +126,7 @@ def train_config(sizes: Sizes) -> TrainConfig:
 def all_logits(model: MegatronModel, sizes: Sizes) -> torch.Tensor:
     """Logits [n, vocab] at the positions of all responses."""
     sequences = sequences_of(sizes)
-    batches = [response_batch(model, sequences, [i]) for i in range(len(sequences))]
+    batches = [response_batch(model, sequences, [i], sizes.micro_batch_tokens) for i in range(len(sequences))]
     model.train()
     found = run_schedule(model, batches, forward_tokens, lambda _, logits: (None, logits.float()), backward=False)
     return torch.cat(found)[:, : sizes.vocab].cpu()

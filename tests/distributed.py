@@ -225,3 +225,15 @@ def groups_of(layout: Layout):
     if repr(layout) not in _made:
         _made[repr(layout)] = build_groups("judge", layout)  # which of the two is named in errors only
     return _made[repr(layout)]
+
+
+def padded_batch(model, sequences, positions, items: list[int]):
+    """A ``TokenBatch`` of ``sequences[i] for i in items`` as a batch padded on the right: what packed rows are held to."""
+    from g2r_megatron.model.schedule import TokenBatch
+    from g2r_megatron.parallel.microbatches import padded
+
+    length = padded(max([1, *(len(sequences[i]) for i in items)]), model.length_multiple)
+    # no mask: attention is causal and nothing after a sequence's end is read
+    ids = [[*sequences[i], *[0] * (length - len(sequences[i]))] for i in items] or [[0] * length]
+    rows = [row * length + p for row, i in enumerate(items) for p in positions[i]]
+    return TokenBatch(torch.tensor(ids), torch.tensor(rows, dtype=torch.int64), items)

@@ -69,6 +69,7 @@ def gpu(major: int, minor: int, cuda: str):
             cached.cache_clear()
 
 
+BUDGET = 64  # tokens of a row
 RECIPES, MACHINES = (
     ("tensorwise", "blockwise", "mxfp8"),
     {
@@ -103,7 +104,7 @@ class Layers:
 
     def __init__(self):
         self.products: list[tuple[bool, bool]] = []  # (a copy was made, the copy is of the weights as they are)
-        self.attention: list[tuple[bool, bool]] = []  # (training mode, gradients)
+        self.attention: list[tuple[bool, str, int]] = []  # (training mode, layout of the tensors, queries)
 
     def weight(self, module, name: str, is_first_microbatch: bool | None) -> torch.Tensor:
         """The copy that the layer multiplies with: made anew in a first micro-batch, or when none is kept (None)."""
@@ -130,14 +131,21 @@ class Layers:
             return linear(module, normed, is_first_microbatch)
 
         def attend(module, query, key, value, *_, **options):
-            layers.attention.append((module.training, torch.is_grad_enabled()))
-            q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-            causal = "causal" in options["attn_mask_type"] and q.size(2) == k.size(2)
-            return (
-                F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
-                .permute(2, 0, 1, 3)
-                .flatten(2)
-            )
+            layout = options.get("qkv_format", "sbhd")
+            layers.attention.append((module.training, layout, query.size(0)))
+            if layout == "sbhd":
+                assert options["attn_mask_type"] == "causal"
+                return causal(*(t.permute(1, 2, 0, 3) for t in (query, key, value))).permute(2, 0, 1, 3).flatten(2)
+            ends = options["cu_seqlens_q"]
+            lengths = ends.diff().tolist()
+            assert options["attn_mask_type"] == "padding_causal" and ends.equal(options["cu_seqlens_kv"])
+            assert ends.dtype == torch.int32 and ends[0] == 0 and ends[-1] == query.size(0)
+            assert max(lengths) <= options["max_seqlen_q"] == options["max_seqlen_kv"] <= query.size(0)
+            rows = zip(*(t.split(lengths) for t in (query, key, value)), strict=True)
+            return torch.cat([causal(*(t.transpose(0, 1) for t in row)).transpose(0, 1) for row in rows]).flatten(1)
+
+        def causal(q, k, v):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
         te.Linear.forward, te.LayerNormLinear.forward, te.RMSNorm.forward = linear, norm_linear, norm
         te.DotProductAttention.forward = attend
@@ -148,7 +156,8 @@ class Layers:
             "products": len(self.products),
             "copies": sum(made for made, _ in self.products),
             "stale": sum(not fresh for _, fresh in self.products),
-            "training": sorted({training for training, _ in self.attention}),
+            "training": sorted({training for training, _, _ in self.attention}),
+            "attention": sorted({(layout, queries) for _, layout, queries in self.attention}),
         }
         self.products, self.attention = [], []
         return found
@@ -187,14 +196,14 @@ def phases(path: str) -> dict:
         engine.generate([Request(list(range(5)), str(i)) for i in range(4)])
 
     def old_log_probs() -> None:
-        response_log_probs(policy, sequences, micro_batches, 1.0)
+        response_log_probs(policy, sequences, micro_batches, 1.0, BUDGET)
 
     def update() -> None:
         from g2r_megatron.model.schedule import forward_tokens, run_schedule
         from g2r_megatron.policy.log_probs import response_batch
 
         policy.train()
-        batches = [response_batch(policy, sequences, items) for items in micro_batches]
+        batches = [response_batch(policy, sequences, items, BUDGET) for items in micro_batches]
         run_schedule(policy, batches, forward_tokens, lambda b, logits: (logits.sum(), None), backward=True)
 
     found = {}
@@ -243,6 +252,31 @@ def arguments(path: str) -> dict:
     }
 
 
+def packed_row(path: str) -> dict:
+    """Attention of one layer over a row of sequences and one of trees: error against model/tree_attention.py, layouts."""
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from g2r_megatron.config.options import Layout, Precision
+    from g2r_megatron.model.build import build_model
+    from g2r_megatron.model.hf import open_hf_model
+    from g2r_megatron.model.tree_attention import row_structure, tree_attention
+    from g2r_megatron.parallel.groups import build_groups
+
+    layers, groups = Layers(), build_groups("policy", Layout())
+    layers.install()
+    model = build_model("policy", open_hf_model(path, "policy.model"), groups, Precision("bf16"), spec="te")
+    attention = model.chunks[0].decoder.layers[0].self_attention.core_attention
+    found = {}
+    for name, trees in {"sequences": [(9, ()), (1, ()), (12, ())], "trees": [(9, (3, 4))]}.items():
+        structure = row_structure(trees, 32)
+        query, key, value = (torch.randn(32, 1, heads, 32, dtype=torch.bfloat16) for heads in (4, 2, 2))
+        expected = tree_attention(*(t.permute(1, 2, 0, 3) for t in (query, key, value)), structure, None, None)
+        got = attention(query, key, value, structure, AttnMaskType.causal)
+        error = (got - expected.permute(2, 0, 1, 3).flatten(2)).norm() / expected.norm()
+        found[name] = {"error": error.item(), "attention": layers.since()["attention"]}
+    return found
+
+
 def main(sources: str, path: str) -> None:
     from g2r_megatron.parallel.cpu import import_megatron
 
@@ -257,7 +291,7 @@ def main(sources: str, path: str) -> None:
     device.on_cpu = lambda: True  # of device.py alone: tensors stay on the CPU when ``gpu`` shows one to all others
     found = {"recipes": recipes()}
     with gpu(*MACHINES["H100, CUDA 13.0"]):
-        found |= {"arguments": arguments(path), "phases": phases(path)}
+        found |= {"arguments": arguments(path), "phases": phases(path), "packed": packed_row(path)}
     print("\n" + json.dumps(found))
 
 

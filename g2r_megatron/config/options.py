@@ -73,9 +73,9 @@ class PolicyConfig:
     layout: Layout = field(default_factory=Layout)
     precision: Precision = field(default_factory=Precision)
     recompute: Literal["none", "selective", "full"] = "none"
-    """activation recompute: none, attention only, or whole layers"""
+    """activation recompute: none, the feed-forward part of dense layers, or whole layers; g2r plan --suggest chooses"""
     micro_batch_tokens: int = 8192
-    """token budget of a micro-batch (padding included); a longer sequence is a micro-batch of its own"""
+    """token budget of a micro-batch, a row of packed sequences; a longer sequence is a micro-batch of its own"""
     spec: Literal["auto", "torch", "te"] = "auto"
     """layers: plain torch or Transformer Engine (TF32 in fp32); auto: Transformer Engine on GPU, except in fp32"""
 

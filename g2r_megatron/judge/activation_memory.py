@@ -34,8 +34,9 @@ def judge_activation_bytes(
     """Peak bytes of one rank while the judge runs a row of ``row_tokens``, above weights.
 
     ``layers`` on this rank (of all its virtual stages), ``verdicts`` in the row, ``bytes_per_number`` of activations (4
-    fp32, 2 bf16), ``recompute`` as in the config ("selective" is counted as "none"), ``backward``: the attribution pass,
-    else the verdict pass, ``window``: some layers have a sliding window, ``rows``: micro-batches in flight
+    fp32, 2 bf16), ``recompute`` as in the config ("selective" of a model with experts is counted as "none"),
+    ``backward``: the attribution pass, else the verdict pass,
+    ``window``: some layers have a sliding window, ``rows``: micro-batches in flight
     (``rows_in_flight``). The formula is explained in judge/packing.py; measured peaks of the
     attribution are 0.8 to 1 of it, of the verdict pass, which is far smaller, up to 1.25. Held to measurements by
     test_judge_memory.py and benchmarks/judge_growth.py.
@@ -52,7 +53,12 @@ def judge_activation_bytes(
     numbers = at_work
     if backward:
         numbers += 4 * whole  # embeddings, directions, the leaf and its gradient
-        numbers += rows * layers * whole + kept if recompute == "full" else rows * layers * kept
+        if recompute == "full":
+            numbers += rows * layers * whole + kept
+        elif recompute == "selective" and not g.experts:
+            numbers += rows * layers * (kept - mlp) + mlp
+        else:
+            numbers += rows * layers * kept
     logits = 12 * verdicts * g.padded_vocab(tp, 1) / tp
     if on_cpu():
         mask = bytes_per_number * row_tokens * tokens if window or cp > 1 else 0

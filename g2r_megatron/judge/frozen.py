@@ -16,14 +16,15 @@ from g2r_megatron.device import local_device
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.activation_memory import check_memory, check_suffix_memory
 from g2r_megatron.judge.gates import Gates
-from g2r_megatron.judge.packing import Tree, build_trees, row_structure
+from g2r_megatron.judge.packing import Tree, build_trees
 from g2r_megatron.judge.routing import Routing
 from g2r_megatron.judge.suffixes import SuffixBatch, SuffixUnit, plan_suffixes, run_suffixes, suffix_batches
 from g2r_megatron.judge.targets import ScoreTarget, VerdictTarget, require_finite
 from g2r_megatron.judge.types import JudgeInput, Pass
 from g2r_megatron.model.build import MegatronModel
 from g2r_megatron.model.schedule import TokenBatch, forward_tokens, replica_plan, run_schedule
-from g2r_megatron.parallel.microbatches import pack_rows, padded
+from g2r_megatron.model.tree_attention import row_structure
+from g2r_megatron.parallel.microbatches import padded
 
 
 @dataclass
@@ -70,7 +71,7 @@ def tree_batch(model: MegatronModel, trees: Sequence[Tree]) -> TreeBatch:
         verdicts += [(len(ids) + at, item) for at, item in zip(tree.verdicts, tree.items, strict=True)]
         ids += tree.ids
     length, device = padded(max(1, len(ids)), model.length_multiple), local_device()
-    structure = row_structure(trees, length)
+    structure = row_structure([tree.shape for tree in trees], length)
     rank, ranks = model.groups.pgs.cp.rank(), model.groups.pgs.cp.size()
     mine = [(at, item) for at, item in verdicts if at % ranks == rank]
     return TreeBatch(
@@ -137,7 +138,7 @@ class FrozenJudge:
         Raises ``UserError`` with the numbers when there is not enough memory to run them.
         """
         lengths = [len(tree.ids) for tree in trees]
-        plan = replica_plan(self.model, lengths, list(range(len(trees))), self.config.micro_batch_tokens, pack_rows)
+        plan = replica_plan(self.model, lengths, list(range(len(trees))), self.config.micro_batch_tokens)
         rows = [[trees[i] for i in row] for row in plan]
         check_memory(self.model, rows, self.config, backward)
         return [tree_batch(self.model, row) for row in rows]

@@ -28,8 +28,6 @@ f 18944, L 28, bf16) that is 26 GiB without recompute and 3.8 GiB with it on one
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from g2r_megatron.judge.types import JudgeInput
 
 
@@ -49,6 +47,11 @@ class Tree:
     verdicts: list[int]
     response_start: int
     response_end: int
+
+    @property
+    def shape(self) -> tuple[int, list[int]]:
+        """What ``row_structure`` needs (model/tree_attention.py)."""
+        return self.prefix, self.branches
 
 
 def shared_length(inputs: Sequence[JudgeInput]) -> int:
@@ -100,21 +103,3 @@ def _tree(inputs: Sequence[JudgeInput], shared: int, numbers: list[int]) -> Tree
 def _alone(item: JudgeInput, number: int) -> Tree:
     ids = list(item.input_ids)
     return Tree(ids, len(ids), [], [number], [item.verdict_position], item.response_start, item.response_end)
-
-
-def row_structure(trees: Sequence[Tree], length: int) -> torch.Tensor:
-    """int32 [3, length] on the CPU: tree, branch and position of every token (model/tree_attention.py).
-
-    What is left over behind the trees is padding, a tree of its own.
-    """
-    numbers, branches, positions = [], [], []
-    for number, tree in enumerate(trees):
-        numbers += [number] * len(tree.ids)
-        branches += [0] * tree.prefix
-        positions += range(tree.prefix)
-        for branch, tokens in enumerate(tree.branches, 1):
-            branches += [branch] * tokens
-            positions += range(tree.prefix, tree.prefix + tokens)
-    rest = length - len(numbers)
-    rows = [numbers + [len(trees)] * rest, branches + [0] * rest, positions + list(range(rest))]
-    return torch.tensor(rows, dtype=torch.int32)

@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from g2r_megatron.device import local_device
-from g2r_megatron.judge.packing import Tree, row_structure
+from g2r_megatron.judge.packing import Tree
 from g2r_megatron.judge.types import JudgeInput
 from g2r_megatron.model.build import MegatronModel
 from g2r_megatron.model.gpt import keys_and_values_only
 from g2r_megatron.model.schedule import TokenBatch
 from g2r_megatron.model.suffix_rows import KeptKeys, Part, SuffixRow, SuffixTree
+from g2r_megatron.model.tree_attention import row_structure
 from g2r_megatron.parallel.microbatches import balanced_shards, pack_rows, padded
 
 
@@ -177,7 +178,7 @@ def _prefix_batch(
     segments = [Segment(unit.suffixes[0].item, 0, unit.prefix) for unit in units if unit.prefix]
     trees = [Tree(list(range(s.length)), s.length, [], [], [], 0, 0) for s in segments]
     length = padded(max(1, sum(s.length for s in segments)), model.length_multiple)
-    structure = row_structure(trees, length)
+    structure = row_structure([tree.shape for tree in trees], length)
     positions = structure[2].tolist()
     if kept is not None:
         structure = torch.cat([structure, torch.full((1, length), kept.number, dtype=torch.int32)])

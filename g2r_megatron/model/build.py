@@ -119,9 +119,9 @@ def spec_backend(name: str, spec: str, dtype: str) -> BackendSpecProvider:
             f"{spec} with {dtype} on a GPU needs Transformer Engine, which cannot be imported ({reason})",
             f"install it (tools/install_gpu.sh), or ask for plain torch layers with {name}.spec torch",
         ) from error
-    from g2r_megatron.model.te_layers import TreeTESpecProvider
+    from g2r_megatron.model.te_layers import RowTESpecProvider
 
-    return TreeTESpecProvider()
+    return RowTESpecProvider()
 
 
 def check_precision_options(name: str, precision: Precision, spec: str) -> None:
@@ -199,11 +199,18 @@ def check_model(name: str, hf: HFModel, layout: Layout, precision: Precision, sp
     check_fp8_widths(name, hf, layout, precision)
 
 
-def _recompute_options(recompute: str) -> dict:
+def _recompute_options(recompute: str, hf: HFModel) -> dict:
+    """ "selective": what keeps most for what it costs, the feed-forward part of dense layers.
+
+    Fused attention keeps no scores: where all layers have experts it is what can be recomputed, and saves little.
+    """
     if recompute == "full":
         return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     if recompute == "selective":
-        return dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+        return dict(
+            recompute_granularity="selective",
+            recompute_modules=["mlp" if hf.geometry.has_dense_layers else "core_attn"],
+        )
     return {}
 
 
@@ -312,7 +319,7 @@ def transformer_config(
         deterministic_mode=torch.are_deterministic_algorithms_enabled(),  # groups.make_deterministic
         **_moe_options(hf, layout, backend),
         **_window_options(hf),
-        **_recompute_options(recompute),
+        **_recompute_options(recompute, hf),
     )
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.tensor_parallel import (
@@ -39,10 +40,31 @@ def _global_tensor_parallel_group(group):
 
 
 class GroupAwareSelfAttention(SelfAttention):
-    """SelfAttention whose QKV split also works with fewer key-value heads than TP ranks in a model with own groups.
+    """SelfAttention with two changes.
 
-    Megatron-Core 0.16 gathers the QKV projection over the *global* TP group in that case.
+    Its QKV split also works with fewer key-value heads than TP ranks in a model with own groups: Megatron-Core 0.16
+    gathers the QKV projection over the *global* TP group in that case. Its cache holds keys as they are read, rotated
+    once (Megatron-Core 0.16 rotates all of them in every step), and is read in blocks (model/decode_attention.py).
     """
+
+    def _allocate_memory(self, *args):
+        return (
+            super()._allocate_memory(*args).zero_()
+        )  # blocks end behind what is stored: what is there is multiplied by 0
+
+    def _adjust_key_value_for_inference(self, context, query, key, value, rotary_pos_emb, *args, **kwargs):
+        if context is None:
+            return super()._adjust_key_value_for_inference(context, query, key, value, rotary_pos_emb, *args, **kwargs)
+        start = context.sequence_len_offset
+        angles = rotary_pos_emb[1][start : start + key.size(0)]
+        key = apply_rotary_pos_emb(key, angles, config=self.config, cp_group=self.pg_collection.cp)
+        query, key, value, rotary, *rest = super()._adjust_key_value_for_inference(
+            context, query, key, value, rotary_pos_emb, *args, **kwargs
+        )
+        if context.is_decode_only():
+            cached, length = context.key_value_memory_dict[self.layer_number], context.read_length(key.size(0))
+            key, value = (x[:length, : query.size(1)] for x in cached)
+        return query, key, value, (rotary[0], None), *rest
 
     def get_query_key_value_tensors(self, *args, **kwargs):
         if self.config.num_query_groups >= self.world_size:

@@ -40,6 +40,11 @@ class Geometry:
     dense_layers: frozenset[int] = frozenset()  # the layers without experts, in a model with experts
     is_reward_model: bool = False  # a score of one number where a language model has its output layer
 
+    @property
+    def has_dense_layers(self) -> bool:
+        """Whether some layer has no experts."""
+        return not self.experts or bool(self.dense_layers)
+
     def is_moe(self, layer: int) -> bool:
         """Whether layer number ``layer`` (from 0, over the whole model) has experts."""
         return self.experts > 0 and layer not in self.dense_layers

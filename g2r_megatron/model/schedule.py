@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -11,17 +12,19 @@ from megatron.core.utils import get_attr_wrapped_model
 
 from g2r_megatron.device import local_device
 from g2r_megatron.model.build import MegatronModel
-from g2r_megatron.parallel.microbatches import balanced_shards, pack_by_tokens, padded
+from g2r_megatron.model.tree_attention import row_structure
+from g2r_megatron.parallel.microbatches import balanced_shards, pack_rows, padded, row_length
 
 
 @dataclass
 class TokenBatch:
-    """One micro-batch, on the model's device: right-padded sequences, or one packed row of them.
+    """One micro-batch, on the model's device: sequences packed into one row.
 
-    ``input_ids`` int64 [b, s]; ``logit_rows`` int64 [n] into the flattened positions (row * s + position);
-    ``items``: the indices of the caller's sequences, in row order. A filler (see ``replica_plan``) has no items, no
-    logit rows and one row of padding. Of a packed row also ``position_ids`` int64 [s], ``last_position`` where the largest
-    of them may be beyond the row's length, and ``structure`` int32 [3, s] on the CPU (model/tree_attention.py).
+    ``input_ids`` int64 [1, s]; ``logit_rows`` int64 [n] into its positions; ``items``: the indices of the caller's
+    sequences, in row order. A filler (see ``replica_plan``) has no items, no logit rows and one row of padding.
+    ``position_ids`` int64 [s] within each sequence, ``last_position`` where the largest of them may be beyond the row's
+    length, and ``structure`` int32 [3, s] on the CPU (model/tree_attention.py). Without these two a batch [b, s] of
+    sequences that all begin at position 0.
     """
 
     input_ids: torch.Tensor
@@ -37,34 +40,42 @@ class TokenBatch:
         return bool(self.items)
 
 
-def token_batch(
+def row_batch(
     model: MegatronModel,
     sequences: Sequence[list[int]] | Mapping[int, list[int]],
     positions: Sequence | Mapping[int, Any],
     items: list[int],
+    budget: int,
 ) -> TokenBatch:
-    """Pad ``sequences[i] for i in items`` to one length; ``positions[i]`` are the positions whose logits are wanted."""
-    length = padded(max([1, *(len(sequences[i]) for i in items)]), model.length_multiple)
-    # Right padding needs no mask: attention is causal and nothing after a sequence's end is read.
-    ids = [list(sequences[i]) + [0] * (length - len(sequences[i])) for i in items] or [[0] * length]
-    rows = [row * length + p for row, i in enumerate(items) for p in positions[i]]
-    device = local_device()
-    return TokenBatch(torch.tensor(ids, device=device), torch.tensor(rows, dtype=torch.int64, device=device), items)
+    """``sequences[i] for i in items`` in one row, padded to one of few lengths (``row_length`` of ``budget``).
+
+    ``positions[i]`` are the positions whose logits are wanted, as sequence i counts them.
+    """
+    lengths, multiple, device = [len(sequences[i]) for i in items], model.length_multiple, local_device()
+    length = row_length(sum(lengths), budget, multiple) if items else multiple
+    ids = [token for i in items for token in sequences[i]]
+    starts = accumulate(lengths, initial=0)
+    rows = [start + p for start, i in zip(starts, items, strict=False) for p in positions[i]]
+    structure = row_structure([(n, ()) for n in lengths], length)
+    return TokenBatch(
+        input_ids=torch.tensor([ids + [0] * (length - len(ids))], device=device),
+        logit_rows=torch.tensor(rows, dtype=torch.int64, device=device),
+        items=items,
+        position_ids=structure[2].long().to(device),
+        structure=structure,
+    )
 
 
-def replica_plan(
-    model: MegatronModel, lengths: Sequence[int], indices: list[int], budget: int, pack: Callable = pack_by_tokens
-) -> list[list[int]]:
-    """This data-parallel replica's share of ``indices`` as micro-batches of at most ``budget`` tokens.
+def replica_plan(model: MegatronModel, lengths: Sequence[int], indices: list[int], budget: int) -> list[list[int]]:
+    """This data-parallel replica's share of ``indices`` as micro-batches: rows of at most ``budget`` tokens.
 
-    ``lengths`` of the sequences ``indices``, in the same order; ``pack`` (of parallel/microbatches.py) says whether they
-    are padded to rows of one length or packed into one row. A pure function of its arguments and the layout.
+    ``lengths`` of the sequences ``indices``, in the same order. A pure function of its arguments and the layout.
     Every replica gets as many micro-batches, some of them empty: replicas share experts and meet in every layer. With
     virtual stages their number is a multiple of the pipeline's ranks, as the interleaved schedule needs it.
     """
     plans = []
     for share in balanced_shards(list(lengths), model.groups.dp_size):
-        packed = pack([lengths[i] for i in share], budget, model.length_multiple)
+        packed = pack_rows([lengths[i] for i in share], budget, model.length_multiple)
         plans.append([[indices[share[i]] for i in rows] for rows in packed])
     multiple = model.groups.pgs.pp.size() if len(model.chunks) > 1 else 1
     micro_batches = padded(max(len(plan) for plan in plans), multiple)

@@ -90,7 +90,7 @@ def _look(block: Block, q, key, value, scale: float) -> tuple[torch.Tensor, torc
         highest = scores.amax(-1, keepdim=True).clamp_(min=LOWEST)
         scores.sub_(highest).exp_()
         total = scores.sum(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
-        found = _product(scores.flatten(1, 2).to(v.dtype), v[batch, keys]).view(*scores.shape[:3], -1)
+        found = fp32_product(scores.flatten(1, 2).to(v.dtype), v[batch, keys]).view(*scores.shape[:3], -1)
         out[batch, :, rows] = found.div_(total)
         sums[batch, :, rows] = total.log_().add_(highest).clamp_(min=LOWEST).squeeze(-1)
     return _unbatched(block, out), _unbatched(block, sums)
@@ -111,13 +111,13 @@ def _look_back(block: Block, q, key, value, g, sums, delta, dq, of_keys, scale: 
         scores = _scores(block, q, k, batch, rows, keys, scale)
         p = scores.sub_(sums[batch, :, rows].unsqueeze(-1)).exp_()
         g_rows = g[batch, :, rows].flatten(1, 2)
-        ds = _product(g_rows, v[batch, keys].mT).view_as(p)
+        ds = fp32_product(g_rows, v[batch, keys].mT).view_as(p)
         ds.sub_(delta[batch, :, rows].unsqueeze(-1)).mul_(p)
         flat = ds.flatten(1, 2).to(k.dtype)
-        block_dq[batch, :, rows] = _product(flat, k[batch, keys]).mul_(scale).view(*ds.shape[:3], -1)
+        block_dq[batch, :, rows] = fp32_product(flat, k[batch, keys]).mul_(scale).view(*ds.shape[:3], -1)
         if of_keys is not None:
-            block_dk[batch, keys] += _product(flat.mT, q[batch, :, rows].flatten(1, 2)).mul_(scale)
-            block_dv[batch, keys] += _product(p.flatten(1, 2).to(g.dtype).mT, g_rows)
+            block_dk[batch, keys] += fp32_product(flat.mT, q[batch, :, rows].flatten(1, 2)).mul_(scale)
+            block_dv[batch, keys] += fp32_product(p.flatten(1, 2).to(g.dtype).mT, g_rows)
         gates.add(ds, batch, rows)
     dq[:, :, queries] += _unbatched(block, block_dq)
     if of_keys is not None:
@@ -175,7 +175,7 @@ def _chunks(block: Block, q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[sl
 def _scores(block: Block, q, k, batch: slice, rows: slice, keys: slice, scale: float) -> torch.Tensor:
     """fp32 [batch, r, rows, keys]: scaled, masked, gated."""
     some = q[batch, :, rows]
-    scores = _product(some.flatten(1, 2), k[batch, keys].mT).view(*some.shape[:3], -1).mul_(scale)
+    scores = fp32_product(some.flatten(1, 2), k[batch, keys].mT).view(*some.shape[:3], -1).mul_(scale)
     if block.mask is not None:
         scores.add_(block.mask[rows, keys])
     if block.log_level is not None:
@@ -188,7 +188,7 @@ def _scores(block: Block, q, k, batch: slice, rows: slice, keys: slice, scale: f
     return scores
 
 
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def fp32_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b [batch, n, m], summed up and returned in fp32 whatever the factors are."""
     if a.dtype == torch.float32:
         return torch.bmm(a, b)

@@ -14,6 +14,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 
 from g2r_megatron.device import local_device
+from g2r_megatron.model.decode_attention import decode_attention, is_cache
 from g2r_megatron.model.tree_attention import row_attention
 
 
@@ -103,7 +104,7 @@ class SwiGLU:
 
 
 class SDPACoreAttention(torch.nn.Module):
-    """Counterpart of ``TEDotProductAttention``: causal, over a KV cache, or over a packed row (tree_attention.py).
+    """Counterpart of ``TEDotProductAttention``: causal over a batch, over a KV cache, or over a packed row.
 
     In layers with a sliding window a position sees itself and the ``window_size[0]`` positions before it. Under context
     parallelism it takes packed rows only.
@@ -122,38 +123,42 @@ class SDPACoreAttention(torch.nn.Module):
     ):
         """``query`` [sq, b, np, hn], ``key``/``value`` [sk, b, ng, hn] -> [sq, b, np * hn].
 
-        ``attention_mask``: None, or the structure of a packed row. Otherwise attention is causal over whole sequences
-        or unmasked over a cache (decode); a bias or Megatron's packing is refused rather than ignored.
+        ``attention_mask``: None, the structure of a packed row, or distances in a cache (model/decode_attention.py). With
+        None attention is causal over whole sequences; a bias or Megatron's packing is refused rather than ignored.
         """
         if attention_bias is not None or packed_seq_params is not None:
             raise ValueError("SDPACoreAttention takes no attention_bias or packed_seq_params")
         value = value.contiguous()  # a view of the whole QKV projection, which the backward would keep for it
+        if attention_mask is not None and is_cache(attention_mask):
+            return decode_attention(query, key, value, attention_mask, self.window, self.softmax_scale)
         if attention_mask is not None:
             options = self.window, self.softmax_scale, self.cp_group, self.layer_number
             return row_attention(query, key, value, attention_mask, *options)
         if self.cp_group.size() > 1:
             raise ValueError("under context parallelism only packed rows can be run")
-        causal = attn_mask_type == AttnMaskType.causal
-        if causal and query.size(0) != key.size(0):
-            raise ValueError(f"causal attention needs equal lengths, got {query.size(0)} queries, {key.size(0)} keys")
-        mask = self._window_mask(query.size(0), key.size(0), query.device)
+        if attn_mask_type != AttnMaskType.causal or query.size(0) != key.size(0):
+            raise ValueError(
+                f"{attn_mask_type} over {query.size(0)} queries and {key.size(0)} keys, not causal over a batch"
+            )
+        mask = self._window_mask(query.size(0), query.device)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, heads, s, hn]
         context = F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=mask,
-            is_causal=causal and mask is None,
+            is_causal=mask is None,
             scale=self.softmax_scale,
             enable_gqa=q.size(1) != k.size(1),
         )
         return context.permute(2, 0, 1, 3).flatten(2)
 
-    def _window_mask(self, queries: int, keys: int, device: torch.device) -> torch.Tensor | None:
-        """bool [queries, keys], True where seen; None where the window hides nothing. The queries are the last keys."""
-        if self.window is None or keys <= self.window + 1:
+    def _window_mask(self, length: int, device: torch.device) -> torch.Tensor | None:
+        """bool [length, length], True where seen; None where the window hides nothing."""
+        if self.window is None or length <= self.window + 1:
             return None
-        distance = torch.arange(keys - queries, keys, device=device).unsqueeze(1) - torch.arange(keys, device=device)
+        at = torch.arange(length, device=device)
+        distance = at.unsqueeze(1) - at
         return (distance >= 0) & (distance <= self.window)
 
 

@@ -9,6 +9,7 @@ Context parallelism: of C ranks, rank r has the row's positions r, r + C, r + 2 
 rank then has nearly the same number of scores to compute. Queries stay where they are, keys and values are gathered.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,6 +24,35 @@ from g2r_megatron.model.suffix_rows import find_row
 
 FLEX_COMPILATIONS = 64  # of FlexAttention in one process: policy, judge and reference together
 KEPT_ROWS = 4  # micro-batches whose masks are kept: those that a pipeline stage has in flight
+
+
+def row_structure(trees: Sequence[tuple[int, Sequence[int]]], length: int) -> torch.Tensor:
+    """The structure, int32 [3, length] on the CPU, of a row of trees, each (tokens of its prefix, tokens of each branch).
+
+    A sequence on its own is a prefix without branches. What is left over behind the trees is padding, a tree of its own.
+    """
+    numbers, branches, positions = [], [], []
+    for number, (prefix, its_branches) in enumerate(trees):
+        numbers += [number] * (prefix + sum(its_branches))
+        branches += [0] * prefix
+        positions += range(prefix)
+        for branch, tokens in enumerate(its_branches, 1):
+            branches += [branch] * tokens
+            positions += range(prefix, prefix + tokens)
+    rest = length - len(numbers)
+    rows = [numbers + [len(trees)] * rest, branches + [0] * rest, positions + list(range(rest))]
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def sequence_lengths(structure: torch.Tensor) -> tuple[int, ...] | None:
+    """Tokens of each sequence, padding included, of a row whose trees have no branches; None of another one."""
+    return _sequence_lengths(structure.numpy().tobytes()) if structure.size(0) == 3 else None
+
+
+@lru_cache(maxsize=KEPT_ROWS)
+def _sequence_lengths(structure: bytes) -> tuple[int, ...] | None:
+    trees, branches, _ = torch.frombuffer(bytearray(structure), dtype=torch.int32).view(3, -1)
+    return None if branches.any() else tuple(torch.unique_consecutive(trees, return_counts=True)[1].tolist())
 
 
 def sees(structure: torch.Tensor, query: torch.Tensor, key: torch.Tensor, window: int | None) -> torch.Tensor:

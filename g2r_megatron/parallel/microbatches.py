@@ -1,22 +1,6 @@
 """Micro-batches by token budget, and the split of work over data-parallel ranks: pure functions."""
 
 
-def pack_by_tokens(lengths: list[int], budget: int, multiple: int = 1) -> list[list[int]]:
-    """Group sequences so that rows x longest (padded to ``multiple``) stays within ``budget`` tokens.
-
-    ``lengths`` in tokens. Sequences are taken longest first, so rows of like length share a micro-batch;
-    a sequence longer than the budget gets a micro-batch of its own. Returns lists of indices.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    batches: list[list[int]] = []
-    for i in order:
-        if batches and (len(batches[-1]) + 1) * padded(lengths[batches[-1][0]], multiple) <= budget:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
-
-
 def pack_rows(lengths: list[int], budget: int, multiple: int = 1) -> list[list[int]]:
     """Group sequences into rows, one after the other, so that each row (padded to ``multiple``) stays within ``budget``.
 
@@ -34,6 +18,22 @@ def pack_rows(lengths: list[int], budget: int, multiple: int = 1) -> list[list[i
         rows[row].append(i)
         used[row] += lengths[i]
     return rows
+
+
+def row_length(tokens: int, budget: int, multiple: int = 1) -> int:
+    """Length that a row of ``tokens`` is padded to, so that a run has few shapes: kernels are planned for each new one.
+
+    An eighth of ``budget`` or a multiple of its quarter, as many quarters as a sequence longer than the budget needs;
+    rounded to ``multiple``, but not beyond a budget that is enough.
+    """
+    step = -(-budget // (8 if 8 * tokens <= budget else 4))
+    length, whole = padded(padded(tokens, step), multiple), budget // multiple * multiple
+    return min(length, whole) if tokens <= whole else length
+
+
+def cache_block(longest: int) -> int:
+    """Positions of a KV cache that decoding reads together, for sequences of up to ``longest`` tokens: an eighth of it."""
+    return padded(-(-longest // 8), 32)
 
 
 def padded(length: int, multiple: int) -> int:

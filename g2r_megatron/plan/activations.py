@@ -5,7 +5,7 @@ from what its layers save. Numbers are of one rank and one token unless said oth
 query heads, all key (or value) heads, feed-forward size; t: tensor parallel size; a: bytes of a number.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from g2r_megatron.config.options import Layout
 from g2r_megatron.model.hf import Geometry
@@ -35,7 +35,7 @@ class Kind:
 def kept_by_layer(g: Geometry, topk: int, layout: Layout, kind: Kind, moe: bool) -> float:
     """Bytes a token that one layer keeps from its forward to its backward, without recompute."""
     return _attention_keeps(g, layout, kind) + (
-        _experts_keep(g, topk, layout, kind) if moe else _mlp_keeps(g, layout, kind)
+        _experts_keep(g, topk, layout, kind) if moe else mlp_keeps(g, layout, kind)
     )
 
 
@@ -68,7 +68,8 @@ def qk_norm_keeps(g: Geometry, layout: Layout, kind: Kind) -> float:
     return (FP32 + (kind.a if kind.trains else 0)) * (q + k)
 
 
-def _mlp_keeps(g: Geometry, layout: Layout, kind: Kind) -> float:
+def mlp_keeps(g: Geometry, layout: Layout, kind: Kind) -> float:
+    """Of a dense layer's feed-forward part, with its norm."""
     f = g.ffn / layout.tp
     # gate and up; with Transformer Engine also silu(gate); the input of the second product if it trains
     width = 2 * f + (f if kind.te else 0) + (f if kind.trains else 0)
@@ -105,6 +106,9 @@ def stage_keeps(g: Geometry, topk: int, qk_norm: bool, stage: Stage, layout: Lay
         return kind.a * g.hidden * _shard(layout) * stage.layer_count
     extra = qk_norm_keeps(g, layout, kind) if qk_norm else 0.0
     dense = stage.layer_count - stage.moe_layers
+    if kind.recompute == "selective":  # a dense feed-forward part keeps its input; attention is counted as without
+        extra_dense = kind.a * g.hidden * _shard(layout) - mlp_keeps(g, layout, kind)
+        return stage_keeps(g, topk, qk_norm, stage, layout, replace(kind, recompute="none")) + dense * extra_dense
     kept = stage.moe_layers * kept_by_layer(g, topk, layout, kind, True) if stage.moe_layers else 0.0
     return kept + (dense * kept_by_layer(g, topk, layout, kind, False) if dense else 0.0) + stage.layer_count * extra
 

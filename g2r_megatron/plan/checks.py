@@ -55,9 +55,11 @@ def _check_place(config: PlanConfig) -> None:
             raise UserError(option, str(getattr(config, option)), "must be at least 1")
     if not 0 <= config.attributed_share <= 1:
         raise UserError("attributed_share", str(config.attributed_share), "must be between 0 and 1")
+    if not 0 <= config.prompt_spread < 1:
+        raise UserError("prompt_spread", str(config.prompt_spread), "must be at least 0 and less than 1")
     for field in dataclasses.fields(config.hardware):
         value = getattr(config.hardware, field.name)
-        if not 0 < value < float("inf") and field.name not in ("reserve_gib", "layer_us"):
+        if not 0 < value < float("inf") and field.name not in ("reserve_gib", "launch_us"):
             raise UserError(f"hardware.{field.name}", str(value), "must be more than 0")
 
 

@@ -31,8 +31,8 @@ class Hardware:
     """bandwidth of a GPU to host memory, GB/s in one direction (judge.offload)"""
     link_use: float = 0.7
     """share of these three that transfers reach"""
-    layer_us: float = 300.0
-    """least microseconds a layer takes in a decoding step: kernel launches, without CUDA graphs"""
+    launch_us: float = 10.0
+    """microseconds of the host for one operation; decoding, without CUDA graphs, takes at least that for each of a step's"""
 
 
 @dataclass
@@ -49,6 +49,8 @@ class PlanConfig(TrainConfig):
     """tokens that a criterion adds to the judge's input, with what follows it"""
     attributed_share: float = 0.5
     """share of the items that need a backward pass (judged True, and not alike in their group)"""
+    prompt_spread: float = 0.5
+    """a step's prompts are evenly between rollout.max_prompt_tokens and this share of it less (rollouts: time only)"""
     suggest: bool = False
     """list workable layouts for the nodes, the cheapest estimated step first"""
     json: bool = False

@@ -4,9 +4,10 @@ Nothing overlaps with anything but, with ``judge.ranks``, the judge with the pol
 algorithms: a rank sends (n - 1) / n of a tensor to gather or reduce-scatter it over n ranks, twice that to all-reduce it.
 """
 
+import math
 from dataclasses import asdict, dataclass
 
-from g2r_megatron.plan.activations import FP32, kv_cache_bytes
+from g2r_megatron.plan.activations import FP32, SAMPLING, kv_cache_bytes
 from g2r_megatron.plan.config import Hardware
 from g2r_megatron.plan.models import Job, PlannedModel
 from g2r_megatron.plan.workload import (
@@ -20,6 +21,12 @@ from g2r_megatron.plan.workload import (
     workload,
 )
 
+# Operations of a decoding step that are more than views, counted in plain torch layers (test_plan_memory.py). Transformer
+# Engine's do several at once, and its modules take the host as long.
+LAYER_OPERATIONS = 69
+QK_NORM_OPERATIONS = 16
+EXPERTS_OPERATIONS = 66
+STEP_OPERATIONS = 42
 LATENCY = 20e-6  # seconds of one small collective
 ATTENTION_BACKWARD = 2.5  # products of attention's backward to those of its forward (it computes the scores again)
 
@@ -99,6 +106,12 @@ def _attention_flop(model: PlannedModel, stage: int, passes: Passes) -> float:
     return 4 * passes.context * g.heads * g.head_dim / model.layout.tp * model.stages[stage].layer_count
 
 
+def _dense_mlp_flop(model: PlannedModel, stage: int) -> float:
+    """Of a token: the feed-forward parts of the stage's layers without experts."""
+    g, s = model.geometry, model.stages[stage]
+    return 2 * 3 * g.hidden * g.ffn / model.layout.tp * (s.layer_count - s.moe_layers)
+
+
 def _logits_flop(model: PlannedModel, stage: int, passes: Passes) -> float:
     return 2 * passes.logit_rows * model.geometry.hidden * model.logits_here(stage)
 
@@ -108,7 +121,11 @@ def backward_flop(model: PlannedModel, stage: int, passes: Passes) -> float:
     forward, tokens = forward_flop(model, stage, passes), passes.tokens / model.layout.cp
     attention = tokens * _attention_flop(model, stage, passes)
     products = (forward - attention) * (2 if model.kind.trains else 1)
-    again = forward if model.kind.recompute == "full" else attention if model.kind.recompute == "selective" else 0.0
+    again = 0.0
+    if model.kind.recompute == "full":
+        again = forward
+    elif model.kind.recompute == "selective":
+        again = tokens * _dense_mlp_flop(model, stage) if model.geometry.has_dense_layers else attention
     return products + ATTENTION_BACKWARD * attention + again
 
 
@@ -138,6 +155,8 @@ def backward_links(model: PlannedModel, stage: int, tokens: float) -> Links:
         links.tp += forward.tp / 2
     if model.kind.recompute == "full":
         links += Links(forward.tp, forward.ep)
+    elif model.kind.recompute == "selective" and model.geometry.has_dense_layers:
+        links.tp += forward.tp / 2  # at most: of a layer's two products that send, one
     return links
 
 
@@ -189,28 +208,43 @@ def gradient_links(model: PlannedModel, stage: int, distributed: bool) -> Links:
 
 
 def rollout_phase(job: Job, sampling: Rollout) -> Phase:
-    """Prompts at the speed of large products; then a token at a time: weights and cache read, layers launched."""
+    """As rollout/megatron.py samples: prompts at the speed of large products, then a token at a time.
+
+    A decoding step reads weights and cache, and draws from logits of the whole vocabulary; the host launches each
+    operation, and waits at the end of the step. The stages of a pipeline work one after the other.
+    """
     model, hardware = job.policy, job.config.hardware
-    tokens = sampling.sequences * sampling.prompt
-    prompts = run_phase(job, "rollout", model, Passes(sampling.batches, tokens, sampling.prompt / 2, 1), False)
-    step = sending = 0.0
-    for stage, s in enumerate(model.stages):  # one after the other: there is nothing to overlap
+    tokens, count = math.ceil(sampling.sequences * sampling.first), sampling.batches * sampling.steps
+    phase = run_phase(job, "rollout", model, Passes(sampling.batches, tokens, sampling.first / 2, 1), False)
+    memory = hardware.memory_gb_s * 1e9 * hardware.memory_use
+    # logits in fp32 and fp64, written and read
+    step = (
+        sampling.sequences * model.geometry.vocab * 2 * SAMPLING / memory + STEP_OPERATIONS * hardware.launch_us / 1e6
+    )
+    links = Links(tp=sampling.sequences * model.logits_here(model.layout.pp - 1) * model.kind.a * (model.layout.tp - 1))
+    sending = link_seconds(model, links, job)
+    for stage, s in enumerate(model.stages):
         read = model.kind.a * (s.dense + s.vocabulary / len(model.stages) + _experts_read(model, stage, sampling))
-        cache = kv_cache_bytes(model.geometry, s, model.layout, model.kind, sampling.sequences, 1)
-        read += cache * (sampling.prompt + sampling.steps / 2)
-        step += max(read / (hardware.memory_gb_s * 1e9 * hardware.memory_use), s.layer_count * hardware.layer_us / 1e6)
-        links = forward_links(model, stage, sampling.sequences, sp=False)
-        sending += link_seconds(model, links, job)
+        read += sampling.context * kv_cache_bytes(model.geometry, s, model.layout, model.kind, sampling.sequences, 1)
+        step += max(read / memory, stage_operations(model, stage) * hardware.launch_us / 1e6)
+        sent = forward_links(model, stage, sampling.sequences, sp=False)
+        sending += link_seconds(model, sent, job)
         sending += s.layer_count * LATENCY * (2 * (model.layout.tp > 1) + 2 * (model.layout.ep > 1))
-        prompts.tp_bytes += links.tp * sampling.batches * sampling.steps
-        prompts.ep_bytes += links.ep * sampling.batches * sampling.steps
-        prompts.pp_bytes += links.pp * sampling.batches * sampling.steps
-    prompts.seconds = prompts.compute_s + prompts.communication_s  # each batch alone passes all stages
-    prompts.seconds *= model.layout.pp
-    prompts.compute_s += step * sampling.batches * sampling.steps
-    prompts.communication_s += sending * sampling.batches * sampling.steps
-    prompts.seconds += (step + sending) * sampling.batches * sampling.steps
-    return prompts
+        links += sent
+    phase.tp_bytes += links.tp * count
+    phase.ep_bytes += links.ep * count
+    phase.pp_bytes += links.pp * count
+    phase.seconds = (phase.compute_s + phase.communication_s) * model.layout.pp + (step + sending) * count
+    phase.compute_s += step * count
+    phase.communication_s += sending * count
+    return phase
+
+
+def stage_operations(model: PlannedModel, stage: int) -> int:
+    """Operations of a stage's layers in one decoding step."""
+    s = model.stages[stage]
+    layer = LAYER_OPERATIONS + (QK_NORM_OPERATIONS if model.hf.family.qk_norm else 0)
+    return s.layer_count * layer + s.moe_layers * EXPERTS_OPERATIONS
 
 
 def _experts_read(model: PlannedModel, stage: int, sampling: Rollout) -> float:

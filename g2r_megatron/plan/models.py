@@ -61,7 +61,10 @@ class PlannedModel:
         )
 
     def layer_keeps(self, stage: int) -> float:
-        """Bytes a token of the stage's largest layer, as it is while it is recomputed."""
+        """Bytes a token of what is recomputed at once: the stage's largest layer, or its feed-forward part."""
+        if self.kind.recompute == "selective":
+            dense = self.geometry.has_dense_layers
+            return activations.mlp_keeps(self.geometry, self.layout, self.kind) if dense else 0.0
         moe, g = self.stages[stage].moe_layers > 0, self.geometry
         extra = activations.qk_norm_keeps(g, self.layout, self.kind) if self.hf.family.qk_norm else 0.0
         return activations.kept_by_layer(g, self.topk, self.layout, self.kind, moe) + extra

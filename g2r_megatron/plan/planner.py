@@ -113,10 +113,9 @@ def possible_changes(config: PlanConfig) -> Iterator[Change]:
     """Changes that save memory, the cheapest first."""
     p, c, r = config.policy, config.judge, config.rollout
     work = workload(config)
-    if p.recompute != "full":
-        yield {"policy.recompute": "full"}
-    if c.recompute != "full":
-        yield {"judge.recompute": "full"}
+    for name, section in (("policy", p), ("judge", c)):
+        for recompute in {"none": ("selective", "full"), "selective": ("full",), "full": ()}[section.recompute]:
+            yield {f"{name}.recompute": recompute}
     if p.micro_batch_tokens >= 2 * work.sequence:
         yield {"policy.micro_batch_tokens": work.sequence}
     if c.micro_batch_tokens >= 2 * work.judge_tree:

@@ -59,7 +59,7 @@ def update_bytes(model: PlannedModel, stage: int, passes: Passes) -> dict[str, f
     """Forward and backward of one micro-batch after the other, pipelined."""
     tokens = passes.tokens / model.layout.cp
     kept = activations.in_flight(model.layout, stage, passes.micro_batches) * model.keeps(stage)
-    if model.kind.recompute == "full":
+    if model.kind.recompute != "none":
         kept += model.layer_keeps(stage)
     work = model.works(stage, backward=True)
     logits = passes.logit_rows * model.logits_here(stage) * LOGITS_BACKWARD
@@ -93,6 +93,7 @@ def rollout_bytes(model: PlannedModel, stage: int, sampling: Rollout) -> dict[st
     """The KV cache, and the prompts' pass (without sequence parallelism) or the drawing of tokens."""
     g, layout = model.geometry, replace(model.layout, sp=False)
     cache = activations.kv_cache_bytes(g, model.stages[stage], layout, model.kind, sampling.sequences, sampling.length)
+    # prompts at the limit, all of one length
     prefill = sampling.sequences * sampling.prompt * model.works(stage, backward=False, layout=layout)
     drawing = sampling.sequences * g.vocab * (model.kind.a + SAMPLING) if model.logits_here(stage) else 0
     return {"KV cache": cache, "activations": max(prefill, drawing)}

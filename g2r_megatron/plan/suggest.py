@@ -76,12 +76,13 @@ def judge_places(config: PlanConfig) -> Iterator[PlanConfig]:
 
 
 def candidates(hf: HFModel, ranks: int, per_node: int) -> Iterator[tuple[Layout, str]]:
-    """Layouts that divide the model and the ranks, with and without recompute; tensor parallel within a node."""
+    """Layouts that divide the model and the ranks, with each kind of recompute; tensor parallel within a node."""
+    kinds = ("none", "selective", "full") if hf.geometry.has_dense_layers else ("none", "full")
     for tp in (n for n in SIZES if n <= per_node):
         for pp in (n for n in SIZES if n <= 16 and hf.geometry.layers % n == 0):
             for ep in SIZES if hf.geometry.experts else (1,):
                 if ranks % (tp * pp) == 0 and (ranks // pp) % ep == 0:
-                    for recompute in ("none", "full"):
+                    for recompute in kinds:
                         yield Layout(tp=tp, pp=pp, ep=ep, sp=tp > 1), recompute
 
 

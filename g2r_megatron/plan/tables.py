@@ -144,7 +144,8 @@ def assumptions(plan: Plan) -> list[str]:
         f"{work.responses} responses of {work.response} tokens to prompts of {work.prompt} (the limits: an upper bound)",
         f"{work.items} criteria of {work.criterion} tokens, {work.attributed:g} of them with a backward pass",
         f"{h.tflops:g} TFLOP/s bf16 (FP8 the same), {h.fp32_tflops:g} fp32, of which {h.mfu:.0%} are reached",
-        f"decoding reads memory at {h.memory_use:.0%} of {h.memory_gb_s:g} GB/s, {h.layer_us:g} us a layer at least",
+        f"decoding reads memory at {h.memory_use:.0%} of {h.memory_gb_s:g} GB/s, and launches an operation in {h.launch_us:g} us; "
+        f"its prompts have {work.prompt * (1 - plan.config.prompt_spread):.0f} to {work.prompt} tokens",
         f"NVLink {h.nvlink_gb_s:g} and network {h.network_gb_s:g} GB/s a GPU and direction, {h.link_use:.0%} reached, not "
         "overlapped with compute",
         f"{h.reserve_gib:g} of {h.memory_gib:g} GiB for CUDA, NCCL and fragments",
@@ -169,7 +170,7 @@ def print_suggestions(suggestions: list[Suggestion], out: Console) -> None:
             else f"{c.ranks} of its own"
         )
         texts = [
-            f"{layout_text(m.layout)} dp{m.dp}{', full recompute' if m.kind.recompute == 'full' else ''}"
+            f"{layout_text(m.layout)} dp{m.dp}{f', {m.kind.recompute} recompute' if m.kind.recompute != 'none' else ''}"
             for m in (p, c)
         ]
         table.add_row(str(number), place, *texts, f"{s.seconds:.1f}", f"{s.peak_gib:.1f}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from g2r_megatron.config.layout import data_parallel_size
 from g2r_megatron.config.options import Layout, gated_queries
-from g2r_megatron.parallel.microbatches import padded
+from g2r_megatron.parallel.microbatches import cache_block, padded, row_length
 from g2r_megatron.plan.config import PlanConfig
 
 CHARACTERS_PER_TOKEN = 4
@@ -88,25 +88,36 @@ def workload(config: PlanConfig) -> Workload:
 
 
 def _passes(
-    layout: Layout, ranks: int, count: int, length: int, budget: int, fp8: str, context: float, rows: int
+    layout: Layout,
+    ranks: int,
+    count: int,
+    length: int,
+    budget: int,
+    fp8: str,
+    context: float,
+    rows: int,
+    few_lengths: bool = False,
 ) -> Passes:
-    """``count`` sequences of ``length`` tokens, ``rows`` logits each, dealt over the replicas and cut by the budget."""
+    """``count`` sequences of ``length`` tokens, ``rows`` logits each, dealt over the replicas and packed into rows.
+
+    ``few_lengths``: rows are padded to one of few lengths, as the policy's are.
+    """
     dp = data_parallel_size(layout, ranks)
     multiple = FP8_TOKENS[fp8] * (layout.tp if layout.sp else 1) * layout.cp  # as model/build.py
     together = max(1, budget // padded(length, multiple))
     micro_batches = math.ceil(math.ceil(count / dp) / together)
     if layout.vpp:
         micro_batches = padded(micro_batches, layout.pp)
-    return Passes(micro_batches, padded(together * length, multiple), context, together * rows)
+    tokens = together * length
+    tokens = row_length(tokens, budget, multiple) if few_lengths else padded(tokens, multiple)
+    return Passes(micro_batches, tokens, context, together * rows)
 
 
 def policy_passes(work: Workload, config: PlanConfig, ranks: int) -> Passes:
     """Old log-probs (forward) and each mini-batch of the update (forward and backward), all mini-batches together."""
     p = config.policy
     count, mini_batches = math.ceil(work.responses / config.grpo.mini_batches), config.grpo.mini_batches
-    one = _passes(
-        p.layout, ranks, count, work.sequence, p.micro_batch_tokens, p.precision.fp8, work.sequence / 2, work.response
-    )
+    one = _log_prob_passes(work, p.layout, ranks, count, p.micro_batch_tokens, p.precision.fp8)
     return replace(one, micro_batches=one.micro_batches * mini_batches)
 
 
@@ -114,9 +125,13 @@ def reference_passes(work: Workload, config: PlanConfig, ranks: int) -> Passes:
     """Log-probs under the frozen initial policy; self-judging, that is the judge on its own layout."""
     c = config.judge if config.judge.model is None and not config.judge.ranks else config.policy
     budget = config.policy.micro_batch_tokens
-    return _passes(
-        c.layout, ranks, work.responses, work.sequence, budget, c.precision.fp8, work.sequence / 2, work.response
-    )
+    return _log_prob_passes(work, c.layout, ranks, work.responses, budget, c.precision.fp8)
+
+
+def _log_prob_passes(work: Workload, layout: Layout, ranks: int, count: int, budget: int, fp8: str) -> Passes:
+    """Over prompts and responses, with the logits of the responses."""
+    s = work.sequence
+    return _passes(layout, ranks, count, s, budget, fp8, s / 2, work.response, few_lengths=True)
 
 
 def verdict_passes(work: Workload, config: PlanConfig, ranks: int) -> Passes:
@@ -180,20 +195,40 @@ def _judge_passes(config: PlanConfig, ranks: int, count: int, length: int, conte
 
 @dataclass(frozen=True)
 class Rollout:
-    """Sampling on one replica: ``batches`` of ``sequences`` decoded together, ``steps`` tokens each."""
+    """Sampling on one replica as rollout/megatron.py does it: ``batches`` of ``sequences`` decoded together.
+
+    A batch begins with one pass over ``first`` tokens, as many as its shortest prompt has. It then takes ``steps``: what
+    its longest prompt has more, and the response. ``prompt``, ``response``: the limits. ``first`` and ``steps`` are means.
+    """
 
     batches: int
     sequences: int
     prompt: int
-    steps: int
+    response: int
+    first: float
+    steps: float
 
     @property
     def length(self) -> int:
-        return self.prompt + self.steps
+        """Positions of the cache, for prompts at the limit."""
+        return padded(self.prompt + self.response, self.block)
+
+    @property
+    def block(self) -> int:
+        return cache_block(self.prompt + self.response)
+
+    @property
+    def context(self) -> float:
+        """Positions of the cache that a step reads, on average; whole blocks."""
+        return min(self.first + self.steps / 2 + self.block / 2, self.length)
 
 
 def rollout(work: Workload, config: PlanConfig, ranks: int) -> Rollout:
+    """Prompts are sorted by length and dealt out, so that a batch has its share of their ``config.prompt_spread``."""
     size = config.rollout.batch_size
     share = math.ceil(math.ceil(work.responses / work.parts) / data_parallel_size(config.policy.layout, ranks))
     sequences = padded(min(share, size), FP8_TOKENS[config.policy.precision.fp8])
-    return Rollout(work.parts * math.ceil(share / size), sequences, work.prompt, work.response)
+    batches = math.ceil(share / size)
+    uneven = config.prompt_spread * work.prompt / batches  # longest less shortest prompt of a batch
+    first = work.prompt - uneven * (batches + 1) / 2
+    return Rollout(work.parts * batches, sequences, work.prompt, work.response, first, uneven + work.response)

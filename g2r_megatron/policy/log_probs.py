@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from g2r_megatron.device import local_device
 from g2r_megatron.model.build import MegatronModel
-from g2r_megatron.model.schedule import TokenBatch, forward_tokens, replica_plan, run_schedule, token_batch
+from g2r_megatron.model.schedule import TokenBatch, forward_tokens, replica_plan, row_batch, run_schedule
 from g2r_megatron.parallel.vocab import log_probs_at
 
 
@@ -40,11 +40,12 @@ def plan_micro_batches(
     return replica_plan(model, lengths, indices, budget)
 
 
-def response_batch(model: MegatronModel, sequences: Sequence[TokenSequence], items: list[int]) -> TokenBatch:
-    """The padded micro-batch of ``items`` with logits at the positions that predict response tokens."""
-    return token_batch(
-        model, {i: sequences[i].ids for i in items}, {i: sequences[i].logit_positions for i in items}, items
-    )
+def response_batch(
+    model: MegatronModel, sequences: Sequence[TokenSequence], items: list[int], budget: int
+) -> TokenBatch:
+    """The row of ``items``, planned with ``budget``, with logits at the positions that predict response tokens."""
+    ids = {i: sequences[i].ids for i in items}
+    return row_batch(model, ids, {i: sequences[i].logit_positions for i in items}, items, budget)
 
 
 def token_log_probs(
@@ -77,9 +78,11 @@ class UpdateLogProbs:
 
 @torch.no_grad()
 def response_log_probs(
-    model: MegatronModel, sequences: Sequence[TokenSequence], plan: list, temperature: float
+    model: MegatronModel, sequences: Sequence[TokenSequence], plan: list, temperature: float, budget: int
 ) -> list[torch.Tensor]:
     """log p [T_i] fp32 (CPU) of every sequence in any rank's ``plan``, on every rank (collective over the world).
+
+    ``plan``: of ``plan_micro_batches`` with this ``budget``.
 
     In training mode, as the update runs (models here have no dropout): Transformer Engine takes other attention kernels
     in evaluation, whose rounding is another one.
@@ -90,7 +93,7 @@ def response_log_probs(
     def collect(batch: TokenBatch, logits: torch.Tensor):
         return None, (batch.items, token_log_probs(model, batch, logits, sequences, temperature))
 
-    batches = [response_batch(model, sequences, items) for items in plan]
+    batches = [response_batch(model, sequences, items, budget) for items in plan]
     results = run_schedule(model, batches, forward_tokens, collect, backward=False)
     model.train(training)
     lengths = [len(sequence.response_ids) for sequence in sequences]

@@ -194,9 +194,14 @@ class PolicyTrainer:
     def learning_rate(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
+    @property
+    def budget(self) -> int:
+        """Tokens of a row."""
+        return self.config.policy.micro_batch_tokens
+
     def plan(self, sequences: list[TokenSequence], mini_batch: list[int]) -> list[list[int]]:
         """Micro-batches of this rank for one optimizer step over ``mini_batch``."""
-        return plan_micro_batches(self.model, sequences, mini_batch, self.config.policy.micro_batch_tokens)
+        return plan_micro_batches(self.model, sequences, mini_batch, self.budget)
 
     def update_log_probs(self, sequences: list[TokenSequence], reference: MegatronModel | None) -> UpdateLogProbs:
         """What ``update`` needs of the policy as it is, and of the frozen ``reference`` policy (collective)."""
@@ -204,16 +209,15 @@ class PolicyTrainer:
         mini_batches = [chunk.tolist() for chunk in chunks]
         old, of_reference = self.log_probs(sequences, mini_batches), None
         if reference is not None:
-            budget, temperature = self.config.policy.micro_batch_tokens, self.config.rollout.temperature
-            plans = [plan_micro_batches(reference, sequences, indices, budget) for indices in mini_batches]
+            plans = [plan_micro_batches(reference, sequences, indices, self.budget) for indices in mini_batches]
             plan = [items for rows in plans for items in rows]
-            of_reference = response_log_probs(reference, sequences, plan, temperature)
+            of_reference = response_log_probs(reference, sequences, plan, self.config.rollout.temperature, self.budget)
         return UpdateLogProbs(mini_batches, old, of_reference)
 
     def log_probs(self, sequences: list[TokenSequence], mini_batches: list[list[int]]) -> list[torch.Tensor]:
         """Log-probs before the update, computed in the update's own micro-batches: the first ratio is exactly 1."""
         plan = [items for mini_batch in mini_batches for items in self.plan(sequences, mini_batch)]
-        return response_log_probs(self.model, sequences, plan, self.config.rollout.temperature)
+        return response_log_probs(self.model, sequences, plan, self.config.rollout.temperature, self.budget)
 
     def gradients(
         self,
@@ -260,7 +264,7 @@ class PolicyTrainer:
             )
             return output.loss, output
 
-        batches = [response_batch(self.model, sequences, items) for items in plan]
+        batches = [response_batch(self.model, sequences, items, self.budget) for items in plan]
         return self._reduce_metrics(run_schedule(self.model, batches, forward_tokens, loss, backward=True))
 
     def _reduce_metrics(self, outputs: list) -> dict[str, float]:

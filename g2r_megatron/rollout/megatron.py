@@ -6,15 +6,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.inference.contexts import StaticInferenceContext
 
 from g2r_megatron.config.options import RolloutConfig
 from g2r_megatron.device import local_device
 from g2r_megatron.model.build import MegatronModel
+from g2r_megatron.model.decode_attention import CacheContext
 from g2r_megatron.model.schedule import forward_once
-from g2r_megatron.parallel.microbatches import padded
+from g2r_megatron.parallel.microbatches import cache_block, padded
 from g2r_megatron.rollout.sampling import next_tokens, uniforms
 from g2r_megatron.rollout.types import Request, Sampled
+
+PROMPT_MULTIPLE = 32  # tokens of the pass over prompts come in multiples of this
 
 
 @contextmanager
@@ -38,12 +40,13 @@ def without_sequence_parallel(model: MegatronModel):
 class MegatronRolloutEngine:
     """Samples responses with the policy as it is (collective over the world).
 
-    Prompts of different length share a batch without padding: the batch starts at the shortest prompt, and a longer
-    prompt's own tokens are fed until it ends, so every cached position is a real one.
+    Prompts of different length share a batch without padding: after one pass over as much as the shortest has, a longer
+    prompt's own tokens are fed one by one until it ends, so every cached position that is read is a real one.
     """
 
     def __init__(self, model: MegatronModel, config: RolloutConfig, stop_ids: set[int]):
         self.model, self.config, self.stop_ids = model, config, stop_ids
+        self.block = cache_block(config.max_prompt_tokens + config.max_response_tokens)
 
     def take_weights(self) -> None:
         """Nothing to do: it samples with the policy itself."""
@@ -98,19 +101,21 @@ class MegatronRolloutEngine:
         # FP8 products need rows in multiples, also where one token a sequence is fed: repeat the last request.
         requests = requests + [requests[-1]] * (padded(wanted, self.model.token_multiple) - wanted)
         lengths = torch.tensor([len(r.prompt_ids) for r in requests], device=device)
-        tokens = torch.zeros(len(requests), longest + limit, dtype=torch.int64, device=device)
+        context = CacheContext(len(requests), longest + limit, self.block)
+        tokens = torch.zeros(len(requests), context.max_sequence_length, dtype=torch.int64, device=device)
         for row, request in enumerate(requests):
             tokens[row, : len(request.prompt_ids)] = torch.tensor(request.prompt_ids, device=device)
         u = torch.stack([uniforms(r.key, limit) for r in requests]).to(device)  # [b, limit]
         stop = torch.tensor(sorted(self.stop_ids), device=device)
         ends = lengths + limit  # position after each response
         finished = torch.zeros(len(requests), dtype=torch.bool, device=device)
-        context = StaticInferenceContext(len(requests), longest + limit)
-        position, fed = start, 0
+        # To one of few lengths; what this stores behind the shortest prompt is written over before it is read.
+        self._step(tokens[:, : padded(start, PROMPT_MULTIPLE)], context)
+        context.enable_decode_mode()
+        position = start
         while position < longest + limit and not self._all_done(finished | (position >= ends)):
-            logits = self._step(tokens[:, fed:position], context)
-            context.sequence_len_offset = fed = position
-            context.enable_decode_mode()
+            context.sequence_len_offset = position - 1
+            logits = self._step(tokens[:, position - 1 : position], context)
             drawn = u.gather(1, (position - lengths).clamp(0, limit - 1).unsqueeze(1)).squeeze(1)
             chosen = self._choose(logits, drawn, temperature)
             active = (position >= lengths) & (position < ends) & ~finished
@@ -130,11 +135,12 @@ class MegatronRolloutEngine:
             every = flag
         return bool(every)
 
-    def _step(self, ids: torch.Tensor, context: StaticInferenceContext) -> torch.Tensor | None:
+    def _step(self, ids: torch.Tensor, context: CacheContext) -> torch.Tensor | None:
         """Feed ids [b, s] at the context's offset; logits [b, vocab] of the last position on the last stage."""
+        seen = context.distances(context.sequence_len_offset, ids.device) if context.is_decode_only() else None
 
         def forward(module, ids):
-            return module(ids, None, None, inference_context=context, runtime_gather_output=True)
+            return module(ids, None, seen, inference_context=context, runtime_gather_output=True)
 
         logits = forward_once(self.model, ids, forward)
         return None if logits is None else logits[:, -1, : self.model.geometry.vocab]

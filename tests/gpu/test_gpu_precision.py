@@ -162,10 +162,10 @@ def test_first_ratio_is_exactly_1_and_gradient_is_near(gpu_hf, format):
 @torch.no_grad()
 def next_logits(model, prompt: list[int], response: list[int]) -> torch.Tensor:
     """Logits [T, vocab] that predict the response's tokens, by one forward over the whole sequence."""
-    from g2r_megatron.model.schedule import forward_tokens, run_schedule, token_batch
+    from g2r_megatron.model.schedule import forward_tokens, row_batch, run_schedule
 
     positions = range(len(prompt) - 1, len(prompt) + len(response) - 1)
-    batch = token_batch(model, [prompt + response], [positions], [0])
+    batch = row_batch(model, [prompt + response], [positions], [0], 64)
     model.train(False)
     return run_schedule(model, [batch], forward_tokens, lambda _, logits: (None, logits), backward=False)[0].float()
 

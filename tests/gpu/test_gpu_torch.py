@@ -98,7 +98,7 @@ def test_flex_attention_equals_attention_tree_by_tree(window, share):
     """A row of trees, fp32: FlexAttention, compiled, gives the CPU's output and gradients of query, key and value."""
     trees, structure, _ = packing.random_row(3)
     tokens = 3 * sum(len(tree.ids) for tree in trees) + 5
-    structure = packing.row_structure([*trees, *trees, *trees], packing.padded(tokens, share[1]))
+    structure = packing.row_structure([tree.shape for tree in trees] * 3, packing.padded(tokens, share[1]))
     query, key, value = packing.random_heads(1, structure.size(1))
     heads = [query.detach()[:, :, share[0] :: share[1]].requires_grad_(), key, value]
     on_gpu = [t.detach().cuda().requires_grad_() for t in heads]

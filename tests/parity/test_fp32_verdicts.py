@@ -19,7 +19,7 @@ def verdicts(layout: Layout, path: str, dtype: str) -> dict:
     from g2r_megatron.judge.targets import VerdictTarget
     from g2r_megatron.model.build import build_model
     from g2r_megatron.model.hf import open_hf_model
-    from g2r_megatron.model.schedule import forward_tokens, run_schedule, token_batch
+    from g2r_megatron.model.schedule import forward_tokens, row_batch, run_schedule
 
     hf = open_hf_model(path, "judge.model")
     model = build_model("judge", hf, groups_of(layout), Precision(dtype))
@@ -33,7 +33,7 @@ def verdicts(layout: Layout, path: str, dtype: str) -> dict:
         return found
 
     chunk._selected = selected
-    batch = token_batch(model, [list(range(20, 33))], [POSITIONS], [0])
+    batch = row_batch(model, [list(range(20, 33))], [POSITIONS], [0], 32)
 
     def margin(_batch, logits):
         found = target.of(target.read(logits), [None] * len(POSITIONS))

@@ -156,7 +156,7 @@ def first_update(layout: Layout, path: str, variant: str, dtype: str) -> tuple[d
     sequences = token_sequences()
     old = trainer.log_probs(sequences, MINI_BATCHES)
     plan = [items for mini_batch in MINI_BATCHES for items in trainer.plan(sequences, mini_batch)]
-    reference = response_log_probs(frozen, sequences, plan, TEMPERATURE)
+    reference = response_log_probs(frozen, sequences, plan, TEMPERATURE, trainer.budget)
     first = trainer.gradients(sequences, MINI_BATCHES[0], advantages(), old, reference)
     return first, trainer.update(sequences, MINI_BATCHES, advantages(), old, reference)
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distributed import ALL_LAYOUTS, EXPERT_LAYOUTS, LAYOUTS, STAGE_LAYOUTS, fits, groups_of
+from distributed import ALL_LAYOUTS, EXPERT_LAYOUTS, LAYOUTS, STAGE_LAYOUTS, fits, groups_of, padded_batch
 from g2r_megatron.config.options import Layout, Precision
 from tiny_models import FAMILIES
 
@@ -144,13 +144,13 @@ def logits(layout: Layout, path: str, selected: bool):
     """
     import torch.distributed as dist
 
-    from g2r_megatron.model.schedule import run_schedule, token_batch
+    from g2r_megatron.model.schedule import run_schedule
 
     model = build(layout, path, "fp32")
     vocab, pgs = model.geometry.vocab, model.groups.pgs
     ids = token_ids(vocab)
     plan = [[0, 1], [2, 3]] + [[]] * (pgs.pp.size() - 2 if layout.vpp else 0)  # as many as replica_plan would give
-    batches = [token_batch(model, ids, [range(n) for n in LENGTHS], items) for items in plan]
+    batches = [padded_batch(model, ids, [range(n) for n in LENGTHS], items) for items in plan]
 
     def forward(module, batch):
         return module(batch.input_ids, None, None, logit_rows=batch.logit_rows if selected else None)

@@ -44,6 +44,7 @@ class Case:
 UPDATES = [
     Case("qwen3"),
     Case("qwen3", "bf16"),
+    Case("qwen3", "bf16", "selective"),
     Case("qwen3", "bf16", "full"),
     Case("qwen3_moe", "bf16"),
     Case("qwen3", "bf16", vocab=16384),  # logits are the largest
@@ -175,6 +176,42 @@ def _saved_bytes(model, trains: bool) -> float:
     return sum(storage.nbytes() for storage in saved.values()) / ids.numel()
 
 
+class Operations(TorchDispatchMode):
+    """Counts the operations that do more than give another view of a tensor or room for one."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        infos = [result.alias_info for result in operation._schema.returns]
+        view = any(info is not None and not info.is_write for info in infos) or "empty" in operation.__name__
+        self.count += not view
+        return operation(*args, **(kwargs or {}))
+
+
+def decoding_operations(small: str, large: str, case: Case) -> dict[str, tuple[float, float]]:
+    """(counted, planned) operations of a layer and of what a step has besides its layers."""
+    from g2r_megatron.config.options import RolloutConfig
+    from g2r_megatron.plan.cost import STEP_OPERATIONS, stage_operations
+    from g2r_megatron.rollout.megatron import MegatronRolloutEngine
+    from g2r_megatron.rollout.types import Request
+
+    steps, planned = [], []
+    for directory in (small, large):
+        model, plan = real_and_planned(directory, case, trains=True)
+        planned.append(stage_operations(plan, 0))
+        counted = []
+        for limit in (4, 12):
+            engine = MegatronRolloutEngine(model, RolloutConfig(max_response_tokens=limit), {-1})
+            with Operations() as operations:
+                engine.generate([Request(list(range(5)), str(i)) for i in range(4)])
+            counted.append(operations.count)
+        steps.append((counted[1] - counted[0]) / 8)
+    layer = (steps[1] - steps[0]) / 2
+    return {"layer": (layer, (planned[1] - planned[0]) / 2), "step": (steps[0] - 2 * layer, STEP_OPERATIONS)}
+
+
 # The tests.
 
 
@@ -199,6 +236,25 @@ def test_layers_keep_what_was_planned(worlds, tmp_path, family, dtype, trains):
     directories = [config_directory(case, tmp_path, layers) for layers in (2, 4)]
     (found,) = worlds[1].run(kept_by_layers, *directories, case, trains)
     assert found[1] == pytest.approx(found[0], rel=KEPT_WITHIN)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_selective_recompute_keeps_what_was_planned(worlds, tmp_path, dtype):
+    """Of a feed-forward part its input."""
+    case = Case("qwen3", dtype, "selective")
+    directories = [config_directory(case, tmp_path, layers) for layers in (2, 4)]
+    (found,) = worlds[1].run(kept_by_layers, *directories, case, True)
+    assert found[1] == pytest.approx(found[0], rel=KEPT_WITHIN)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe"])
+def test_a_decoding_step_has_the_operations_that_were_planned(worlds, tmp_path, family):
+    """Operations that are more than views, of a layer and of a step: the host's time is planned by their number."""
+    case = Case(family, "bf16")
+    directories = [config_directory(case, tmp_path, layers) for layers in (2, 4)]
+    (found,) = worlds[1].run(decoding_operations, *directories, case)
+    assert found["layer"][1] == pytest.approx(found["layer"][0], rel=0.1)
+    assert found["step"][1] == pytest.approx(found["step"][0], rel=0.1)
 
 
 def test_pipelines_hold_less_on_later_stages():

@@ -16,7 +16,8 @@ def long_row(seed: int) -> torch.Tensor:
     """The structure of a row of more than a block of 128 positions; another one for each seed."""
     trees, _, _ = packing.random_row(seed)
     several = [*trees] * (1 + 200 // sum(len(tree.ids) for tree in trees))
-    return packing.row_structure(several, sum(len(tree.ids) for tree in several) + seed)
+    shapes, tokens = [tree.shape for tree in several], sum(len(tree.ids) for tree in several)
+    return tree_attention.row_structure(shapes, tokens + seed)
 
 
 def run(seed: int, window: int | None, head: int) -> None:

@@ -16,10 +16,10 @@ from g2r_megatron.config.options import JudgeConfig, OfflineJudgeConfig
 from g2r_megatron.credit.attribution import pooled_weights
 from g2r_megatron.credit.judgements import ItemJudgement, backward_passes
 from g2r_megatron.errors import UserError
-from g2r_megatron.judge.packing import build_trees, row_structure, shared_length, tree_tokens
+from g2r_megatron.judge.packing import build_trees, shared_length, tree_tokens
 from g2r_megatron.judge.routing import tree_places, tree_rows
 from g2r_megatron.judge.types import JudgeInput
-from g2r_megatron.model.tree_attention import _flex, sees, tree_attention
+from g2r_megatron.model.tree_attention import _flex, row_structure, sees, tree_attention
 from g2r_megatron.parallel.microbatches import pack_rows, padded
 
 HEADS, GROUPS, DIM = 4, 2, 16
@@ -62,7 +62,7 @@ def random_row(seed: int):
         items += len(inputs)
     tokens = sum(len(tree.ids) for tree in trees)
     offsets = [sum(len(tree.ids) for tree in trees[:k]) for k in range(len(trees))]
-    return trees, row_structure(trees, tokens + numbers.randrange(4)), offsets
+    return trees, row_structure([tree.shape for tree in trees], tokens + numbers.randrange(4)), offsets
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -183,7 +183,7 @@ def test_shares_of_a_row_together_are_the_row(seed, ranks, window):
     value sum to the row's, without a factor. The collective that gathers and sums them: test_parity_judge_layouts.py.
     """
     trees, structure, _ = random_row(seed)
-    structure = row_structure(trees, padded(structure.size(1), ranks))
+    structure = row_structure([tree.shape for tree in trees], padded(structure.size(1), ranks))
     query, key, value = heads = random_heads(seed, structure.size(1))
     pull = torch.randn(query.shape, generator=torch.Generator().manual_seed(seed))
     whole = tree_attention(*heads, structure, window, None)

@@ -216,6 +216,34 @@ def test_suggestions_fit_when_they_are_pasted(process, models, plan):
         assert json.loads(out)["step_seconds"] == pytest.approx(suggestion["step_seconds"])
 
 
+def test_recompute_trades_memory_for_time(plan):
+    """none, selective, full: less memory, more work. The search takes what memory asks for, and no more."""
+    updates = []
+    for recompute in ("none", "selective", "full"):
+        options = ["--policy.layout.tp", "4", "--policy.layout.sp", "--policy.recompute", recompute, "--json"]
+        content = json.loads(plan("Qwen3-8B", None, *TWO_NODES, *options)[1])
+        (update,) = [phase for phase in content["phases"] if phase["name"] == "update"]
+        updates.append((content["memory"][0]["phases"]["update"]["activations"], update["seconds"]))
+    (most, first), (between, second), (least, third) = updates
+    assert most > 1.5 * between > 1.5 * least and first < second < third
+    for memory, kinds in ((79, {"none"}), (30, {"selective", "full"})):
+        options = ["--nodes", "1", "--hardware.memory_gib", str(memory), "--suggest", "--json"]
+        found = json.loads(plan("Qwen2.5-1.5B", None, *TWO_NODES, *options)[1])["suggestions"]
+        chosen = found[0]["options"].split()
+        assert chosen[chosen.index("--policy.recompute") + 1] in kinds, (memory, chosen)
+
+
+def test_rollouts_of_uneven_prompts_take_longer(plan):
+    """Tokens of a longer prompt are fed one by one beside the others' responses: as many steps more."""
+    seconds = {}
+    for spread in ("0", "0.5"):
+        options = [*TWO_NODES, *POLICY_8B, "--prompt_spread", spread, "--json"]
+        seconds[spread] = json.loads(plan("Qwen3-8B", None, *options)[1])["phases"][0]["seconds"]
+    # 256 responses on 4 replicas are one batch: 1024 steps, or 1024 more for prompts of 1024 to 2048 tokens
+    assert 1.8 < seconds["0.5"] / seconds["0"] < 2.1
+    assert 28 < seconds["0"] < seconds["0.5"] < 100
+
+
 def test_no_suggestion_for_what_fits_nowhere(plan):
     """235 billion parameters beside a 72 billion policy on one node."""
     code, out, err = plan("Qwen2.5-72B", "Qwen3-235B-A22B", *TWO_NODES, "--nodes", "1", "--suggest")

@@ -58,13 +58,27 @@ def test_no_phase_multiplies_with_stale_weights(found):
     assert {name: phase["stale"] for name, phase in phases.items()} == dict.fromkeys(phases, 0)
     assert {name: phase["copies"] for name, phase in phases.items()} == dict.fromkeys(phases, COPIES)
     passes = {name: phase["products"] // COPIES for name, phase in phases.items()}
-    assert passes["sample"] == 2 * 4 and passes["old log-probs"] == passes["update"] == 2
+    assert passes["sample"] == 2 * 5 and passes["old log-probs"] == passes["update"] == 2
 
 
 def test_old_log_probs_run_in_the_mode_of_the_update(found):
     """Transformer Engine takes other attention kernels in evaluation."""
     modes = {name: phase["training"] for name, phase in found["phases"].items() if name != "layers"}
     assert modes["old log-probs"] == modes["update"] == [True] and modes["sample"] == [False]
+
+
+def test_rows_of_sequences_are_packed_for_transformer_engine(found):
+    """Its attention gets them as one row with the sequences' ends, and gives what ours gives; trees never reach it."""
+    packed = found["packed"]
+    assert packed["sequences"]["attention"] == [["thd", 32]] and packed["trees"]["attention"] == []
+    assert packed["sequences"]["error"] <= 1e-2 and packed["trees"]["error"] == 0.0
+
+
+def test_attention_meets_few_shapes(found):
+    """Rows have the lengths that ``row_length`` gives; of sampling Transformer Engine sees the prompts' pass alone."""
+    phases = found["phases"]
+    assert phases["old log-probs"]["attention"] == phases["update"]["attention"] == [["thd", 32]]
+    assert phases["sample"]["attention"] == phases["sample after an update"]["attention"] == [["sbhd", 32]]
 
 
 def test_constructors_get_what_was_meant(found):
