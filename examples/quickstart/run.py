@@ -21,7 +21,7 @@ CONFIG = "examples/quickstart/config.yaml"
 PRESETS = {
     "grpo": "every token gets the response's score",
     "paper": "token rewards from the judge's gradient, return-to-go (arXiv 2602.01791)",
-    "robust": "each criterion's score goes to the tokens that the judge's gradient points at",
+    "robust": "each criterion's score goes to the sentences that the judge's verdict depends on",
 }
 
 

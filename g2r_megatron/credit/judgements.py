@@ -50,6 +50,11 @@ class Judgement(Protocol):
         ...
 
     @staticmethod
+    def from_output(values: Tensor, verdicts: Sequence[bool]) -> "JudgementRow":
+        """One judgement an input. ``values``: fp32 [inputs, columns] as judge/targets.py reads them; ``verdicts``: [inputs]."""
+        ...
+
+    @staticmethod
     def name(k: int) -> str:
         """How messages call judgement ``k`` (from 0) of a row, with a leading space."""
         ...
@@ -140,6 +145,14 @@ class ItemJudgement:
 
     def values(self) -> list[Any]:
         return [self.p_true, self.p_false, self.verdict]
+
+    @staticmethod
+    def from_output(values: Tensor, verdicts: Sequence[bool]) -> list["ItemJudgement"]:
+        """``values``: (log p(True), log p(False)) of each input."""
+        probabilities = values.exp().tolist()
+        return [
+            ItemJudgement(true, false, verdict) for (true, false), verdict in zip(probabilities, verdicts, strict=True)
+        ]
 
     @staticmethod
     def name(k: int) -> str:
@@ -245,6 +258,11 @@ class ScoreJudgement:
 
     def values(self) -> list[Any]:
         return [self.score]
+
+    @staticmethod
+    def from_output(values: Tensor, verdicts: Sequence[bool]) -> list["ScoreJudgement"]:
+        """``values``: the score of each input. The verdicts mean nothing."""
+        return [ScoreJudgement(score) for (score,) in values.tolist()]
 
     @staticmethod
     def name(k: int) -> str:

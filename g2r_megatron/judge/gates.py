@@ -65,16 +65,16 @@ class Gates:
         self.queries = gated_queries(config, model.geometry.is_reward_model)
 
     def verdicts(
-        self, responses: Sequence[Sequence[JudgeInput]], draws: Sequence[float] | None
+        self, responses: Sequence[Sequence[JudgeInput]], draws: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[bool], list[torch.Tensor]]:
         """(fp32 [inputs, columns] of ``target.read``, verdicts, b [T]) of every input, in one pass (collective).
 
-        ``draws``: a number in [0, 1) an input that decides its verdict, or None: the likelier one. The verdicts of a reward
+        ``draws``: fp64 [inputs] in [0, 1), which decide the verdicts, or None: the likelier ones. The verdicts of a reward
         model mean nothing.
         """
         inputs = [item for row in responses for item in row]
         work = self._branch_work(responses, inputs)
-        drawn = None if draws is None else torch.tensor(draws, dtype=torch.float64, device=local_device())
+        drawn = None if draws is None else draws.to(local_device())
 
         def target(batch: SuffixBatch, logits: torch.Tensor):
             values = self.target.read(logits)

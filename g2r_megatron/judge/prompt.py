@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from g2r_megatron.config.checks import TEMPLATE_FIELDS, check_template
 from g2r_megatron.config.options import JudgeConfig, gated_queries
 from g2r_megatron.credit.alignment import Alignment, align
+from g2r_megatron.credit.judgements import ItemJudgement, Judgement
 from g2r_megatron.data.chat_template import check_template_options, conversation_text, placeholders, render
 from g2r_megatron.data.thoughts import closed, open_thought
 from g2r_megatron.data.token_bound import most_tokens
@@ -40,6 +41,7 @@ class ResponseReader:
     """
 
     needs_rubric = True
+    judgement: type[Judgement] = ItemJudgement  # what the judge says of an input
     _response_continues: bool
 
     def __init__(
@@ -93,6 +95,10 @@ class ResponseReader:
                 f"the judge input of query {query.id!r} is {tokens} tokens, more than {self.max_length}",
                 "raise judge.max_length or shorten the responses",
             )
+
+    def build_items(self, query: Query, response_ids: Sequence[int]) -> list[JudgeInput]:
+        """The judge inputs of a response, one a judgement; ``response_ids``: its T tokens without the stop token."""
+        raise NotImplementedError
 
     def longest(self, query: Query) -> tuple[float, Callable[[], int]]:
         """Tokens of the query's longest judge input without a response: a number that it cannot exceed, and how to count."""

@@ -7,6 +7,7 @@ from functools import lru_cache
 from transformers import PreTrainedTokenizerFast
 
 from g2r_megatron.config.options import JudgeConfig
+from g2r_megatron.credit.judgements import ScoreJudgement
 from g2r_megatron.data.chat_template import Part, check_template_options, placeholder_for
 from g2r_megatron.data.thoughts import begins_with_thought, without_empty_thought
 from g2r_megatron.data.token_bound import most_tokens
@@ -33,6 +34,7 @@ class RewardPrompt(ResponseReader):
     """
 
     needs_rubric = False
+    judgement = ScoreJudgement
     true_ids: Sequence[int] = ()  # a score has no spellings
     false_ids: Sequence[int] = ()
 

@@ -11,13 +11,12 @@ import torch
 
 from g2r_megatron.config.options import JudgeConfig
 from g2r_megatron.credit.attribution import Weighting, alpha_from_attribution, pooled_weights, shuffled
-from g2r_megatron.credit.judgements import ItemJudgement, Judgement, JudgementRow, ScoreJudgement
+from g2r_megatron.credit.judgements import Judgement, JudgementRow
 from g2r_megatron.credit.sentences import sentence_ids
 from g2r_megatron.data.tokenizer import token_texts
 from g2r_megatron.data.types import Query
 from g2r_megatron.judge.frozen import FrozenJudge
-from g2r_megatron.judge.prompt import JudgePrompt, ResponseReader
-from g2r_megatron.judge.reward_prompt import RewardPrompt
+from g2r_megatron.judge.prompt import ResponseReader
 from g2r_megatron.judge.types import JudgeInput, Pass
 
 
@@ -27,7 +26,7 @@ class JudgeStage:
     Below, a response has one entry for each item, or a single one for its score.
     """
 
-    def __init__(self, judge: FrozenJudge, prompt: JudgePrompt | RewardPrompt, config: JudgeConfig):
+    def __init__(self, judge: FrozenJudge, prompt: ResponseReader, config: JudgeConfig):
         self.judge, self.prompt, self.config = judge, prompt, config
 
     def inputs(self, queries: Sequence[Query], bodies: Sequence[list[int]]) -> list[list[JudgeInput]]:
@@ -43,41 +42,30 @@ class JudgeStage:
         ``attribute`` will be asked for some. Where the pass that gives verdicts gives attributions too
         (judge/gates.py), it then gives all of them, and ``attribute`` keeps what is needed.
         """
+        draws = self._draws(inputs, keys) if self.config.verdict == "sample" else None
         if attributed and self._in_one_pass:
-            return self._verdicts_and_gates(inputs, keys)
-        if isinstance(self.prompt, RewardPrompt):
-            return [[ScoreJudgement(score)] for score in self.judge.scores(inputs).tolist()]
-        probabilities = iter(self.judge.verdict_log_probs(inputs).exp().tolist())
-        return [
-            [self._judgement(next(probabilities), f"{key}/{k}") for k in range(len(row))]
-            for row, key in zip(inputs, keys, strict=True)
-        ]
+            values, verdicts, gates = self.judge.gates.verdicts(inputs, draws)
+        else:
+            values, gates = self.judge.read(inputs), None
+            verdicts = self.judge.target.decide(values, draws).tolist()
+        found = self.prompt.judgement.from_output(values, verdicts)
+        for judgement, b in zip(found, gates or (), strict=gates is not None):
+            _credit([judgement], b)
+        judgements = iter(found)
+        return [[next(judgements) for _ in row] for row in inputs]
 
-    def _judgement(self, probabilities: Sequence[float], key: str) -> ItemJudgement:
-        p_true, p_false = probabilities
-        if self.config.verdict == "sample":
-            return ItemJudgement(p_true, p_false, _draw(key) * (p_true + p_false) < p_true)
-        return ItemJudgement(p_true, p_false, p_true > p_false)
+    @staticmethod
+    def _draws(inputs: list[list[JudgeInput]], keys: Sequence[str]) -> torch.Tensor:
+        """What decides sampled verdicts: fp64 [inputs], numbers in [0, 1) that depend on ``keys`` alone."""
+        draws = [
+            random.Random(f"{key}/{k}").random() for row, key in zip(inputs, keys, strict=True) for k in range(len(row))
+        ]
+        return torch.tensor(draws, dtype=torch.float64)
 
     @property
     def _in_one_pass(self) -> bool:
         """Whether verdicts and attributions come out of one pass."""
         return self.judge.gates is not None and self.judge.gates.queries == "branch"
-
-    def _verdicts_and_gates(self, inputs: list[list[JudgeInput]], keys: Sequence[str]) -> list[list[Judgement]]:
-        draws = None
-        if self.config.verdict == "sample":
-            draws = [_draw(f"{key}/{k}") for row, key in zip(inputs, keys, strict=True) for k in range(len(row))]
-        values, verdicts, gates = self.judge.gates.verdicts(inputs, draws)
-        if isinstance(self.prompt, RewardPrompt):
-            found: list[Judgement] = [ScoreJudgement(score) for (score,) in values.tolist()]
-        else:
-            probabilities = values.exp().tolist()
-            found = [ItemJudgement(true, false, v) for (true, false), v in zip(probabilities, verdicts, strict=True)]
-        for judgement, b in zip(found, gates, strict=True):
-            _credit([judgement], b)
-        judgements = iter(found)
-        return [[next(judgements) for _ in row] for row in inputs]
 
     def attribute(
         self,
@@ -131,11 +119,6 @@ class JudgeStage:
     def alphas(self, body: list[int], judgements: JudgementRow, key: str = "") -> list[torch.Tensor | None]:
         """``item_alphas`` of one response."""
         return item_alphas(self.prompt, self.config, body, judgements, key)
-
-
-def _draw(key: str) -> float:
-    """What decides a sampled verdict: a number in [0, 1) that depends on ``key`` alone."""
-    return random.Random(key).random()
 
 
 def _credit(items: list[Judgement], b: torch.Tensor) -> None:
