@@ -10,9 +10,14 @@
 G2R_VENV=${G2R_VENV:-$G2R_HOME/.venv}
 if [ -d "$G2R_VENV/bin" ]; then PATH=$G2R_VENV/bin:$PATH; fi
 
-# ... or a container. G2R_SRUN: further options of srun. G2R_EXEC: what stands before every command on every node.
-G2R_SRUN=()   # pyxis:     G2R_SRUN=(--container-image=/images/g2r.sqsh --container-mounts="$G2R_HOME,/scratch" --container-workdir="$G2R_HOME")
-G2R_EXEC=()   # apptainer: G2R_EXEC=(apptainer exec --nv --bind /scratch /images/g2r.sif)
+# ... or a container (tools/container). G2R_SRUN: further options of srun. G2R_EXEC: what stands before every command on
+# every node. The code is that of G2R_HOME, which is the working directory; the image brings what it imports.
+G2R_SRUN=()
+G2R_EXEC=()
+# enroot with pyxis:
+# G2R_SRUN=(--container-image=/images/g2r.sqsh --container-mounts="$G2R_HOME,/scratch" --container-workdir="$G2R_HOME")
+# apptainer:
+# G2R_EXEC=(apptainer exec --nv --bind "$G2R_HOME,/scratch" --pwd "$G2R_HOME" /images/g2r.sif)
 
 # --- CPU threads of a rank --------------------------------------------------------------------------------------------
 # Its share of the node's cores, 16 at the most. torchrun would set 1, which starves background saves and reading data.

@@ -23,9 +23,16 @@ def filter_probabilities(probabilities: torch.Tensor, top_k: int, top_p: float) 
         ordered[:, top_k:] = 0
     if top_p < 1:
         ordered = ordered / ordered.sum(-1, keepdim=True)
-        before = ordered.cumsum(-1) - ordered
+        before = running_sum(ordered) - ordered
         ordered = ordered.masked_fill(before >= top_p, 0)
     return torch.zeros_like(probabilities).scatter_(1, index, ordered)
+
+
+def running_sum(x: torch.Tensor) -> torch.Tensor:
+    """``x.cumsum(-1)``, on the CPU under --deterministic: on CUDA torch has no form of it that repeats its bits."""
+    if torch.are_deterministic_algorithms_enabled():
+        return x.cpu().cumsum(-1).to(x.device)
+    return x.cumsum(-1)
 
 
 def next_tokens(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
@@ -36,7 +43,7 @@ def next_tokens(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = torch.softmax(logits.float() / temperature, dim=-1).double()
-    cumulative = filter_probabilities(probabilities, top_k, top_p).cumsum(-1)
+    cumulative = running_sum(filter_probabilities(probabilities, top_k, top_p))
     chosen = torch.searchsorted(cumulative, (u * cumulative[:, -1]).unsqueeze(1), right=True).squeeze(1)
     # rounding can leave u at the very end: take the last token with any probability
     last = (cumulative < cumulative[:, -1:]).sum(-1)
