@@ -143,15 +143,15 @@ class FrozenJudge:
         return [tree_batch(self.model, row) for row in rows]
 
     def verdict_log_probs(self, responses: Sequence[Sequence[JudgeInput]]) -> torch.Tensor:
-        """(log p(True), log p(False)) of every input: fp32 [inputs, 2], see ``_read``."""
-        return self._read(responses)
+        """(log p(True), log p(False)) of every input: fp32 [inputs, 2], see ``read``."""
+        return self.read(responses)
 
     def scores(self, responses: Sequence[Sequence[JudgeInput]]) -> torch.Tensor:
-        """V of every input of a reward model: fp32 [inputs], see ``_read``."""
-        return self._read(responses)[:, 0]
+        """V of every input of a reward model: fp32 [inputs], see ``read``."""
+        return self.read(responses)[:, 0]
 
     @torch.no_grad()
-    def _read(self, responses: Sequence[Sequence[JudgeInput]]) -> torch.Tensor:
+    def read(self, responses: Sequence[Sequence[JudgeInput]]) -> torch.Tensor:
         """What ``target`` reads of every input: fp32 [inputs, columns] on the CPU of every rank (collective).
 
         ``responses``: the inputs of each response, which share what they begin with (judge/packing.py). Rows of the
@@ -177,7 +177,7 @@ class FrozenJudge:
     def read_suffixes(self, units: Sequence[SuffixUnit], inputs: Sequence[JudgeInput]) -> torch.Tensor:
         """What ``target`` reads at the end of every suffix of ``units``: fp32 [suffixes, columns], by their numbers (collective).
 
-        Every rank passes the same units of ``inputs``; each prefix is run once. Raises ``UserError`` as ``_read`` does.
+        Every rank passes the same units of ``inputs``; each prefix is run once. Raises ``UserError`` as ``read`` does.
         """
         self.model.train(False)
         plans = plan_suffixes(self.model, units, inputs, self.config.micro_batch_tokens)
