@@ -13,8 +13,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from g2r_megatron.config import parsing
-from g2r_megatron.config.checks import check_judge_config, check_train_config
-from g2r_megatron.config.options import PRESETS, OfflineJudgeConfig, TrainConfig, fill_from_preset, resolve_preset
+from g2r_megatron.config.checks import check_judge_config, check_probe_config, check_train_config
+from g2r_megatron.config.options import (
+    PRESETS,
+    OfflineJudgeConfig,
+    ProbeConfig,
+    TrainConfig,
+    fill_from_preset,
+    resolve_preset,
+)
 from g2r_megatron.errors import Preempted, RunError, UserError
 from g2r_megatron.parallel import preemption
 from g2r_megatron.records.failures import announce, is_announced
@@ -24,6 +31,7 @@ USAGE = """usage: g2r COMMAND [options]
 commands:
   train   train a policy on its judge's gradients        g2r train --config FILE [--policy.layout.tp 2 ...]
   judge   judge responses of a file, token by token      g2r judge --judge.model DIR --input FILE --output FILE
+  probe   is this judge's credit true?                   g2r probe --judge.model DIR --input FILE --output DIR
   plan    memory and time of a job before it is queued   g2r plan --config FILE --nodes 2 [--suggest] [options of train]
   doctor  what is installed, and what is missing         g2r doctor
   report  compare runs: a table and a self-contained page  g2r report RUN_DIR [RUN_DIR ...] --output report.html
@@ -48,6 +56,10 @@ FIRST_STEPS = {
         "judge.model, input, output",
         "give them as in `g2r judge --judge.model DIR --input rows.jsonl --output judged.jsonl` "
         "(an example: g2r judge --config examples/quickstart/judge.yaml --output judged.jsonl; g2r judge --help)",
+    ),
+    "g2r probe": (
+        "judge.model, input, output",
+        "give them as in `g2r probe --judge.model DIR --input rows.jsonl --output probe` (g2r probe --help)",
     ),
     "g2r plan": (
         "policy.model",
@@ -90,6 +102,17 @@ def judge_command(argv: list[str]) -> None:
     from g2r_megatron.judge.offline import judge_file
 
     judge_file(config)
+
+
+def probe_command(argv: list[str]) -> None:
+    """``g2r probe``."""
+    config = _parsed(ProbeConfig, "g2r probe", argv)
+    check_probe_config(config, _world_size())
+    config.judge = fill_from_preset(config.judge, PRESETS["robust"]["judge"])
+    _import_megatron()
+    from g2r_megatron.probe.command import probe_judge
+
+    probe_judge(config)
 
 
 def plan_command(argv: list[str]) -> int:
@@ -144,6 +167,7 @@ def doctor_command(argv: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "train": train_command,
     "judge": judge_command,
+    "probe": probe_command,
     "plan": plan_command,
     "doctor": doctor_command,
     "report": report_command,

@@ -18,6 +18,7 @@ from g2r_megatron.config.options import (
     JudgeConfig,
     LogConfig,
     OfflineJudgeConfig,
+    ProbeConfig,
     RolloutConfig,
     TrainConfig,
     fill_from_preset,
@@ -78,6 +79,7 @@ OFFLINE_JUDGE_RANGES = {
     "shards": Range(1, 99999),  # as many digits as the parts' names have
     "shard": NOT_NEGATIVE,
 }
+PROBE_RANGES = {**JUDGE_RANGES, "sample": COUNT, "false_sample": COUNT_OR_OFF, "seed": SEED}
 TRAIN_RANGES = {
     **JUDGE_RANGES,
     "steps": COUNT,
@@ -135,7 +137,7 @@ def check_train_config(config: TrainConfig, world_size: int) -> None:
     warn_of_unused(config, resolve_preset(TrainConfig(grpo=GrpoConfig(preset=config.grpo.preset))))
     _warn_of_small_budget(config)
     check_packages(config.log)
-    _check_run_directory(config.output_dir)
+    _check_directory("output_dir", config.output_dir)
 
 
 def check_judge_config(config: OfflineJudgeConfig, world_size: int) -> None:
@@ -144,13 +146,7 @@ def check_judge_config(config: OfflineJudgeConfig, world_size: int) -> None:
     _require_given("input", config.input, "give the file of rows to judge (.jsonl, .parquet, ...)")
     _require_given("output", config.output, "give the .jsonl file to write")
     _check_ranges(config, OFFLINE_JUDGE_RANGES)
-    for option, default in (("ranks", 0), ("parts", None), ("offload", False)):
-        if (value := getattr(config.judge, option)) != default:
-            raise UserError(
-                f"judge.{option}",
-                f"{value} in g2r judge",
-                "leave it out: all ranks are the judge's, and no policy waits",
-            )
+    _check_judge_is_alone(config.judge, "g2r judge")
     _check_judge(config.judge, world_size)
     defaults = fill_from_preset(JudgeConfig(), PRESETS[config.preset]["judge"])
     warn_of_unused(config, OfflineJudgeConfig(judge=defaults))
@@ -162,12 +158,39 @@ def check_judge_config(config: OfflineJudgeConfig, world_size: int) -> None:
     _check_file_can_be_made("output", config.output)
 
 
+def _check_judge_is_alone(judge: JudgeConfig, command: str) -> None:
+    for option, default in (("ranks", 0), ("parts", None), ("offload", False)):
+        if (value := getattr(judge, option)) != default:
+            raise UserError(
+                f"judge.{option}",
+                f"{value} in {command}",
+                "leave it out: all ranks are the judge's, and no policy waits",
+            )
+
+
+def check_probe_config(config: ProbeConfig, world_size: int) -> None:
+    """Raise ``UserError`` for the first thing in ``config``, not yet filled from a preset, that cannot work on ``world_size`` ranks."""
+    _require_given("judge.model", config.judge.model, "give the Hugging Face directory of the judge")
+    _require_given("input", config.input, "give the file of rows with responses (.jsonl, .parquet, ...)")
+    _require_given("output", config.output, "give the directory to write to")
+    _require_given("attributions", config.attributions, "give at least one attribution, or leave it out")
+    _check_ranges(config, PROBE_RANGES)
+    _check_judge_is_alone(config.judge, "g2r probe")
+    own = {"attribution": "attributions", "gate_queries": "attributions", "target": "nothing: it is the logit margin"}
+    own |= {"credit": "nothing: items are measured one by one", "shuffle": "nothing: a placebo is always measured"}
+    for option, instead in own.items():
+        if (value := getattr(config.judge, option)) != getattr(JudgeConfig(), option):
+            raise UserError(f"judge.{option}", f"{value} in g2r probe", f"leave it out, and give {instead}")
+    _check_judge(fill_from_preset(config.judge, PRESETS["robust"]["judge"]), world_size)
+    _check_directory("output", config.output)
+
+
 def _require_given(option: str, value: object, remedy: str) -> None:
     if not value:
         raise UserError(option, "missing", remedy)
 
 
-def _check_ranges(config: TrainConfig | OfflineJudgeConfig, ranges: dict[str, Range]) -> None:
+def _check_ranges(config: TrainConfig | OfflineJudgeConfig | ProbeConfig, ranges: dict[str, Range]) -> None:
     for option, allowed in ranges.items():
         value: Any = config
         for name in option.split("."):
@@ -209,6 +232,12 @@ def _check_judge(judge: JudgeConfig, world_size: int) -> None:
             "judge.credit",
             "per_response with {criterion} before {response} in judge.template",
             "put the criterion after the response, so that its items share it, or use per_item",
+        )
+    if judge.credit == "per_response" and judge.attribution == "occlusion":
+        raise UserError(
+            "judge.credit",
+            "per_response with judge.attribution occlusion",
+            "use per_item: every item needs runs of its own",
         )
     _check_gates(judge)
     if judge.attribution == "uniform" and judge.shuffle:
@@ -340,17 +369,15 @@ def check_template(template: str) -> None:
         )
 
 
-def _check_run_directory(path: str) -> None:
+def _check_directory(option: str, path: str) -> None:
     """``path`` is a writable directory or can be made: its nearest existing parent is a writable directory."""
     nearest = Path(path).absolute()
     while not nearest.exists():
         nearest = nearest.parent
     if not nearest.is_dir():
-        raise UserError("output_dir", f"{path}: {nearest} is a file", "give a directory")
+        raise UserError(option, f"{path}: {nearest} is a file", "give a directory")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(
-            "output_dir", f"{path}: no permission to write in {nearest}", "give a directory you may write in"
-        )
+        raise UserError(option, f"{path}: no permission to write in {nearest}", "give a directory you may write in")
 
 
 def _check_file_can_be_made(option: str, path: str) -> None:

@@ -52,6 +52,14 @@ GUIDES = {
         "Several ranks:     torchrun --nproc-per-node N -m g2r_megatron.cli judge ...",
         ("judge.model", "input", "output", "preset", "format", "shards", "shard", "dump_inputs", "judge.template"),
     ),
+    "g2r probe": Guide(
+        "g2r probe --judge.model DIR --input FILE --output DIR [--sample N] [--option VALUE ...]",
+        "Is this judge's credit true? Attributions against what the verdict loses when a sentence is really hidden or deleted.\n"
+        "Rows:              as of g2r judge: a query in any format of data.format, and its \"response\"\n"
+        "Several ranks:     torchrun --nproc-per-node N -m g2r_megatron.cli probe ...\n"
+        "Look at it:        OUTPUT/probe.html; what the numbers mean: docs/probe.md",
+        ("judge.model", "input", "output", "sample", "false_sample", "attributions", "seed", "format", "judge.template"),
+    ),
     "g2r plan": Guide(
         "g2r plan --config FILE --nodes N [--suggest] [--option VALUE ...]",
         "Memory and time of a training job before it is queued. Needs each model's config.json; no GPU, weights or data.\n"

@@ -8,7 +8,13 @@ its ``--help`` text. An option whose default is ``None`` "follows the preset" ta
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
-Attribution = Literal["grad_x_embed", "l1", "l2", "contracted", "gate", "grad_norm_product", "null_token", "uniform"]
+Attribution = Literal[
+    "grad_x_embed", "l1", "l2", "contracted", "gate", "grad_norm_product", "null_token", "attention", "occlusion", "uniform"
+]  # fmt: skip
+# what g2r probe measures: attributions, gates by whose attention they multiply
+Probed = Literal[
+    "gate_branch", "gate_all", "contracted", "grad_x_embed", "grad_norm_product", "attention", "occlusion", "l1", "l2", "null_token"
+]  # fmt: skip
 Target = Literal["log_prob", "logit_margin"]
 Dtype = Literal["fp32", "bf16"]
 Smoothing = Literal["none", "smear", "sentence"]
@@ -125,8 +131,9 @@ class JudgeConfig:
     is its own target"""
     attribution: Attribution | None = None
     """b_t: g.e, L1 or L2 norm of g, g.(e - mean) at the contracted embedding, the gradient at the gates that multiply the
-    attention weights of t, L2 norm of the elementwise product of g and e, g.(e - e of the pad token), or none (uniform:
-    no backward pass) (follows the preset)"""
+    attention weights of t, L2 norm of the elementwise product of g and e, g.(e - e of the pad token), the attention that the
+    verdict position pays t, what the target loses when t's sentence is hidden (occlusion), or none (uniform) (follows the
+    preset)"""
     gate_queries: Literal["branch", "all"] | None = None
     """whose attention weights `gate` multiplies: those of what follows the response (all items in one backward with the
     verdicts), or of all tokens after t; none: branch, for a reward model all"""
@@ -389,6 +396,44 @@ class OfflineJudgeConfig:
     """as data.on_bad_row"""
     preset: Literal["paper", "robust"] = "paper"
     """fills judge.target, attribution, normalize, standardize and smoothing where they are not given"""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+
+
+@dataclass
+class ProbeConfig:
+    """Everything `g2r probe` reads."""
+
+    input: str = ""
+    """rows, as of g2r judge: a query and its "response", or outputs of other tools"""
+    output: str = ""
+    """directory to write probe.json and probe.html to; the same command goes on with a probe that was stopped"""
+    sample: int = 40
+    """pairs of a response and a criterion that is judged True to measure, of different responses as far as there are"""
+    false_sample: int = 0
+    """pairs judged False to measure beside them"""
+    attributions: list[Probed] = field(
+        default_factory=lambda: [
+            "gate_branch",
+            "gate_all",
+            "contracted",
+            "grad_x_embed",
+            "grad_norm_product",
+            "attention",
+        ]
+    )
+    """what to measure; the first one also with its sentences shuffled, as a placebo"""
+    seed: int = 1234
+    """of the sample, the placebo and the intervals"""
+    format: Literal["auto", "g2r", "healthbench", "rar", "researchqa"] = "auto"
+    """as data.format"""
+    queries: list[str] = field(default_factory=list)
+    """files of the queries, where the rows of input hold only their ids (custom_id) and responses"""
+    fields: dict[str, str] = field(default_factory=dict)
+    """as data.fields, and of response"""
+    polarity: Literal["raw", "flip_negated"] | None = None
+    """as data.polarity"""
+    on_bad_row: Literal["refuse", "skip"] = "refuse"
+    """as data.on_bad_row"""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
 

@@ -9,21 +9,16 @@ an fp32 number; a value that is not finite is null.
 
 import os
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Self
 
 import torch.distributed as dist
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
 
-from g2r_megatron.config.options import OfflineJudgeConfig
+from g2r_megatron.config.options import OfflineJudgeConfig, ProbeConfig
 from g2r_megatron.credit.judgements import Alphas, JudgementRow, kind_of, plain_numbers
 from g2r_megatron.data.readers import read_queries
 from g2r_megatron.data.token_bound import most_tokens
@@ -49,7 +44,7 @@ from g2r_megatron.judge.types import JudgeInput
 from g2r_megatron.model.build import build_model
 from g2r_megatron.model.hf import HFModel, load_model_tokenizer, open_hf_model
 from g2r_megatron.parallel import groups
-from g2r_megatron.records.progress_bar import format_seconds
+from g2r_megatron.records.progress_bar import CountProgress
 
 
 @dataclass(frozen=True)
@@ -112,7 +107,7 @@ def judge_and_write(
     judge = FrozenJudge(model, config.judge, prompt.true_ids, prompt.false_ids, prompt.null_id)
     stage = JudgeStage(judge, prompt, config.judge)
     health = JudgeHealth(config.judge.flat_threshold)
-    with RowProgress(len(rows), done, enabled=file is not None) as progress:
+    with CountProgress("judged", "rows", len(rows), done, enabled=file is not None) as progress:
         for first in range(done, len(rows), config.batch_rows):
             queries = rows[first : first + config.batch_rows]
             batch = [Row(query, encode_text(prompt.tokenizer, query.response)) for query in queries]
@@ -152,7 +147,7 @@ def own_rows(config: OfflineJudgeConfig, rows: list[Query]) -> list[Query]:
     return [rows[i] for i in share_of(len(rows), config.shard, config.shards)]
 
 
-def read_rows(config: OfflineJudgeConfig, prompt: JudgePrompt | RewardPrompt) -> list[Query]:
+def read_rows(config: OfflineJudgeConfig | ProbeConfig, prompt: JudgePrompt | RewardPrompt) -> list[Query]:
     """Every response of the input with its query. Raises ``UserError`` for bad rows, also those too long to be judged."""
     read = partial(
         read_queries,
@@ -226,39 +221,3 @@ def add_inputs(record: dict, inputs: Sequence[JudgeInput], prompt: JudgePrompt |
             "response_start": read.response_start,
             "response_end": read.response_end,
         } | prompt.described(read)
-
-
-class RowProgress:
-    """Rows done and the time left, on stderr: a bar on a terminal, elsewhere one plain line a batch."""
-
-    def __init__(self, total: int, before: int, enabled: bool):
-        """``before``: rows of ``total`` that an earlier process has judged."""
-        self.total, self.before, self._enabled, self._start = total, before, enabled, time.monotonic()
-        self._bar: RichProgress | None = None
-        if enabled and sys.stderr.isatty():
-            columns = (
-                TextColumn("judge"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("rows  ETA"),
-                TimeRemainingColumn(),
-            )
-            self._bar = RichProgress(*columns, console=Console(stderr=True))
-            self._task = self._bar.add_task("", total=total, completed=before)
-
-    def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *exc_info) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def done(self, rows: int) -> None:
-        """``rows`` of ``total`` are judged."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=rows)
-        elif self._enabled:
-            seconds = (time.monotonic() - self._start) / (rows - self.before) * (self.total - rows)
-            print(f"judged {rows}/{self.total} rows  ETA {format_seconds(seconds)}", file=sys.stderr, flush=True)

@@ -9,13 +9,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from g2r_megatron.config.options import OfflineJudgeConfig
+from g2r_megatron.config.options import OfflineJudgeConfig, ProbeConfig
 from g2r_megatron.data.types import Query
 from g2r_megatron.errors import UserError
 
@@ -37,9 +37,9 @@ def parts_directory(output: Path) -> Path:
     return output.with_name(output.name + ".parts")
 
 
-def job_key(config: OfflineJudgeConfig, queries: Sequence[Query]) -> str:
-    """A digest of everything that decides what the file holds: the options and the rows themselves."""
-    options = {name: value for name, value in asdict(config).items() if name not in FREE}
+def job_key(config: OfflineJudgeConfig | ProbeConfig, queries: Sequence[Query], free: Collection[str] = FREE) -> str:
+    """A digest of everything that decides what the file holds: the options, but for ``free``, and the rows themselves."""
+    options = {name: value for name, value in asdict(config).items() if name not in free}
     described = json.dumps([options, [asdict(query) for query in queries]], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()
 

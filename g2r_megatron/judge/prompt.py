@@ -62,7 +62,11 @@ class ResponseReader:
                 "give it one (pad_token in its tokenizer_config.json), or use another attribution",
             )
         self.tokenizer, self.policy_tokenizer = tokenizer, policy_tokenizer
-        self.gates_branch = gated_queries(config, not self.needs_rubric) == "branch"
+        self._needs_branch = None  # the option for which something has to follow the response, and its value
+        if gated_queries(config, not self.needs_rubric) == "branch":
+            self._needs_branch = ("judge.gate_queries", "branch")
+        elif config.attribution in ("attention", "occlusion"):
+            self._needs_branch = ("judge.attribution", config.attribution)
         self.max_length = config.max_length
         self._encode_response = lru_cache(maxsize=CACHED_RESPONSES)(self._encode_response_uncached)
 
@@ -83,9 +87,10 @@ class ResponseReader:
         return ids, align(judge_bounds, policy_bounds)
 
     def check_branch(self, tokens: int, where: str, remedy: str) -> None:
-        """Raise ``UserError`` if only ``tokens`` = 0 are read behind the response where their attention is what is gated."""
-        if self.gates_branch and tokens <= 0:
-            raise UserError("judge.gate_queries", f"branch, but {where} ends with the response", remedy)
+        """Raise ``UserError`` if only ``tokens`` = 0 are read behind the response where it is they that look at it."""
+        if self._needs_branch and tokens <= 0:
+            option, value = self._needs_branch
+            raise UserError(option, f"{value}, but {where} ends with the response", remedy)
 
     def check_length(self, query: Query, tokens: int) -> None:
         """Raise ``UserError`` naming the query for a judge input of more than ``judge.max_length`` tokens."""
@@ -152,7 +157,7 @@ class JudgePrompt(ResponseReader):
         self._fixed_texts = [text for kind, text in [*self._before, *self._after] if kind == "text"]
         self._leading = [] if config.chat_template else list(leading_ids(tokenizer))
         kind, text = self._before[-1] if self._before else ("text", "")
-        self.check_branch(len(self._after), "judge.template", "let something follow {response}, or use all")
+        self.check_branch(len(self._after), "judge.template", "let something follow {response}, or use another value")
         self._response_continues = kind == "field" or data_continues(tokenizer, text)
         # the text around a response recurs for every response of the group, the criterion for every item
         self._encode_side = lru_cache(maxsize=CACHED_SIDES)(self._encode_side_uncached)
@@ -169,7 +174,9 @@ class JudgePrompt(ResponseReader):
         input_ids = [*before, *response, *after]
         self.check_length(query, len(input_ids))
         start = len(before)
-        self.check_branch(len(after), f"a judge input of query {query.id!r}", "let something follow it, or use all")
+        self.check_branch(
+            len(after), f"a judge input of query {query.id!r}", "let something follow it, or use another value"
+        )
         return JudgeInput(input_ids, start, start + len(response), len(input_ids) - 1)
 
     def build_items(self, query: Query, response_ids: Sequence[int]) -> list[JudgeInput]:

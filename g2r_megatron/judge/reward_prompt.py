@@ -63,7 +63,7 @@ class RewardPrompt(ResponseReader):
         self._response_continues = data_continues(tokenizer, before[-1][0])
         self._prints_thought = _without_empty_thought(before) != before
         behind = encode_parts(tokenizer, after, continues=True)
-        self.check_branch(self.score_position([-1, *behind]), "what the score is read from", "use all")
+        self.check_branch(self.score_position([-1, *behind]), "what the score is read from", "use another value")
         self._sides = lru_cache(maxsize=CACHED_CONVERSATIONS)(self._sides_uncached)
 
     def build_items(self, query: Query, response_ids: Sequence[int]) -> list[JudgeInput]:

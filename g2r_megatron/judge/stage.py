@@ -16,6 +16,7 @@ from g2r_megatron.credit.sentences import sentence_ids
 from g2r_megatron.data.tokenizer import token_texts
 from g2r_megatron.data.types import Query
 from g2r_megatron.judge.frozen import FrozenJudge
+from g2r_megatron.judge.hiding import attention_mass, occlusion, unit_spans
 from g2r_megatron.judge.prompt import ResponseReader
 from g2r_megatron.judge.types import JudgeInput, Pass
 
@@ -93,8 +94,8 @@ class JudgeStage:
         if self._in_one_pass:
             self._keep(credited, passes, judgements)
             return
-        if self.judge.gates is not None:
-            for together, b in zip(credited, self.judge.gates.gradients(passes), strict=True):
+        if (scores := self._not_at_embeddings(passes)) is not None:
+            for together, b in zip(credited, scores, strict=True):
                 _credit(together, b)
             return
         for together, gradients in zip(credited, self.judge.token_gradients(passes), strict=True):
@@ -103,6 +104,20 @@ class JudgeStage:
                 item.attribution = attribution
                 item.grad_norm = gradients.l2.square().sum().sqrt().item()
                 item.cos = gradients.cos
+
+    def _not_at_embeddings(self, passes: list[Pass]) -> list[torch.Tensor] | None:
+        """b of each pass where it is no gradient at the embeddings, else None."""
+        kind = self.config.attribution
+        if self.judge.gates is not None:
+            return self.judge.gates.gradients(passes)
+        if kind == "occlusion":
+            return occlusion(self.judge, passes, [self._sentences(one.inputs[0]) for one in passes])
+        return attention_mass(self.judge, passes) if kind == "attention" else None
+
+    def _sentences(self, item: JudgeInput) -> list[tuple[int, int]]:
+        """The sentences of a response as the judge reads it."""
+        response = item.input_ids[item.response_start : item.response_end]
+        return unit_spans(sentence_ids(token_texts(self.prompt.tokenizer, response)))
 
     def _keep(self, credited: list[list[Judgement]], passes: list[Pass], judgements: list[list[Judgement]]) -> None:
         """Of the attributions that the verdict pass gave, those of each pass's items, combined by its weights."""
@@ -122,7 +137,7 @@ class JudgeStage:
 
 
 def _credit(items: list[Judgement], b: torch.Tensor) -> None:
-    """Gates' b [T] of ``items``. Their gradient is b itself; it has no angle to an embedding."""
+    """b [T] of ``items`` that is no gradient at embeddings: ``grad_norm`` is its norm, and it has no angle to an embedding."""
     for item in items:
         item.attribution, item.grad_norm, item.cos = b, b.norm().item(), float("nan")
 

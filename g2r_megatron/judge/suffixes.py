@@ -45,7 +45,8 @@ class SuffixUnit:
     """The first ``prefix`` tokens of its inputs, the ``trunk`` tokens behind them, and suffixes.
 
     The trunk has gradients like the suffixes, and all of them see it. ``groups``: suffixes that stay in one micro-batch.
-    ``response``: positions of the gated tokens; ``table`` fp32 [slots, T] gets dF/dm, None without gates.
+    ``response``: positions of the gated tokens; ``table`` fp32 [slots, T] gets dF/dm, None without gates. ``of_attention``: see
+    ``model.suffix_rows.SuffixTree``.
     """
 
     prefix: int
@@ -53,6 +54,7 @@ class SuffixUnit:
     trunk: int = 0
     response: tuple[int, int] = (0, 0)
     table: torch.Tensor | None = None
+    of_attention: bool = False
 
     @property
     def suffixes(self) -> list[Suffix]:
@@ -220,7 +222,7 @@ def _tree(unit: SuffixUnit, start: int, inputs: Sequence[JudgeInput]) -> SuffixT
         Part(_length(s, inputs), s.first, s.visible, s.level, s.share, s.slot) for s in unit.suffixes
     ]  # a trunk has the level that all its branches have
     trunk = replace(branches[0], length=unit.trunk, first=unit.prefix, visible=unit.prefix) if unit.trunk else None
-    return SuffixTree(start, trunk, branches, unit.response, unit.table)
+    return SuffixTree(start, trunk, branches, unit.response, unit.table, unit.of_attention)
 
 
 def _row(model: MegatronModel, segments: list[Segment], inputs: Sequence[JudgeInput], positions: list[int]) -> dict:

@@ -56,6 +56,8 @@ class SuffixAttention(torch.autograd.Function):
             here.mul_((here_sums - merged).exp().unsqueeze(-1))
             here.add_(found.mul_((found_sums - merged).exp().unsqueeze(-1)))
             here_sums.copy_(merged)
+        for block in (block for blocks in trees for block in blocks if block.of_attention):
+            _add_attention(block, q, kept_key, sums, scale)
         out = out.to(query.dtype).view_as(query)
         ctx.save_for_backward(query, key, value, kept_key, kept_value, out, sums)
         ctx.trees, ctx.scale = trees, scale
@@ -94,6 +96,14 @@ def _look(block: Block, q, key, value, scale: float) -> tuple[torch.Tensor, torc
         out[batch, :, rows] = found.div_(total)
         sums[batch, :, rows] = total.log_().add_(highest).clamp_(min=LOWEST).squeeze(-1)
     return _unbatched(block, out), _unbatched(block, sums)
+
+
+def _add_attention(block: Block, q, key, sums, scale: float) -> None:
+    """Add to the table the probabilities that the block's queries, by their shares, give its columns, summed over heads."""
+    q, sums, k = q[:, :, block.queries], sums[:, :, block.queries], _keys(block, key)
+    for batch, rows, keys in _chunks(block, q, k):
+        p = _scores(block, q, k, batch, rows, keys, scale).sub_(sums[batch, :, rows].unsqueeze(-1)).exp_()
+        block.table.add_(block.shares[:, rows] @ p[..., block.columns].sum((0, 1)))
 
 
 def _look_back(block: Block, q, key, value, g, sums, delta, dq, of_keys, scale: float) -> None:

@@ -76,7 +76,8 @@ class SuffixTree:
     """``prefix``: where in the kept row its prefix (positions from 0 on) begins; its suffixes follow in the suffix row.
 
     ``response``: positions of the gated tokens, in the prefix or in trunk and branches; ``table``: fp32 [slots, T], None
-    without gates.
+    without gates. ``of_attention``: no gradients are asked for, and the forward adds to the table the attention that the last
+    token of each branch pays the response, which is in the prefix, summed over heads and layers.
     """
 
     prefix: int
@@ -84,6 +85,7 @@ class SuffixTree:
     branches: list[Part]
     response: tuple[int, int] = (0, 0)
     table: torch.Tensor | None = None
+    of_attention: bool = False
 
     @property
     def parts(self) -> list[Part]:
@@ -117,7 +119,7 @@ class Block:
 
     Gates: keys ``columns`` (None: none) are the response tokens of ``table`` [slots, columns]; ``gated`` fp32 [queries, columns] is 0
     where a token is its own key, None: nowhere; ``log_level`` fp32 [1, 1, queries, 1], or [branches, 1, 1, 1], None where
-    all are 0; ``shares`` fp32 [slots, queries], or [slots, branches].
+    all are 0; ``shares`` fp32 [slots, queries], or [slots, branches]. ``of_attention``: as of ``SuffixTree``.
     """
 
     kept: bool
@@ -131,6 +133,7 @@ class Block:
     log_level: torch.Tensor | None = None
     shares: torch.Tensor | None = None
     table: torch.Tensor | None = None
+    of_attention: bool = False
 
 
 @lru_cache(maxsize=KEPT_PLANS)
@@ -271,12 +274,15 @@ class _Planner:
             gated = gated[:, columns]
             gated = None if bool(gated.all()) else gated.float().to(self.device)
         numbers = self._of_queries(offsets, list(range(len(parts))))
-        first = begin - self.tree.response[0]
+        first, shares = begin - self.tree.response[0], self._shares(numbers, parts)
+        if self.tree.of_attention:  # of the queries only each part's last counts
+            shares *= torch.isin(offsets + 1, torch.tensor(self.offsets[1:])).to(shares)
         return replace(
             block,
+            of_attention=self.tree.of_attention,
             gated=gated,
             log_level=self._log_levels([parts[k].level for k in numbers.tolist()], (1, 1, -1, 1)),
-            shares=self._shares(numbers, parts),
+            shares=shares,
             table=self.tree.table[:, first : first + columns.stop - columns.start],
         )
 

@@ -6,7 +6,7 @@ from collections import deque
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 # (metric, label, format) in the order shown; one that a step did not log is left out
@@ -93,6 +93,47 @@ class Progress:
             mean = sum(self._durations) / len(self._durations)
             parts.append(f"ETA {format_seconds(mean * (self.total_steps - step))}")
         return "  ".join(parts)
+
+
+class CountProgress:
+    """How many are done and the time left, on stderr: a bar on a terminal, elsewhere one plain line a batch."""
+
+    def __init__(self, verb: str, noun: str, total: int, before: int, enabled: bool):
+        """``verb``, ``noun``: as in "judged 3/8 rows"; ``before``: of ``total``, what an earlier process has done."""
+        self.verb, self.noun = verb, noun
+        self.total, self.before, self._enabled, self._start = total, before, enabled, time.monotonic()
+        self._bar: RichProgress | None = None
+        if enabled and sys.stderr.isatty():
+            columns = (
+                TextColumn(verb),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn(f"{noun}  ETA"),
+                TimeRemainingColumn(),
+            )
+            self._bar = RichProgress(*columns, console=Console(stderr=True))
+            self._task = self._bar.add_task("", total=total, completed=before)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def done(self, count: int) -> None:
+        """``count`` of ``total`` are done."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=count)
+        elif self._enabled:
+            seconds = (time.monotonic() - self._start) / (count - self.before) * (self.total - count)
+            print(
+                f"{self.verb} {count}/{self.total} {self.noun}  ETA {format_seconds(seconds)}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def format_seconds(seconds: float) -> str:

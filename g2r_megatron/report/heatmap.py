@@ -99,9 +99,9 @@ def _advantage_row(sample: dict) -> str:
     for position, (token, advantage, reward) in enumerate(zip(tokens, advantages, rewards, strict=False), 1):
         tip = f"token {position} · advantage {advantage:+.3f}"
         tip += "" if reward is None else f" · reward {reward:+.4f}"
-        spans.append(_token(token, "good" if advantage >= 0 else "bad", abs(advantage) / scale, tip))
+        spans.append(token_span(token, "good" if advantage >= 0 else "bad", abs(advantage) / scale, tip))
     label = f'<p class="what">Advantage</p><p class="fine">what the policy is trained with; darkest = ±{scale:.2f}</p>'
-    return _strip(label, spans, "advantage")
+    return strip(label, spans, "advantage")
 
 
 def _item_row(item: dict, tokens: list[str]) -> str:
@@ -111,7 +111,7 @@ def _item_row(item: dict, tokens: list[str]) -> str:
         ratio = alpha * length
         tip = f"token {position} of {length} · alpha {alpha:.4f} · {ratio:.1f}× uniform"
         spans.append(
-            _token(
+            token_span(
                 token,
                 "good" if item["weight"] >= 0 else "bad",
                 (min(ratio, FULL_SHADE) / FULL_SHADE) ** SHADE_POWER,
@@ -119,15 +119,17 @@ def _item_row(item: dict, tokens: list[str]) -> str:
             )
         )
     label = f'<p class="what">{visible(item["criterion"])}</p><p class="fine">{_verdict(item)}</p>'
-    return _strip(label, spans, "item")
+    return strip(label, spans, "item")
 
 
-def _strip(label: str, spans: list[str], kind: str) -> str:
+def strip(label: str, spans: list[str], kind: str) -> str:
+    """Tokens (HTML of ``token_span``) beside their ``label`` (HTML); of many the first ``MAX_TOKENS``."""
     more = f'<span class="more"> … {len(spans) - MAX_TOKENS} more tokens</span>' if len(spans) > MAX_TOKENS else ""
     return f'<div class="strip {kind}"><div class="label">{label}</div><p class="text">{"".join(spans[:MAX_TOKENS])}{more}</p></div>'
 
 
-def _token(token: str, kind: str, shade: float, tip: str) -> str:
+def token_span(token: str, kind: str, shade: float, tip: str) -> str:
+    """``token``, any text, in the color of ``kind`` ("good" or "bad"), ``shade`` in [0, 1]; ``tip``: text shown at the pointer."""
     text = visible(token).replace("\n", "⏎\n")
     return f'<span class="{kind}" style="--v:{shade:.2f}" data-tip="{escape(tip)}">{text}</span>'
 

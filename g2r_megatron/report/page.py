@@ -59,30 +59,34 @@ def render_page(groups: list[Group]) -> str:
     """The whole HTML document."""
     score = choose_score(groups)
     rows = summary_rows(groups, score)
-    # a page that shows what a model wrote allows exactly one script: ours, by its hash
-    script_hash = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{script_hash}'"
     sections = (
         _table(groups, rows, score), _learning(groups), _heat_maps(groups), _attribution(groups), _positions(groups),
         _training(groups), _phases(groups), _first_and_last(groups), _configs(groups),
     )  # fmt: skip
+    return document("g2r report", _swatches(groups), _headline(rows), "".join(sections))
+
+
+def document(title: str, navigation: str, headline: str, content: str) -> str:
+    """A page that stands alone: ``title`` is text, the rest HTML."""
+    # a page that shows what a model wrote allows exactly one script: ours, by its hash
+    script_hash = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{script_hash}'"
+    theme = '<button id="theme" class="end" hidden>light / dark</button>'
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>g2r report</title>'
-        f"<style>{CSS}</style></head><body>{_navigation(groups)}<main><h1>{_headline(rows)}</h1>{''.join(sections)}</main>"
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
+        f"<style>{CSS}</style></head><body><nav><div><b>{escape(title)}</b>{navigation}{theme}</div></nav>"
+        f"<main><h1>{headline}</h1>{content}</main>"
         f'<div id="tip" role="status"></div><script>{SCRIPT}</script></body></html>\n'
     )
 
 
-def _navigation(groups: list[Group]) -> str:
-    buttons = "".join(
+def _swatches(groups: list[Group]) -> str:
+    return "".join(
         f'<button class="swatch {slot_class(group.slot)}" data-toggle="{group.slot}" aria-pressed="true"'
         f' title="show or hide in all charts">{escape(group.label)}</button>'
         for group in groups
-    )
-    return (
-        f'<nav><div><b>g2r report</b>{buttons}<button id="theme" class="end" hidden>light / dark</button></div></nav>'
     )
 
 
@@ -173,7 +177,7 @@ def _learning(groups: list[Group]) -> str:
     charts = line_chart(
         Chart(f"{name} score by step", "step", 630, 340, "{:.3f}", marks, end_labels=True), by_step
     ) + line_chart(Chart(f"{name} score by training time", "seconds", 350, 340, "{:.3f}", marks), by_time)
-    return _section(
+    return section(
         "Learning",
         f"Lines: training batches, mean of the last {WINDOW} steps. Circles: held-out prompts. {bands}"
         "By time, a method pays for its attribution.",
@@ -204,9 +208,9 @@ def _heat_maps(groups: list[Group]) -> str:
     )
     legend = f'<p class="fine">0<span class="scale">{scale}</span>{FULL_SHADE:.0f}× the uniform weight 1/T, or more</p>'
     if not picked:
-        return _section("Where the credit goes", "No attribution was logged: the preset grpo makes none.", "")
+        return section("Where the credit goes", "No attribution was logged: the preset grpo makes none.", "")
     cards = "".join(sample_card(p, is_open=index < OPEN_CARDS) for index, p in enumerate(picked))
-    return _section("Where the credit goes", note, legend + cards, charts=False)
+    return section("Where the credit goes", note, legend + cards, charts=False)
 
 
 def _attribution(groups: list[Group]) -> str:
@@ -227,7 +231,7 @@ def _attribution(groups: list[Group]) -> str:
     table = f'<div class="scroll"><table class="health"><thead><tr><th>hazard</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     charts = "".join(_small_chart(groups, *spec) for spec in HEALTH_CHARTS)
     note = "The known ways in which this method fails, each measured. Marked values (▲) are past the level named beside them."
-    return _section("Hazards and attribution health", note, f'{table}<div class="charts">{charts}</div>', charts=False)
+    return section("Hazards and attribution health", note, f'{table}<div class="charts">{charts}</div>', charts=False)
 
 
 def _positions(groups: list[Group]) -> str:
@@ -255,11 +259,11 @@ def _positions(groups: list[Group]) -> str:
         places,
     ) + line_chart(Chart("First tenth minus last tenth", "step", 350, 260, "{:+z.3f}", y_range=level), ramps)
     note = "Advantage by place in the response. A level line teaches content; a slope teaches length, whatever is said."
-    return _section("Position ramp", note, charts)
+    return section("Position ramp", note, charts)
 
 
 def _training(groups: list[Group]) -> str:
-    return _section("Training health", "", "".join(_small_chart(groups, *spec) for spec in TRAINING_CHARTS))
+    return section("Training health", "", "".join(_small_chart(groups, *spec) for spec in TRAINING_CHARTS))
 
 
 def _small_chart(groups: list[Group], key: str, title: str, form: str) -> str:
@@ -282,7 +286,7 @@ def _phases(groups: list[Group]) -> str:
         spans = "".join(_phase(name, seconds, longest) for name, seconds in parts)
         bars += f'<span class="swatch {slot_class(group.slot)}">{escape(group.label)}</span><div class="bar">{spans}</div><b>{total:.2f} s</b>'
     key = "".join(f'<span class="key {name}_phase"></span>{name}' for name in (*PHASES, "other"))
-    return _section(
+    return section(
         "Seconds a step",
         "Means over all steps.",
         f'<p class="fine">{key}</p><div class="bars">{bars}</div>',
@@ -306,7 +310,7 @@ def _first_and_last(groups: list[Group]) -> str:
     if not parts:
         return ""
     note = "The first response in the log of the first and of the last logged step; none was picked."
-    return _section("Responses, first and last", note, f'<div class="pairs">{parts}</div>', charts=False)
+    return section("Responses, first and last", note, f'<div class="pairs">{parts}</div>', charts=False)
 
 
 def _response(sample: dict) -> str:
@@ -326,10 +330,11 @@ def _configs(groups: list[Group]) -> str:
                 f'<details><summary><span class="chip {slot_class(group.slot)}">{escape(group.label)}</span> seed {escape(run.seed)}'
                 f' <span class="fine">{visible(str(run.path))}</span></summary><pre>{visible(text)}</pre></details>'
             )
-    return _section("Configuration", "Every option of each run, resolved.", parts, charts=False)
+    return section("Configuration", "Every option of each run, resolved.", parts, charts=False)
 
 
-def _section(title: str, note: str, content: str, charts: bool = True) -> str:
+def section(title: str, note: str, content: str, charts: bool = True) -> str:
+    """``title`` and ``note`` are text, ``content`` is HTML; ``charts``: it is a row of charts."""
     if charts and content:
         content = f'<div class="charts">{content}</div>'
     return f"<section><h2>{escape(title)}</h2>{f'<p class=note>{escape(note)}</p>' if note else ''}{content}</section>"

@@ -93,6 +93,10 @@ OPTIONS = [
     (["--judge.true_words", "[Met]", "--judge.false_words", "[Met]"], ["judge.true_words", "Met", "differ"]),
     (["--judge.true_words", "[yes]"], ["judge.true_words", "'True'", "quoted"]),  # YAML's boolean
     (["--judge.attribution", "uniform", "--judge.shuffle"], ["judge.shuffle", "all tokens weigh the same"]),
+    (
+        ["--judge.attribution", "occlusion", "--judge.credit", "per_response"],
+        ["judge.credit", "per_response with judge.attribution occlusion", "per_item"],
+    ),
     (["--judge.attribution", "gate", "--judge.gate_levels", "[]"], ["judge.gate_levels", "[]", "at least one"]),
     (["--judge.attribution", "gate", "--judge.gate_levels", "[1, 0]"], ["judge.gate_levels", "0.0]", "more than 0"]),
     (["--judge.attribution", "gate", "--judge.gate_levels", "[1.5]"], ["judge.gate_levels", "[1.5]", "at most 1"]),
@@ -174,6 +178,7 @@ def test_config_file_that_is_missing():
     [
         (["train"], ["policy.model, data.train, output_dir", "g2r train --print_config > my.yaml"]),
         (["judge"], ["judge.model, input, output", "g2r judge --help"]),
+        (["probe"], ["judge.model, input, output", "g2r probe --help"]),
         (["plan"], ["policy.model", "g2r plan --config my.yaml --nodes 2"]),
         (["trian"], ["command", "'trian'", "train"]),
         (["report"], ["RUN_DIR", "g2r report --help"]),
@@ -269,7 +274,7 @@ FILES = {
             *("--judge.attribution", "gate", "--judge.chat_template", "false"),
             *("--judge.template", "{criterion} {conversation} {response}"),
         ],
-        ["judge.gate_queries", "branch, but judge.template ends with the response", "all"],
+        ["judge.gate_queries", "branch, but judge.template ends with the response", "another value"],
     ),
     "batch_rows 0": (None, ["--batch_rows", "0"], ["batch_rows", "0", "at least 1"]),
     "a layout for more ranks": (None, ["--judge.layout.tp", "2"], ["judge.layout", "2 ranks", "start 2 processes"]),

@@ -54,7 +54,10 @@ MAP = {
         "scores of a model on held-out rows",
         "config credit data device errors experience judge model parallel records rollout run workers",
     ),
-    "probe": ("what a judge's gradients say", "config credit data device errors judge model parallel records workers"),
+    "probe": (
+        "is a judge's credit true",
+        "config credit data errors judge model parallel records report",
+    ),
     "plan": ("memory and time of a job before it runs, doctor", "config data device errors judge model parallel workers"),
     "train": (
         "the loop and one step",

@@ -1,0 +1,158 @@
+"""``g2r probe``: is this judge's credit true? Rows in, probe.json, probe.html and a table out (docs/probe.md)."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch.distributed as dist
+
+from g2r_megatron.config.options import ProbeConfig
+from g2r_megatron.data.tokenizer import token_texts
+from g2r_megatron.errors import UserError, warn
+from g2r_megatron.judge.length_bound import check_judge_positions
+from g2r_megatron.judge.offline import read_rows
+from g2r_megatron.judge.output_file import job_key
+from g2r_megatron.judge.prompt import JudgePrompt
+from g2r_megatron.judge.reward_prompt import judge_prompt
+from g2r_megatron.model.build import build_model
+from g2r_megatron.model.hf import load_model_tokenizer, open_hf_model
+from g2r_megatron.parallel import groups
+from g2r_megatron.parallel.agreement import raised_by_all
+from g2r_megatron.probe.ledger import Ledger, LedgerFile
+from g2r_megatron.probe.measure import Prober
+from g2r_megatron.probe.page import probe_page
+from g2r_megatron.probe.pairs import FEWEST_SENTENCES, Response, choose, eligible, rows_with
+from g2r_megatron.probe.statistics import summary
+from g2r_megatron.probe.table import summary_table
+from g2r_megatron.records.files import replace_text
+from g2r_megatron.records.progress_bar import CountProgress
+
+FREE = ("input", "queries", "output", "sample", "false_sample")  # what may differ between two attempts at one directory
+ROWS_AT_ONCE = 4
+
+
+def probe_judge(config: ProbeConfig) -> None:
+    """Measure the judge's credit on a sample of the input's pairs (collective; rank 0 writes and prints).
+
+    ``config`` has passed ``check_probe_config`` and is filled from a preset. Raises ``UserError`` for bad rows, models or
+    layouts before the weights are read, and where there are too few pairs.
+    """
+    hf = open_hf_model(config.judge.model, "judge.model")
+    prompt = judge_prompt(hf, load_model_tokenizer(hf), config.judge)
+    if not isinstance(prompt, JudgePrompt):
+        raise UserError("judge.model", "a reward model has no verdicts to probe", "give a language model as the judge")
+    queries = read_rows(config, prompt)
+    check_judge_positions(hf, config.judge, ((query, len(query.response.encode())) for query in queries))
+    responses = eligible(queries, prompt, config.seed)
+    if not responses:
+        raise UserError(
+            "input",
+            f"none of {len(queries)} responses has {FEWEST_SENTENCES} sentences or more",
+            "give longer responses: sentences are what is measured",
+        )
+    groups.initialize(config.seed)
+    file, ledger = _opened(config, job_key(config, queries, FREE))
+    layout = groups.build_groups("judge", config.judge.layout)
+    model = build_model("judge", hf, layout, config.judge.precision, config.judge.recompute, config.judge.spec)
+    prober = Prober(model, prompt, config)
+    judged = judge_rows(config, prober, responses, ledger, file)
+    chosen = choose_pairs(config, judged, ledger)
+    measure_pairs(prober, chosen, ledger, file, layout.dp_size)
+    if file is not None:
+        write_results(config, prompt, judged, chosen, ledger)
+
+
+def _opened(config: ProbeConfig, key: str) -> tuple[LedgerFile | None, Ledger]:
+    """(the file, on rank 0; what is measured already, on every rank)."""
+    file = None
+    with raised_by_all():
+        if dist.get_rank() == 0:
+            file = LedgerFile(Path(config.output), key)
+    box = [file.ledger if file is not None else None]
+    dist.broadcast_object_list(box, src=0)
+    return file, box[0]
+
+
+def judge_rows(
+    config: ProbeConfig, prober: Prober, responses: Sequence[Response], ledger: Ledger, file: LedgerFile | None
+) -> list[Response]:
+    """Verdicts of rows, until as many as pairs are wanted have one of each kind; the rows judged, in order."""
+
+    def enough(judged: Sequence[Response]) -> bool:
+        found = [ledger.rows[response.row] for response in judged]
+        return rows_with(found, True) >= config.sample and rows_with(found, False) >= config.false_sample
+
+    count = 0
+    with CountProgress("judged", "rows at most", len(responses), 0, enabled=file is not None) as progress:
+        while count < len(responses) and not enough(responses[:count]):
+            batch = responses[count : count + ROWS_AT_ONCE]
+            count += len(batch)
+            new = [response for response in batch if response.row not in ledger.rows]
+            if not new:
+                continue
+            found = {response.row: verdicts for response, verdicts in zip(new, prober.verdicts(new), strict=True)}
+            ledger.rows |= found
+            if file is not None:
+                file.rows(found)
+            progress.done(count)
+    return list(responses[:count])
+
+
+def choose_pairs(config: ProbeConfig, judged: Sequence[Response], ledger: Ledger) -> list[tuple[Response, int]]:
+    """The pairs to measure. Raises ``UserError`` without pairs judged True; warns of fewer than were asked for."""
+    verdicts = [ledger.rows[response.row] for response in judged]
+    chosen = []
+    for wanted, count in ((True, config.sample), (False, config.false_sample)):
+        found = choose(judged, verdicts, wanted, count, config.seed)
+        if wanted and len({place for place, _ in found}) < 2:
+            raise UserError(
+                "input",
+                f"{len(found)} verdicts True on {len({place for place, _ in found})} responses of {FEWEST_SENTENCES} or more "
+                f"sentences, in {len(judged)} judged",
+                "give more rows, or a judge or a judge.template that says True: at least 2 responses are needed",
+            )
+        if len(found) < count and dist.get_rank() == 0:
+            warn(f"{len(found)} pairs judged {wanted}, {count} asked for: there are no more in the input")
+        chosen += [(judged[place], item) for place, item in found]
+    return chosen
+
+
+def measure_pairs(
+    prober: Prober, chosen: Sequence[tuple[Response, int]], ledger: Ledger, file: LedgerFile | None, replicas: int
+) -> None:
+    """Measure the pairs that are not measured yet, as many at once as there are replicas of the judge."""
+    todo = [(response, item) for response, item in chosen if (response.row, item) not in ledger.pairs]
+    before = len(chosen) - len(todo)
+    with CountProgress("measured", "pairs", len(chosen), before, enabled=file is not None) as progress:
+        for first in range(0, len(todo), replicas):
+            batch = todo[first : first + replicas]
+            found = prober.measure([response for response, _ in batch], [item for _, item in batch])
+            ledger.pairs |= {(pair.row, pair.item): pair for pair in found}
+            if file is not None:
+                file.pairs(found)
+            progress.done(before + first + len(batch))
+
+
+def write_results(
+    config: ProbeConfig,
+    prompt: JudgePrompt,
+    judged: Sequence[Response],
+    chosen: Sequence[tuple[Response, int]],
+    ledger: Ledger,
+) -> None:
+    """probe.json, probe.html, and the table on stdout."""
+    pairs = [ledger.pairs[response.row, item] for response, item in chosen]
+    verdicts = [ledger.rows[response.row] for response in judged]
+    found = {"judge_model": config.judge.model, **summary(pairs, verdicts, config.attributions, config.seed)}
+    described = []
+    for (response, item), pair in zip(chosen, pairs, strict=True):
+        query = response.query
+        texts = {"id": query.given.id if query.given else query.id, "criterion": query.rubric[item].criterion}
+        tokens = token_texts(prompt.tokenizer, response.body)
+        described.append(texts | {"tokens": tokens, "sentences": response.spans} | asdict(pair))
+    output = Path(config.output)
+    replace_text(output / "probe.json", json.dumps({**found, "pairs": described}, indent=1) + "\n")
+    replace_text(output / "probe.html", probe_page(found, described))
+    print(summary_table(found))
+    print(f"\n{found['line']}\nprobe: {output / 'probe.html'}, {output / 'probe.json'}", flush=True)

@@ -1,0 +1,90 @@
+"""``g2r probe`` on the quickstart's judge, which really reads its responses: the table says so, and a stopped probe goes on.
+
+Leaves out the numbers themselves (test_hiding.py, test_parity_gates.py), statistics and page (unit/test_probe.py), and a real
+pretrained judge (test_smollm2.py).
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from g2r_megatron.probe.ledger import NAME
+from test_bad_input import assert_refused, run
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "examples" / "quickstart"
+TEMPLATE = "{conversation} | {response} | {criterion} =>"
+ROW = {"id": "a", "prompt": "room spins.", "rubric": [{"criterion": "advises slow turns", "weight": 1}]}
+
+
+def argv(output: Path, *options: str, rows: Path = QUICKSTART / "data" / "responses.jsonl") -> list[str]:
+    judge = ["--judge.model", str(QUICKSTART / "model"), "--judge.template", TEMPLATE, "--judge.chat_template", "false"]
+    return ["probe", *judge, "--judge.max_length", "128", "--input", str(rows), "--output", str(output), *options]
+
+
+def measured(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / NAME).read_text().splitlines()]
+
+
+def test_a_judge_that_reads_its_responses(worlds, tmp_path):
+    """Gates follow it and the placebo does not, occlusion is the truth; a continued probe, and two ranks, give the same."""
+    small, options = tmp_path / "small", ["--sample", "12", "--false_sample", "3"]
+    methods = '["gate_branch", "gate_all", "contracted", "occlusion"]'
+    [(code, out, _)] = worlds[1].run(run, argv(small, *options, "--attributions", methods))
+    assert code == 0 and "use `gate" in out, out
+    found = json.loads((small / "probe.json").read_text())
+    assert (found["pairs_true"], found["pairs_false"]) == (12, 3) and len(found["pairs"]) == 15
+    score = {name: of["masked"]["spearman"] for name, of in found["true"]["attributions"].items()}
+    assert list(score) == ["gate_branch", "gate_all", "contracted", "occlusion", "shuffled"]
+    assert score["occlusion"] == pytest.approx([1, 1, 1]) and score["gate_all"][1] > 0.5 > score["shuffled"][2]
+    assert found["judge"]["answer_mass"] > 0.9 and found["judge"]["swapped_same"] is None
+    for pair in found["pairs"]:
+        assert pair["credit"]["occlusion"] == pytest.approx(pair["masked"], abs=1e-4)
+        assert sorted(pair["credit"]["shuffled"]) == pytest.approx(sorted(pair["credit"]["gate_branch"]))
+        assert len(pair["sentences"]) == len(pair["masked"]) == len(pair["deleted"]) >= 3
+
+    # two pairs and a line cut short are left of it
+    lines = (small / NAME).read_text().splitlines(keepends=True)
+    kept = [number for number, line in enumerate(lines) if '"pair"' in line][1] + 1
+    (small / NAME).write_text("".join(lines[:kept]) + lines[kept][:40])
+    [(code, _, err)] = worlds[1].run(run, argv(small, *options, "--attributions", methods))
+    assert code == 0 and "measured 2/" not in err and "measured 3/15 pairs" in err
+    again = json.loads((small / "probe.json").read_text())
+    assert [pair["masked"] for pair in again["pairs"]] == [pair["masked"] for pair in found["pairs"]]
+    assert len(measured(small)) == len(lines)
+
+    results = worlds[2].run(run, argv(tmp_path / "two", *options, "--attributions", methods))
+    assert [code for code, _, _ in results] == [0, 0] and results[1][1] == ""
+    two = json.loads((tmp_path / "two" / "probe.json").read_text())
+    assert [(pair["id"], pair["criterion"]) for pair in two["pairs"]] == [
+        (p["id"], p["criterion"]) for p in found["pairs"]
+    ]
+    for one, other in zip(found["pairs"], two["pairs"], strict=True):
+        for name in ("gate_branch", "occlusion"):
+            assert other["credit"][name] == pytest.approx(one["credit"][name], abs=1e-4)
+
+    [result] = worlds[1].run(run, argv(small, "--seed", "2"))
+    assert_refused(result, "output", NAME, "other options")
+
+
+def test_bad_input(worlds, tmp_path):
+    """One line each; the last two are found after the weights were read."""
+    refused = {
+        ("--judge.attribution", "contracted"): ["judge.attribution", "contracted in g2r probe", "attributions"],
+        ("--judge.credit", "per_response"): ["judge.credit", "per_response in g2r probe"],
+        ("--attributions", "[]"): ["attributions", "missing"],
+        ("--attributions", "[gate]"): ["attributions", "gate"],
+        ("--sample", "0"): ["sample", "0", "at least 1"],
+        ("--judge.ranks", "1"): ["judge.ranks", "1 in g2r probe"],
+    }
+    for options, said in refused.items():
+        assert_refused(run(argv(tmp_path / "out", *options)), *said)
+    assert not list(tmp_path.iterdir())
+
+    short, false = tmp_path / "short.jsonl", tmp_path / "false.jsonl"
+    short.write_text(json.dumps({**ROW, "response": "try slow turns. file updated."}) + "\n")
+    assert_refused(run(argv(tmp_path / "out", rows=short)), "input", "none of 1 responses has 3 sentences")
+    false.write_text(json.dumps({**ROW, "response": "file updated. patient is stable. review in one week."}) + "\n")
+    [(code, _, err)] = worlds[1].run(run, argv(tmp_path / "out", rows=false))
+    assert code == 2 and "0 verdicts True on 0 responses" in err
