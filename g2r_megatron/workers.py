@@ -176,7 +176,7 @@ def build_engine(config: TrainConfig, trainer: PolicyTrainer, stop_ids: set[int]
     def log_probs(ids: list[list[int]]) -> list[torch.Tensor]:
         sequences = [TokenSequence(sequence[:1], sequence[1:]) for sequence in ids]
         plan = trainer.plan(sequences, list(range(len(sequences))))
-        return response_log_probs(trainer.model, sequences, plan, temperature=1.0)
+        return response_log_probs(trainer.model, sequences, plan, temperature=1.0, budget=trainer.budget)
 
     engine = VLLMRolloutEngine(trainer.model, config.rollout, stop_ids, config.policy.precision.dtype)
     check_weights_arrive(engine, log_probs)

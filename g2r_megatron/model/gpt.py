@@ -48,9 +48,8 @@ class GroupAwareSelfAttention(SelfAttention):
     """
 
     def _allocate_memory(self, *args):
-        return (
-            super()._allocate_memory(*args).zero_()
-        )  # blocks end behind what is stored: what is there is multiplied by 0
+        # Blocks end behind what is stored. What is there is multiplied by 0, so it must be finite.
+        return super()._allocate_memory(*args).zero_()
 
     def _adjust_key_value_for_inference(self, context, query, key, value, rotary_pos_emb, *args, **kwargs):
         if context is None:
