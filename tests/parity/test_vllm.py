@@ -98,6 +98,9 @@ def updated_engine(layout: Layout, path: str, export: str) -> dict:
 
 def fresh_engine(export: str) -> list:
     """What a vLLM that loads the exported directory itself says, without any of our engine."""
+    from g2r_megatron.rollout.vllm.environment import set_environment
+
+    set_environment()
     from vllm import LLM, SamplingParams
 
     llm = LLM(
