@@ -9,13 +9,21 @@ import netrc
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 from g2r_megatron.errors import UserError, warn
 
 DEFAULT_URL = "https://api.wandb.ai"
 OFF = "set WANDB_MODE=offline and sync later, or set log.wandb false"
-MODES = {"online": "online", "run": "online", "shared": "online", "offline": "offline", "dryrun": "offline"}
+Mode = Literal["online", "offline", "disabled"]
+MODES: dict[str, Mode] = {
+    "online": "online",
+    "run": "online",
+    "shared": "online",
+    "offline": "offline",
+    "dryrun": "offline",
+}
 
 
 def wandb_setting(name: str, environment: Mapping[str, str] = os.environ) -> str | None:
@@ -37,7 +45,7 @@ def wandb_setting(name: str, environment: Mapping[str, str] = os.environ) -> str
     return None
 
 
-def wandb_mode(environment: Mapping[str, str] = os.environ) -> str:
+def wandb_mode(environment: Mapping[str, str] = os.environ) -> Mode:
     """``online``, ``offline`` or ``disabled``."""
     if environment.get("WANDB_DISABLED", "").lower() in ("true", "1"):
         return "disabled"

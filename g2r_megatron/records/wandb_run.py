@@ -4,10 +4,11 @@ import os
 import secrets
 import socket
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from g2r_megatron.config.options import LogConfig
-from g2r_megatron.config.trackers import OFF, wandb_host, wandb_mode
+from g2r_megatron.config.trackers import OFF, Mode, wandb_host, wandb_mode
 from g2r_megatron.errors import UserError, warn
 
 ID_FILE = "wandb_id"
@@ -41,7 +42,7 @@ def reachable(host: str, port: int) -> bool:
     return True
 
 
-def _mode() -> str:
+def _mode() -> Mode:
     """W&B's mode here: offline also where the server cannot be reached, which is said."""
     mode = wandb_mode()
     if mode == "online" and not reachable(*wandb_host()):
@@ -60,7 +61,7 @@ class WandbRun:
         id_file = output_dir / ID_FILE
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
-        self._options = dict(
+        self._options: dict[str, Any] = dict(
             project=project,
             name=output_dir.name,
             id=id_file.read_text().strip(),

@@ -3,6 +3,7 @@
 Leaves out what the engine samples (tests/parity/test_vllm.py) and GPUs.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from g2r_megatron.config import checks
 from g2r_megatron.config.options import RolloutConfig
 from g2r_megatron.errors import UserError
 from real_runs import ROOT, quickstart_options, records
-from test_bad_input import assert_refused, run
+from test_bad_input import assert_refused
 from tiny_models import build_tiny_hf
 
 with_vllm = [
@@ -28,6 +29,18 @@ def train(arguments: list[str], ranks: int = 1) -> subprocess.CompletedProcess:
     command = [sys.executable, *launcher, "-m", "g2r_megatron.cli", "train", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+
+
+def in_another_process(commands: list[list[str]]) -> list[list]:
+    """(exit code, stdout, stderr) of each command line."""
+    code = "import json, sys; from test_bad_input import run; print(json.dumps([run(c) for c in json.load(sys.stdin)]))"
+    paths = [ROOT, ROOT / "tests", ROOT / "tests" / "runs"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, input=json.dumps(commands), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -63,26 +76,20 @@ class TestRuns:
             for name in ("reward/mean", "loss/policy", "rollout/sync_error", "optimizer/grad_norm"):
                 assert ours.get(name) == theirs.get(name), (ours["step"], name)
 
-    @pytest.mark.parametrize(
-        ("more", "said"),
-        [
+    def test_what_vllm_cannot_run_is_refused(self, options, tmp_path):
+        """Its options and models, before anything is written. In a process of their own: vLLM stays imported there."""
+        small_heads = build_tiny_hf("qwen3", tmp_path / "heads")
+        narrow_experts = build_tiny_hf("qwen3_moe", tmp_path / "experts", head_dim=32)
+        refused = [
             (["--rollout.vllm.options", "{no_such_option: 1}"], ["rollout.vllm.options", "no_such_option"]),
             (["--rollout.vllm.options", "{block_size: many}"], ["rollout.vllm.options", "block_size"]),
             (["--rollout.vllm.options", "{tensor_parallel_size: 2}"], ["tensor_parallel_size is set by g2r"]),
-        ],
-    )
-    def test_options_that_vllm_refuses(self, options, tmp_path, more, said):
-        assert_refused(run(["train", *options, *more, "--output_dir", str(tmp_path / "run")]), *said)
-        assert not (tmp_path / "run").exists()
-
-    @pytest.mark.parametrize(
-        ("family", "sizes", "said"),
-        [("qwen3", {}, "heads of 16"), ("qwen3_moe", {"head_dim": 32}, "experts of width 48")],
-    )
-    def test_models_that_vllm_cannot_run(self, options, tmp_path, family, sizes, said):
-        model = build_tiny_hf(family, tmp_path / "model", **sizes)
-        arguments = ["--policy.model", str(model), "--output_dir", str(tmp_path / "run")]
-        assert_refused(run(["train", *options, *arguments]), "rollout.engine", said)
+            (["--policy.model", str(small_heads)], ["rollout.engine", "heads of 16"]),
+            (["--policy.model", str(narrow_experts)], ["rollout.engine", "experts of width 48"]),
+        ]
+        commands = [["train", *options, *more, "--output_dir", str(tmp_path / "run")] for more, _ in refused]
+        for result, (_, said) in zip(in_another_process(commands), refused, strict=True):
+            assert_refused(tuple(result), *said)
         assert not (tmp_path / "run").exists()
 
 
