@@ -176,6 +176,9 @@ class SelectiveGPTModel(GPTModel):
 
     def _preprocess(self, input_ids, position_ids, *args, **kwargs):
         decoder_input, rotary, *rest = super()._preprocess(input_ids, None, *args, **kwargs)
+        if position_ids is not None and decoder_input is not None:
+            # a row [s, 1, h] was [1, s, h]: with the strides of that, torch multiplies frozen weights row by row
+            decoder_input = decoder_input.flatten().view(decoder_input.shape)
         # rotary: [s of the whole row, 1, 1, d], the angles of positions 0..s-1
         if self._last_position is not None:
             rotary = self.rotary_pos_emb(self._last_position + 1)
