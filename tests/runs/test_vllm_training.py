@@ -73,8 +73,9 @@ class TestRuns:
         done = train([*options, "--output_dir", str(parts)])
         assert done.returncode == 0, done.stderr
         for ours, theirs in zip(*(records(path, "metrics.jsonl") for path in (parts, whole)), strict=True):
-            for name in ("reward/mean", "loss/policy", "rollout/sync_error", "optimizer/grad_norm"):
-                assert ours.get(name) == theirs.get(name), (ours["step"], name)
+            for name in ("reward/mean", "response/length_mean", "loss/policy"):
+                assert ours.get(name) == pytest.approx(theirs.get(name), rel=1e-4), (ours["step"], name)
+            assert ours.get("rollout/sync_error", 0) < 1e-4
 
     def test_what_vllm_cannot_run_is_refused(self, options, tmp_path):
         """Its options and models, before anything is written. In a process of their own: vLLM stays imported there."""
