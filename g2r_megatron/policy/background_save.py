@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCaller, AsyncCallsQueue, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -22,14 +24,15 @@ from g2r_megatron.model.torch_dist import crc32
 class ThreadCaller(AsyncCaller):
     """Runs one request's writes in a thread; the queue asks whether those of all ranks are done."""
 
-    def __init__(self):
+    def __init__(self, live: set[int]):
+        self._live = live
         self._thread: threading.Thread | None = None
 
     def schedule_async_call(self, async_req: AsyncRequest) -> None:
         if async_req.async_fn is None:  # nothing to write on this rank
             return
         arguments = list(async_req.async_fn_args)
-        arguments[1] = snapshot(arguments[1], async_req.preload_fn())
+        arguments[1] = snapshot(async_req.preload_fn(), self._live)
         self._thread = threading.Thread(target=async_req.async_fn, args=arguments, kwargs=async_req.async_fn_kwargs)
         self._thread.daemon = True  # a run that fails does not wait for it
         self._thread.start()
@@ -49,22 +52,34 @@ class ThreadCaller(AsyncCaller):
 
 
 class ThreadQueue(AsyncCallsQueue):
-    """Megatron-Core's queue of saves that are being written, by threads."""
+    """Megatron-Core's queue of saves that are being written, by threads.
+
+    ``live``: addresses of the storages that training goes on to change; set it before each save.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.live: set[int] = set()
 
     def _get_async_caller(self) -> AsyncCaller:
-        return ThreadCaller()
+        return ThreadCaller(self.live)
 
 
-def snapshot(buckets: list, preloaded: list) -> list:
-    """``preloaded`` (the host copies of ``buckets``) with a copy also of each tensor that was on the host already.
+def storages(sharded_state: dict) -> set[int]:
+    """Addresses of the storages of all tensors in a sharded state."""
+    shards = [x for x in nested_values(sharded_state) if isinstance(x, ShardedTensor | ShardedTensorFactory)]
+    return {shard.data.untyped_storage().data_ptr() for shard in shards}
 
-    Training goes on and would change it. Some are copies of their own (gathered optimizer state): copied once more, as
-    nothing tells them from the weights.
+
+def snapshot(preloaded: list, live: set[int]) -> list:
+    """``preloaded`` (what is written, on the host) with a copy of each tensor whose storage is in ``live``.
+
+    Training goes on and would change it. What was on a GPU, or is a part of a storage, has been copied already.
     """
     result = []
-    for (_, _, (_, before)), (path, key, (data, after)) in zip(buckets, preloaded, strict=True):
-        pairs = zip(before, after, strict=True)
-        result.append((path, key, (data, [(item, t.clone() if t is old else t) for (_, old), (item, t) in pairs])))
+    for path, key, (data, tensors) in preloaded:
+        copies = [(item, t.clone() if t.untyped_storage().data_ptr() in live else t) for item, t in tensors]
+        result.append((path, key, (data, copies)))
     return result
 
 

@@ -17,8 +17,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.base import StrategyAction, register_default_strategy
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from torch.distributed.checkpoint.api import CheckpointException
 
 from g2r_megatron.device import local_device
@@ -38,7 +40,8 @@ from g2r_megatron.model.torch_dist import (
     write_facts,
 )
 from g2r_megatron.parallel.agreement import raised_by_all
-from g2r_megatron.policy.background_save import ThreadQueue, with_check_sums, write_in_this_process
+from g2r_megatron.policy.background_save import ThreadQueue, storages, with_check_sums, write_in_this_process
+from g2r_megatron.policy.optimizer_shards import sharded_optimizer_state
 from g2r_megatron.policy.trainer import PolicyTrainer, load_optimizer_state
 
 NAME = re.compile(r"step_(\d{8})")
@@ -69,11 +72,12 @@ class Checkpointer:
         model = self.trainer.model
         weights = sharded_weights(model.chunks, model.groups)
         state = weights | {
-            "optimizer": self.trainer.optimizer.sharded_state_dict(
+            "optimizer": sharded_optimizer_state(
+                self.trainer.optimizer,
                 # of several chunks it takes all of them by name, of one its content
                 weights.get("model", weights),
-                is_loading=is_loading,
-                metadata=sharded_metadata(model.groups),
+                is_loading,
+                sharded_metadata(model.groups),
             ),
             "scheduler": self.trainer.scheduler.state_dict(),
             "bad_in_a_row": self.trainer.bad_in_a_row,
@@ -113,7 +117,12 @@ class Checkpointer:
         register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, _CommonState("torch", 1))
         with self._refusals(step):
             state = self._sharded_state(is_loading=False, with_rng=True)
-            request = dist_checkpointing.save(state, str(temporary), async_sharded_save=True)
+            self._queue.live = storages(state)
+            # weights are the same on all data-parallel ranks: each writes its part of them
+            strategy = FullyParallelSaveStrategyWrapper(
+                get_default_save_sharded_strategy(), self.trainer.model.groups.pgs.dp_cp
+            )
+            request = dist_checkpointing.save(state, str(temporary), strategy, async_sharded_save=True)
             sums: dict[str, int] = {}
             request = with_check_sums(request, sums, self.background_seconds)
             request.add_finalize_fn(lambda: self._complete(step, sums))
@@ -240,8 +249,9 @@ class Checkpointer:
         with_rng = facts["world_size"] == dist.get_world_size() and facts.get("device") == local_device().type
         state = load_sharded(path, self._sharded_state(is_loading=True, with_rng=with_rng))
         chunks = self.trainer.model.chunks
-        load_chunks(chunks, {name: state[name] for name in sharded_weights(chunks, self.trainer.model.groups)})
-        load_optimizer_state(self.trainer.optimizer, state["optimizer"])
+        weights = sharded_weights(chunks, self.trainer.model.groups)
+        load_chunks(chunks, {name: state[name] for name in weights})
+        load_optimizer_state(self.trainer.optimizer, state["optimizer"], weights)
         self.trainer.scheduler.load_state_dict(state["scheduler"])
         self.trainer.bad_in_a_row = state.get("bad_in_a_row", 0)  # older checkpoints have none
         if with_rng:

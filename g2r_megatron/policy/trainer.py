@@ -23,6 +23,7 @@ from g2r_megatron.policy.log_probs import (
     token_log_probs,
 )
 from g2r_megatron.policy.losses import aggregation_weights, loss_metrics, policy_loss
+from g2r_megatron.policy.optimizer_shards import load_owned
 
 # How far the first ratios of a run may be from 1: old log-probs and update run the same kernels on the same weights.
 FIRST_RATIO = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -108,40 +109,35 @@ def _allocate_adam_state(optimizer: torch.optim.Optimizer) -> None:
             }
 
 
-def load_optimizer_state(optimizer, state: dict) -> None:
+def load_optimizer_state(optimizer, state: dict, weights: dict) -> None:
     """``optimizer.load_state_dict(state)``, with the options of this run's config instead of the saved ones.
 
-    (The learning rate and weight decay of the next update are the scheduler's to set.)
+    (The learning rate and weight decay of the next update are the scheduler's to set.) ``state``: a loaded
+    ``sharded_optimizer_state``; ``weights``: the model's ``sharded_weights``.
     """
     configured = [
         {name: group[name] for name in ("max_lr", "min_lr", "betas", "eps")} for group in optimizer.param_groups
     ]
-    _load_state(optimizer, state)
+    chained = optimizer.chained_optimizers  # experts have one of their own
+    states = [state] if len(chained) == 1 else [state[i] for i in sorted(state)]
+    for part, its_state in zip(chained, states, strict=True):
+        _load_part(part, its_state, weights)
     for group, options in zip(optimizer.param_groups, configured, strict=True):
         group.update(options)
 
 
-def _load_state(optimizer, state: dict) -> None:
-    """``optimizer.load_state_dict(state)`` that also works for torch's Adam.
+def _load_part(part, state: dict, weights: dict) -> None:
+    """``part.load_state_dict(state)`` that also works for torch's Adam.
 
-    Megatron-Core 0.16 stumbles over its ``step`` twice: the reshardable parameter state has none where it expects one,
-    and it loads one shared tensor into all parameters, which Adam would then increment once a parameter.
+    Megatron-Core 0.16 loads one shared ``step`` tensor into all parameters, which Adam would then increment once a parameter.
     """
-    if not _torch_optimizers(optimizer):
-        optimizer.load_state_dict(state)
-        return
-    chained = optimizer.chained_optimizers  # experts have one of their own
-    for part, its_state in zip(
-        chained, [state] if len(chained) == 1 else [state[i] for i in sorted(state)], strict=True
-    ):
-        sharded = its_state.pop("param_state", None)
-        part.load_state_dict(its_state)
-        adam = part.optimizer.state
-        steps = {p: s.pop("step").clone() for p, s in adam.items()}
-        if sharded is not None:
-            part.load_parameter_state_from_fully_reshardable(sharded)
-        for p, step in steps.items():
-            adam[p]["step"] = step
+    shards = state.pop("param_state", None)
+    part.load_state_dict(state)
+    if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
+        for adam in part.optimizer.state.values():
+            adam["step"] = adam["step"].clone()
+    if shards is not None:
+        load_owned(part, weights, shards)
 
 
 def _check_shards(optimizer, options: OptimizerConfig) -> None:
