@@ -1,4 +1,4 @@
-"""Bytes that a micro-batch of the judge takes above the weights, and the check that they are free before it runs."""
+"""Bytes that a micro-batch of the judge needs besides the weights, and the check before it runs that they are free."""
 
 from collections.abc import Sequence
 
@@ -34,12 +34,12 @@ def judge_activation_bytes(
     """Peak bytes of one rank while the judge runs a row of ``row_tokens``, above weights.
 
     ``layers`` on this rank (of all its virtual stages), ``verdicts`` in the row, ``bytes_per_number`` of activations (4
-    fp32, 2 bf16), ``recompute`` as in the config ("selective" of a model with experts is counted as "none"),
+    fp32, 2 bf16), ``recompute`` as in the config ("selective" in a model with experts counts as "none"),
     ``backward``: the attribution pass, else the verdict pass,
     ``window``: some layers have a sliding window, ``rows``: micro-batches in flight
-    (``rows_in_flight``). The formula is explained in judge/packing.py; measured peaks of the
-    attribution are 0.8 to 1 of it, of the verdict pass, which is far smaller, up to 1.25. Held to measurements by
-    test_judge_memory.py and benchmarks/judge_growth.py.
+    (``rows_in_flight``). The formula is explained in judge/packing.py. Measured peaks of the attribution are 0.8 to 1
+    of it. Those of the verdict pass, which is far smaller, are up to 1.25 of it. test_judge_memory.py and
+    benchmarks/judge_growth.py compare the formula with measurements.
     """
     g, tokens = geometry, -(-row_tokens // cp)
     whole, attention = g.hidden / (tp if sp else 1), (g.heads + max(g.kv_heads, tp)) * g.head_dim / tp
@@ -73,7 +73,7 @@ def rows_in_flight(pp: int, vpp: int | None) -> float:
 
 
 def check_memory(model: MegatronModel, rows: Sequence[Sequence[Tree]], config, backward: bool) -> None:
-    """Raise ``UserError`` with the numbers if this replica's largest of ``rows`` does not fit into what is free now.
+    """Raise ``UserError`` with the numbers if this replica's largest of ``rows`` does not fit into free memory.
 
     ``config``: the JudgeConfig.
     """
@@ -122,8 +122,8 @@ def suffix_activation_bytes(
 ) -> int:
     """Peak bytes of one rank while it runs a row of prefixes and a row of suffixes (judge/suffixes.py).
 
-    ``options``: the others of ``judge_activation_bytes``. Of the prefixes one layer is at work, and every layer keeps keys
-    and values, all of them on each context parallel rank; suffixes are kept as any row is.
+    ``options``: the others of ``judge_activation_bytes``. The prefixes need the memory of one working layer, and the
+    keys and values of every layer, all of them on each context parallel rank. Suffixes need what any row needs.
     """
     common = dict(tp=tp, cp=cp, bytes_per_number=bytes_per_number, rows=rows, **options)
     keys = 2 * bytes_per_number * max(geometry.kv_heads, tp) * geometry.head_dim / tp * prefix_tokens * layers * rows

@@ -1,7 +1,8 @@
 """The frozen judge on its own layout: verdict log-probs or scores forward, embedding gradients backward, gathered to all ranks.
 
-Every rank passes the same global list of inputs; data-parallel replicas each do their share, and the results (scalars a
-sequence, a few scalars a response token) are summed into place over the world. Hidden-sized tensors never travel.
+Every rank passes the same global list of inputs; each data-parallel replica does its share. The results (scalars a
+sequence, a few scalars a response token) are summed into place over the world. Tensors of the hidden size are never
+sent.
 """
 
 from bisect import bisect_left
@@ -29,7 +30,7 @@ from g2r_megatron.parallel.microbatches import padded
 
 @dataclass
 class TokenGradients:
-    """What one backward says of T response tokens, reduced over the hidden dimension; fp32 on the CPU.
+    """The result of one backward for T response tokens, reduced over the hidden dimension; fp32 on the CPU.
 
     ``d`` is the direction the gradient is contracted with: e_t, e_t - mean for ``contracted``, e_t - e_pad for ``null_token``.
     """
@@ -108,7 +109,7 @@ class FrozenJudge:
         self.gates = Gates(model, config, self.target, self.routing) if config.attribution == "gate" else None
 
     def _baseline_embedding(self, null_id: int | None) -> torch.Tensor | None:
-        """What embeddings are compared with [h], on the first stage; None: with nothing.
+        """[h]: what embeddings are compared with, on the first stage; None: with nothing.
 
         ``contracted``: the mean over the real vocabulary rows (padded rows are zero and not counted); ``null_token``: the
         row of ``null_id``. Raises ``UserError`` if the model has no such row.
@@ -135,7 +136,7 @@ class FrozenJudge:
     def _micro_batches(self, trees: Sequence[Tree], backward: bool) -> list[TreeBatch]:
         """This replica's share of ``trees`` as packed rows; logits at the verdict positions only.
 
-        Raises ``UserError`` with the numbers when there is not enough memory to run them.
+        Raises ``UserError`` with the numbers when the memory is not enough to run them.
         """
         lengths = [len(tree.ids) for tree in trees]
         plan = replica_plan(self.model, lengths, list(range(len(trees))), self.config.micro_batch_tokens)
@@ -151,9 +152,9 @@ class FrozenJudge:
     def read(self, responses: Sequence[Sequence[JudgeInput]]) -> torch.Tensor:
         """What ``target`` reads of every input: fp32 [inputs, columns] on the CPU of every rank (collective).
 
-        ``responses``: the inputs of each response, which share what they begin with (judge/packing.py). Rows of the
-        result are in their order. Raises ``UserError`` when one is not finite: the judge's weights or its precision
-        are broken.
+        ``responses``: the inputs of each response, which share their beginning (judge/packing.py). Rows of the result
+        are in the order of the inputs. Raises ``UserError`` when a row is not finite: then the judge's weights or its
+        precision are wrong.
         """
         self.model.train(False)
         trees, everything = [], []
@@ -228,7 +229,7 @@ class FrozenJudge:
                 leaf, direction = self._embedding_leaf(batch)
 
                 def reduce(leaf: torch.Tensor) -> None:
-                    """Scalars out of the gradient as soon as it is there: one micro-batch of it is ever held."""
+                    """Reduce the gradient to scalars at once, so that only one micro-batch's gradient is held."""
                     self._reduce_into(
                         [spans[owners[tree.items[0]]] for tree in batch.trees], batch, leaf.grad, direction
                     )
@@ -242,8 +243,8 @@ class FrozenJudge:
             targets = self.target.of(self.target.read(logits), [verdicts[i] for i in batch.items])
             return (targets * torch.tensor([weights[i] for i in batch.items], device=targets.device)).sum(), None
 
-        # Megatron-Core recomputes activations in train mode only, and Transformer Engine picks attention kernels that have a
-        # backward only there; the model has no dropout.
+        # Megatron-Core recomputes activations in train mode only. Transformer Engine chooses attention kernels with a
+        # backward in train mode only. The model has no dropout.
         self.model.train()
         with self.target.exact(), self.routing.replaying(inputs) as forward:
             run_schedule(self.model, batches, from_leaf, target, backward=True)
@@ -285,8 +286,8 @@ class FrozenJudge:
     def _reduce_into(self, spans: list[torch.Tensor], batch: TreeBatch, grad, direction) -> None:
         """Write this rank's (g.d, |g|_1, |g|^2, |d|^2, |g * d|^2) of its response tokens into each tree's span [T, 5].
 
-        Each token is written by exactly one rank: the context parallel rank that has its position, and of its TP ranks
-        the first, or under SP the one that has its slice.
+        Exactly one rank writes each token. It belongs to the context parallel rank that has the token's position. Of
+        that rank's TP ranks it is the first one, or under SP the one that has the token's slice.
         """
         if self.model.groups.pgs.tp.rank() > 0 and not self.model.config.sequence_parallel:
             return

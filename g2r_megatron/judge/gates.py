@@ -1,13 +1,13 @@
-"""Gradients of verdicts (or scores) at attention gates: what a verdict loses, to first order, when a token is hidden.
+"""Gradients of verdicts (or scores) at attention gates: how much a verdict loses, to first order, if a token is hidden.
 
-Every response token t has a gate m_t that multiplies the attention weight of later queries for it, in every layer and head,
-before normalising; t's attention to itself is not gated. b_t = dF/dm_t at m = 1, or the mean over ``judge.gate_levels``.
-Source and measurements: docs/gates.md.
+Every response token t has a gate m_t that multiplies the attention weight of later queries for t, in every layer and
+head, before the weights are normalised; t's attention to itself is not gated. b_t = dF/dm_t at m = 1, or the mean over
+``judge.gate_levels``. Source and measurements: docs/gates.md.
 
-``judge.gate_queries=branch``: only what follows the response is gated. Then nothing before it depends on a gate: one backward
-over the branches of a response gives b of all of its items, in the pass that gives their verdicts (``Gates.verdicts``).
-``all``: later response tokens' queries are gated too; response and branch have gradients, the conversation has not
-(``Gates.gradients``).
+``judge.gate_queries=branch``: only the queries after the response are gated. Then nothing before the branches depends
+on a gate. One backward over the branches of a response gives b of all its items, in the pass that gives their verdicts
+(``Gates.verdicts``). ``all``: the queries of later response tokens are gated too. Response and branch have gradients,
+the conversation has none (``Gates.gradients``).
 """
 
 from collections.abc import Callable, Sequence
@@ -52,7 +52,7 @@ class _Work:
         return self.suffixes[-1]
 
     def gathered(self) -> list[torch.Tensor]:
-        """The rows, fp32 on the CPU of every rank (collective): each rank had the sums over its queries, heads and layers."""
+        """The rows, fp32 on the CPU of every rank (collective), summed over queries, heads, layers and ranks."""
         dist.all_reduce(self.table)
         return list(self.table.cpu().split(self.lengths))
 
@@ -97,7 +97,7 @@ class Gates:
         return table[:, :-1], table[:, -1].bool().tolist(), work.gathered()
 
     def _branch_work(self, responses: Sequence[Sequence[JudgeInput]], inputs: list[JudgeInput]) -> _Work:
-        """A unit for the items of a response that share it, whatever follows; their order is the inputs'."""
+        """One unit for all items of a response. The items keep the order of the inputs."""
         work = _Work([item.response_end - item.response_start for item in inputs])
         levels, number = self.config.gate_levels, 0
         for row in responses:
@@ -181,7 +181,7 @@ class Gates:
             if model.groups.is_first_stage and module is model.modules[0]:
                 with torch.no_grad():
                     embedding = model.chunks[0].embedding(batch.input_ids, position_ids=None)
-                leaf = embedding.clone().requires_grad_()  # recompute makes a graph only where an input asks for one
+                leaf = embedding.clone().requires_grad_()  # recompute makes a graph only if an input needs a gradient
 
                 def release(leaf: torch.Tensor) -> None:
                     leaf.grad = None

@@ -1,4 +1,4 @@
-"""The health of a judge over the rows of a file, in the numbers that training logs (credit/hazards.py)."""
+"""The health of a judge over the rows of a file, as the numbers that training logs (credit/hazards.py)."""
 
 import math
 from collections.abc import Sequence

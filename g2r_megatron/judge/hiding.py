@@ -1,9 +1,10 @@
-"""What a verdict loses when a part of the response is really taken away, and what the judge looks at: no gradients here.
+"""How much a verdict loses when a part of the response is taken away, and what the judge attends to. Without gradients.
 
-*Hidden*: no token after the part may look at it, in any layer; the part itself, and where all tokens stand, stay as they
-are. One run of what follows the part, over kept keys of what stands before it (judge/suffixes.py). This is the truth that
-attributions are measured against (probe/), and ``judge.attribution=occlusion``. *Deleted*: the part's tokens are not there.
-Source: occlusion of Zeiler and Fergus (2014), arXiv 1311.2901; leave-one-out of Li, Monroe and Jurafsky (2016), arXiv 1612.08220.
+*Hidden*: no token after the part may attend to it, in any layer. The part itself and the positions of all tokens do not
+change. The tokens after the part are run once, over kept keys of the tokens before them (judge/suffixes.py).
+Attributions are measured against this (probe/), and ``judge.attribution=occlusion`` uses it. *Deleted*: the part's
+tokens are left out. Source: occlusion of Zeiler and Fergus (2014), arXiv 1311.2901; leave-one-out of Li, Monroe and
+Jurafsky (2016), arXiv 1612.08220.
 """
 
 from collections.abc import Sequence
@@ -30,8 +31,8 @@ def unit_spans(units: torch.Tensor) -> list[tuple[int, int]]:
 def read_hidden(judge: FrozenJudge, inputs: Sequence[JudgeInput], spans: Sequence[Spans]) -> list[torch.Tensor]:
     """What the judge's target reads: fp32 [1 + parts, columns] an input, first of the whole response, then without each part.
 
-    Collective. ``spans``: of each input, in order and not empty, and something follows the response. Inputs one after the
-    other that share response and spans share their prefix.
+    Collective. ``spans``: those of each input, in order and not empty. Each input has tokens after the response.
+    Neighbouring inputs with the same response and spans share their prefix.
     """
     units, counts, number = [], [1 + len(parts) for parts in spans], 0
 
@@ -66,7 +67,7 @@ def _without(item: JudgeInput, begin: int, end: int) -> JudgeInput:
 
 
 def occlusion(judge: FrozenJudge, passes: Sequence[Pass], spans: Sequence[Spans]) -> list[torch.Tensor]:
-    """b [T] of each pass's one input: what the target loses when the token's part is hidden, over the part's tokens (collective)."""
+    """b [T] of each pass's one input: what the target loses without a part, divided over its tokens (collective)."""
     inputs = [one.inputs[0] for one in passes]
     found = []
     for one, parts, values in zip(passes, spans, read_hidden(judge, inputs, spans), strict=True):
@@ -77,9 +78,9 @@ def occlusion(judge: FrozenJudge, passes: Sequence[Pass], spans: Sequence[Spans]
 
 
 def attention_mass(judge: FrozenJudge, passes: Sequence[Pass]) -> list[torch.Tensor]:
-    """b [T] of each pass: the attention that the verdict position pays each response token, mean of layers and heads (collective).
+    """b [T] of each pass: the verdict position's attention to each token, mean of layers and heads (collective).
 
-    Of a pass of several inputs their sum by its weights. Inputs that share a response share its prefix.
+    A pass of several inputs gets their sum by its weights. Inputs that share a response share its prefix.
     """
     inputs = [item for one in passes for item in one.inputs]
     lengths = [item.response_end - item.response_start for item in inputs]

@@ -12,8 +12,8 @@ AROUND_MESSAGE = 32  # tokens of a chat template around one message, at most
 def check_judge_positions(judge: HFModel, config: JudgeConfig, queries: Iterable[tuple[Query, int]]) -> None:
     """Warn, or refuse (``UserError``), when judge inputs can be longer than the judge's positions.
 
-    ``queries``: each with the most tokens of a response to it. A judge that ends at its positions is held to
-    ``judge.max_length`` alone, which stops any input at any time.
+    ``queries``: each with the largest number of tokens that a response to it can have. A judge that refuses inputs
+    beyond its positions is checked against ``judge.max_length`` alone, which limits every input.
     """
     if judge.ends_at_positions:
         judge.check_positions(config.max_length, "judge.max_length")

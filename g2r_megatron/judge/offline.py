@@ -1,10 +1,10 @@
-"""The judge stage on its own: a file of responses in, a file of judgements, attributions and token rewards out.
+"""The judge stage alone: it reads a file of responses and writes a file of judgements, attributions and token rewards.
 
 One output line per response, in the order of the rows: ``id, reward, tokens, token_rewards, items``, and per item ``criterion, weight,
 p_true, p_false, verdict, attribution, alpha`` (``attribution`` and ``alpha`` null where no backward ran: items judged
 False or of weight 0). A reward model has no items: ``id, reward, tokens, token_rewards, attribution, alpha``. Lists run
-over the T tokens of the response. What the judge computed in fp32 is written with 9 significant digits, which identify
-an fp32 number; a value that is not finite is null.
+over the T tokens of the response. The judge's fp32 results are written with 9 significant digits, which identify an
+fp32 number. A value that is not finite is null.
 """
 
 import os
@@ -59,8 +59,8 @@ def judge_file(config: OfflineJudgeConfig) -> None:
     """Judge the rows of ``config.input``, or this job's share of them, and write them (collective; rank 0 writes).
 
     ``config`` is resolved (no None among the options that follow the preset) and has passed ``check_judge_config``.
-    Raises ``UserError`` for bad rows, models, tokenizers or layouts before the weights are read. The output has its
-    name only when it is complete; until then it is continued by the next attempt (judge/output_file.py).
+    Raises ``UserError`` for bad rows, models, tokenizers or layouts before the weights are read. The output gets its
+    name only when it is complete. Until then the next attempt continues it (judge/output_file.py).
     """
     output = Path(config.output)
     path = part_path(output, config.shard, config.shards)
@@ -173,7 +173,7 @@ def read_rows(config: OfflineJudgeConfig | ProbeConfig, prompt: JudgePrompt | Re
 
 
 def row_key(seed: int, row: Row) -> str:
-    """What is random about a row (a sampled verdict, the placebo) depends on this alone, not on its place in the file."""
+    """The key of a row's random numbers (sampled verdicts, the placebo), the same at any place in the file."""
     return f"{seed}/{row.query.id}/{row.query.response}"
 
 
@@ -209,7 +209,7 @@ def output_record(stage: JudgeStage, row: Row, judgements: JudgementRow, alphas:
 
 
 def add_given(record: dict, given: dict) -> None:
-    """Put what the row held already beside our own; ``given_NAME`` where the name is ours."""
+    """Keep the fields that the row had. A field with one of our names becomes ``given_NAME``."""
     record |= {f"given_{name}" if name in record else name: value for name, value in given.items()}
 
 

@@ -1,8 +1,8 @@
-"""The file that ``g2r judge`` writes: whole or absent, continued after any kind of death, and made by several jobs.
+"""The file that ``g2r judge`` writes: whole or absent, continued after a crash, and made by one job or several.
 
-While it is written it is ``.NAME.partial``, whose first line says what job it belongs to. What a killed process left
-there is kept up to the last whole batch, so a continued file is the one an uninterrupted process writes, bit for bit.
-Several jobs each write a share of the rows: ``OUTPUT.parts/00003-of-00016.jsonl``; the last one to finish joins them.
+While it is written it is ``.NAME.partial``, whose first line identifies the job. Whole batches that a killed process
+wrote are kept. So a continued file equals the file of an uninterrupted process, bit for bit. Several jobs each write a
+share of the rows: ``OUTPUT.parts/00003-of-00016.jsonl``; the last one to finish joins them.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from g2r_megatron.data.types import Query
 from g2r_megatron.errors import UserError
 
 # Options that may differ between two attempts at one file: they change no number by more than rounding.
-FREE = ("input", "queries", "output", "batch_rows")  # the rows themselves count, not where they are
+FREE = ("input", "queries", "output", "batch_rows")  # the rows count, not their paths
 
 
 def share_of(count: int, shard: int, shards: int) -> range:
@@ -46,14 +46,14 @@ def job_key(config: OfflineJudgeConfig | ProbeConfig, queries: Sequence[Query], 
 
 @dataclass
 class PartialFile:
-    """A file on its way to ``path``; ``rewards`` are those of the rows it holds so far."""
+    """A file that will become ``path``; ``rewards`` are those of the rows it holds so far."""
 
     path: Path
     file: BinaryIO
     rewards: list[float]
 
     def write(self, records: Sequence[dict]) -> None:
-        """Append a batch; it is on the disk when this returns. Raises ``UserError`` if that fails."""
+        """Append a batch. It is on the disk when this returns. Raises ``UserError`` if that fails."""
         lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
         with _named_errors(self.path):
             self.file.write(lines.encode())
@@ -83,8 +83,8 @@ def partial_file(path: Path, key: str, ids: Sequence[str | int | float], batch: 
     """Continue ``path``'s partial file, or begin it. ``ids``: of the rows it will hold, in order.
 
     Whole batches of ``batch`` rows are kept. They are copied into a new file that takes the old one's name: a process
-    that still has the old one open (on a node that Slurm has given up) can no longer write into ours. Raises
-    ``UserError`` if the partial file is another job's, or cannot be written.
+    that still has the old file open (on a node that Slurm no longer uses) cannot write into the new one. Raises
+    ``UserError`` if the partial file belongs to another job, or cannot be written.
     """
     partial, fresh = partial_path(path), path.with_name(f".{path.name}.{_process()}.new")
     with _named_errors(path):
@@ -107,9 +107,9 @@ def partial_file(path: Path, key: str, ids: Sequence[str | int | float], batch: 
 def copy_whole_batches(
     partial: Path, target: BinaryIO, key: str, ids: Sequence[str | int | float], batch: int
 ) -> list[float]:
-    """Copy the lines of ``partial`` that need not be made again, without the first; the rewards of their rows.
+    """Copy the lines of ``partial`` that are complete, without the first line; returns the rewards of their rows.
 
-    A line cut short by a crash, or one that is not its row's, ends what is kept.
+    The copy ends at a line that a crash cut short, or at a line of another row.
     """
     rewards: list[float] = []
     with partial.open("rb") as file:
@@ -129,9 +129,10 @@ def copy_whole_batches(
 
 
 def join_parts(output: Path, shards: int) -> bool:
-    """Write ``output`` from its parts if all are there, then remove them; whether ``output`` is there now.
+    """Write ``output`` from its parts if all exist, then remove them; returns whether ``output`` exists now.
 
-    Any number of jobs may do this at once: each writes the same bytes under a name of its own and renames it.
+    Any number of jobs may do this at once: each writes the same bytes to a file with its own name and renames that
+    file.
     """
     parts = [part_path(output, shard, shards) for shard in range(shards)]
     if not output.exists() and not all(part.exists() for part in parts):
@@ -171,7 +172,7 @@ def _record(line: bytes) -> dict:
     """The object of a line; empty if the line is not whole or not an object."""
     try:
         record = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:  # cut short, or blocks that never reached the disk
+    except ValueError:  # cut short, or blocks were not written to the disk
         return {}
     return record if isinstance(record, dict) else {}
 

@@ -1,7 +1,7 @@
 """The judge on ranks of its own (``judge.ranks``): it judges one part of the batch while the policy samples the next.
 
-The policy's side submits parts without waiting and asks for the judgements when it needs them; the judge's side (``serve``)
-takes the parts in order until it is told to end. Both are collective over their side's world.
+The policy's side submits parts without waiting, and asks for the judgements when it needs them. The judge's side
+(``serve``) takes the parts in order until the policy tells it to end. Both are collective over their side's world.
 """
 
 import time
@@ -19,7 +19,7 @@ from g2r_megatron.parallel.sides import FIRST_JUDGE, POLICY, from_first_rank, op
 
 
 class OwnRanks:
-    """The judge ranks as the policy's ranks see them. Raises what they raise: every ``UserError`` is passed on."""
+    """The judge ranks as the policy's ranks see them. Every ``UserError`` that they raise is raised here too."""
 
     def __init__(self, judge_ranks: int, timeout: timedelta):
         self._timeout = timeout  # for an answer
@@ -38,7 +38,7 @@ class OwnRanks:
         self._parts += 1
 
     def judge_submitted(self) -> tuple[list[JudgementRow], dict[str, float]]:
-        """Wait for the judgements of all parts submitted, in order; seconds of waiting here and of work there."""
+        """Wait for the judgements of all parts submitted, in order; seconds waited here and seconds worked there."""
         start = time.perf_counter()
         judged = [Judged.from_plain(*self._receive()) for _ in range(self._parts)]
         self._parts = 0
@@ -69,7 +69,7 @@ class OwnRanks:
 
 @contextmanager
 def own_ranks(judge_ranks: int, timeout_minutes: float) -> Iterator[OwnRanks | None]:
-    """The judge ranks, which end when the block ends, however it does; None when ``judge_ranks`` is 0.
+    """The judge ranks. They end when the block ends, also by an error. None when ``judge_ranks`` is 0.
 
     An answer that takes longer than ``timeout_minutes`` is an error.
     """
@@ -84,7 +84,7 @@ def own_ranks(judge_ranks: int, timeout_minutes: float) -> Iterator[OwnRanks | N
 
 
 def serve(judge_ranks: int, build: Callable[[], JudgeStage], grpo: GrpoConfig) -> None:
-    """What a judge rank does: ``build`` the judge, then judge what the policy sends until it says that this is all."""
+    """What a judge rank does: ``build`` the judge, then judge what the policy sends until it sends the end."""
     channel = open_channel(judge_ranks)
 
     def reply(value, numbers=None) -> None:

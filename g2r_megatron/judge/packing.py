@@ -1,4 +1,4 @@
-"""Judge inputs as trees: what the items of one response have in common is run once, and trees share rows.
+"""Judge inputs as trees: the common beginning of one response's items is run once, and trees share rows.
 
 All K judge inputs of a response hold the same conversation and response; where the template puts the criterion after
 them, a *tree* is that prefix once and K branches of the criterion and what follows it. Trees are packed one after the
@@ -57,7 +57,7 @@ class Tree:
 def shared_length(inputs: Sequence[JudgeInput]) -> int:
     """Tokens that all ``inputs`` begin with, short of every verdict position; 0 if the response is not among them."""
     spans = {(item.response_start, item.response_end) for item in inputs}
-    # what the smallest and the largest list have in common, all of them have
+    # what the smallest and the largest list have in common, all lists have in common
     first, last = min(item.input_ids for item in inputs), max(item.input_ids for item in inputs)
     common = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
     length = min(common, *(item.verdict_position for item in inputs))
@@ -65,15 +65,15 @@ def shared_length(inputs: Sequence[JudgeInput]) -> int:
 
 
 def tree_tokens(inputs: Sequence[JudgeInput]) -> int:
-    """Tokens of one response's ``inputs`` as one tree; of the longest input where they share too little."""
+    """Tokens of one response's ``inputs`` as one tree; if they share too little, tokens of the longest input."""
     lengths, shared = [len(item.input_ids) for item in inputs], shared_length(inputs)
     return shared + sum(length - shared for length in lengths) if shared else max(lengths)
 
 
 def build_trees(inputs: Sequence[JudgeInput], longest: int, first_item: int = 0) -> list[Tree]:
-    """The inputs of one response as one tree; as several where it had more than ``longest`` tokens.
+    """The inputs of one response as one tree; as several trees if one would have more than ``longest`` tokens.
 
-    Where they share too little, and of an input alone: one tree each. ``first_item``: the caller's number of
+    Inputs that share too little get one tree each; so does a single input. ``first_item``: the caller's number of
     ``inputs[0]``; the others follow.
     """
     shared = shared_length(inputs) if len(inputs) > 1 else 0

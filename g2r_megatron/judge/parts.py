@@ -1,4 +1,4 @@
-"""One part of a batch at the judge: whole groups of responses in, their judgements out, wherever the judge lives.
+"""One part of a batch at the judge: whole groups of responses in, their judgements out, on any ranks.
 
 ``SharedRanks`` is the judge on the policy's ranks, ``own_ranks.OwnRanks`` the one on ranks of its own. Both do the same work
 on the same parts, so that their results have the same bits.
@@ -47,7 +47,7 @@ def _query(plain: dict) -> Query:
 
 @dataclass
 class Judged:
-    """What the judge says of one part: the judgements of each response, and how long each pass took."""
+    """The judge's result for one part: the judgements of each response, and how long each pass took."""
 
     judgements: Sequence[JudgementRow]
     verdict_seconds: float
@@ -101,7 +101,7 @@ def judge_part(stage: JudgeStage, part: Part, grpo: GrpoConfig) -> Judged:
 
 
 class SharedRanks:
-    """The judge on the policy's own ranks: it works when its judgements are asked for."""
+    """The judge on the policy's own ranks: it works when the policy asks for its judgements."""
 
     def __init__(self, stage: JudgeStage, grpo: GrpoConfig):
         self.stage, self.grpo = stage, grpo

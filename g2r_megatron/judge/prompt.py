@@ -27,7 +27,7 @@ from g2r_megatron.errors import UserError, warn
 from g2r_megatron.judge.packing import shared_length, tree_tokens
 from g2r_megatron.judge.types import JudgeInput
 
-# A thinking judge would put its verdict after its thoughts: templates that can leave them out are asked to.
+# A thinking judge would write its verdict after its thoughts: a template that can leave out thoughts is told to do so.
 THINKING_OFF = {"enable_thinking": False, "thinking": False}
 PLACEHOLDER = re.compile(r"\{(" + "|".join(TEMPLATE_FIELDS) + r")\}")
 CACHED_SIDES = 8192
@@ -35,9 +35,9 @@ CACHED_RESPONSES = 512
 
 
 class ResponseReader:
-    """How a response stands in what a judge reads: its own token ids, or its text where the tokenizers differ.
+    """How a response is placed in the judge's input: as its own token ids, or as its text if the tokenizers differ.
 
-    Subclasses set ``_response_continues``: whether text stands right before the response (``encode_text``).
+    Subclasses set ``_response_continues``: whether there is text right before the response (``encode_text``).
     """
 
     needs_rubric = True
@@ -54,7 +54,7 @@ class ResponseReader:
 
         Raises ``UserError`` for ``judge.attribution=null_token`` without a pad token.
         """
-        self.null_id: int | None = tokenizer.pad_token_id  # the token that says nothing
+        self.null_id: int | None = tokenizer.pad_token_id  # a token without meaning
         if config.attribution == "null_token" and self.null_id is None:
             raise UserError(
                 "judge.attribution",
@@ -62,7 +62,7 @@ class ResponseReader:
                 "give it one (pad_token in its tokenizer_config.json), or use another attribution",
             )
         self.tokenizer, self.policy_tokenizer = tokenizer, policy_tokenizer
-        self._needs_branch = None  # the option for which something has to follow the response, and its value
+        self._needs_branch = None  # the option that needs tokens after the response, and its value
         if gated_queries(config, not self.needs_rubric) == "branch":
             self._needs_branch = ("judge.gate_queries", "branch")
         elif config.attribution in ("attention", "occlusion"):
@@ -76,7 +76,7 @@ class ResponseReader:
         return self.tokenizer if self.policy_tokenizer is None else self.policy_tokenizer
 
     def response(self, body: Sequence[int]) -> tuple[Sequence[int], Alignment | None]:
-        """What the judge reads of a response body, and how its tokens lie on the body's (None: they are the same)."""
+        """What the judge reads of a response body, and how its tokens map to the body's (None: they are the same)."""
         if self.policy_tokenizer is None:
             return neutral_ids(self.tokenizer, body), None
         return self._encode_response(tuple(body))
@@ -87,7 +87,7 @@ class ResponseReader:
         return ids, align(judge_bounds, policy_bounds)
 
     def check_branch(self, tokens: int, where: str, remedy: str) -> None:
-        """Raise ``UserError`` if only ``tokens`` = 0 are read behind the response where it is they that look at it."""
+        """Raise ``UserError`` if no ``tokens`` follow the response and the attribution needs some."""
         if self._needs_branch and tokens <= 0:
             option, value = self._needs_branch
             raise UserError(option, f"{value}, but {where} ends with the response", remedy)
@@ -106,13 +106,13 @@ class ResponseReader:
         raise NotImplementedError
 
     def longest(self, query: Query) -> tuple[float, Callable[[], int]]:
-        """Tokens of the query's longest judge input without a response: a number that it cannot exceed, and how to count."""
+        """Tokens of the query's longest judge input without a response: an upper bound, and a function to count."""
         raise NotImplementedError
 
     def check_query(self, query: Query, response_tokens: int) -> None:
         """Raise ``UserError`` if a response of so many tokens would make a judge input of ``query`` too long.
 
-        Tokenizes nothing where the number of bytes says that it fits.
+        Does not tokenize if the number of bytes shows that the input fits.
         """
         bound, count = self.longest(query)
         if bound + response_tokens > self.max_length and (tokens := count() + response_tokens) > self.max_length:
@@ -127,10 +127,10 @@ class ResponseReader:
 class JudgePrompt(ResponseReader):
     """Builds judge inputs from ``judge.template``, and knows which token ids spell a verdict.
 
-    The template is the operator's text, so special tokens in it count; braces other than the three fields are literal.
-    Conversation and criterion are data (data/tokenizer.py). A thought that the chat template opens for the assistant is
-    closed before the verdict (``judge.think``). The response is placed as the token ids the policy
-    sampled, untouched but for special ids (a policy can sample ``<|im_start|>``): each of those is replaced by one
+    The operator wrote the template, so special tokens in it are special; braces other than the three fields are
+    literal. Conversation and criterion are data (data/tokenizer.py). A thought that the chat template opens for the
+    assistant is closed before the verdict (``judge.think``). The response is placed as the token ids that the policy
+    sampled. Only special ids are changed (a policy can sample ``<|im_start|>``): each of those is replaced by one
     ordinary token (``stand_in_id``), so the span keeps its length T. Where the policy's ids are not the judge's, the
     response is placed as the text they spell, which the judge's tokenizer encodes as data.
     """
@@ -159,7 +159,7 @@ class JudgePrompt(ResponseReader):
         kind, text = self._before[-1] if self._before else ("text", "")
         self.check_branch(len(self._after), "judge.template", "let something follow {response}, or use another value")
         self._response_continues = kind == "field" or data_continues(tokenizer, text)
-        # the text around a response recurs for every response of the group, the criterion for every item
+        # the text around a response is the same for all responses of the group, a criterion for all responses
         self._encode_side = lru_cache(maxsize=CACHED_SIDES)(self._encode_side_uncached)
 
     def build(self, query: Query, item: RubricItem, response_ids: Sequence[int]) -> JudgeInput:
@@ -211,7 +211,7 @@ class JudgePrompt(ResponseReader):
         return most_tokens(self.tokenizer, texts), count
 
     def _side(self, side: str, conversation: str, criterion: str) -> tuple[int, ...]:
-        """Encoded text on one side of the response; cached by the fields that stand on that side."""
+        """Encoded text on one side of the response; cached by the fields on that side."""
         names = {name for kind, name in self._parts(side) if kind == "field"}
         return self._encode_side(
             side, conversation if "conversation" in names else None, criterion if "criterion" in names else None
@@ -230,8 +230,8 @@ class JudgePrompt(ResponseReader):
 def verdict_ids(tokenizer: PreTrainedTokenizerFast, words: Sequence[str], option: str) -> list[int]:
     """Sorted ids of the words, with or without leading space, that are one known token.
 
-    Raises ``UserError`` if none is. A word that the user has chosen and that is several tokens is named in a warning: the
-    verdict leaves it out.
+    Raises ``UserError`` if none is. A warning names a word that the user chose and that has several tokens: it is not
+    used for the verdict.
     """
     ids: set[int] = set()
     left_out = []
@@ -264,7 +264,7 @@ def _template_sides(tokenizer: PreTrainedTokenizerFast, config: JudgeConfig) -> 
 
 
 def _in_chat_template(tokenizer: PreTrainedTokenizerFast, config: JudgeConfig) -> str:
-    """The judge's template as a user's message, up to where the verdict comes; its fields are still fields."""
+    """The judge's template as a user's message, up to the verdict; its fields are not filled yet."""
     where = "judge.chat_template"
     marks = dict(zip(TEMPLATE_FIELDS, placeholders(len(TEMPLATE_FIELDS) + 1), strict=False))
     end = placeholders(len(TEMPLATE_FIELDS) + 1)[-1]
@@ -283,7 +283,7 @@ def _in_chat_template(tokenizer: PreTrainedTokenizerFast, config: JudgeConfig) -
             "set it to close, turn thinking off with judge.template_options, or take another judge",
         )
     text = prompt + closed(turn)
-    # braces of the chat template itself are no fields
+    # braces of the chat template itself are not fields
     others = PLACEHOLDER.search(text)
     if others:
         raise UserError(where, f"the chat template itself prints {others[0]}", "use another chat template")

@@ -21,16 +21,18 @@ from g2r_megatron.model.hf import HFModel
 CACHED_CONVERSATIONS = 1024
 # Options of a judge that reads a prompt and says True or False.
 OF_VERDICTS = ("template", "chat_template", "true_words", "false_words", "verdict", "credit", "think")
-THOUGHT_BEGINS = 16  # tokens in which a response's own thought begins
+THOUGHT_BEGINS = 16  # the opening mark of a response's own thought is in these first tokens
 PROBE = ({"role": "user", "content": "a"},)
 
 
 class RewardPrompt(ResponseReader):
-    """Builds the one input of a (conversation, response). Content is data, and the response stands there as it does in
-    ``JudgePrompt``: its own token ids, untouched but for special ids, or the text they spell.
+    """Builds the one input of a (conversation, response).
 
-    The chat template sees no blanks around the response, so one that trims contents does not trim it. Where it prints an
-    empty thought before an answer, a response with a thought of its own gets none.
+    Content is data. The response is placed as in
+    ``JudgePrompt``: as its own token ids, where only special ids are changed, or as the text they spell.
+
+    The chat template gets the response without the blanks around it, so a template that trims contents does not change
+    it. If the template prints an empty thought before an answer, a response that has its own thought gets no empty one.
     """
 
     needs_rubric = False
@@ -107,7 +109,7 @@ class RewardPrompt(ResponseReader):
         return encode_parts(self.tokenizer, before), encode_parts(self.tokenizer, after, continues=True)
 
     def _parts(self, messages: Sequence[dict], where: str) -> tuple[list[Part], list[Part]]:
-        """What stands before and after the response, as ``encode_parts`` takes it; the last part before it has text."""
+        """The parts before and after the response, as ``encode_parts`` takes them; the last part before it has text."""
         mark = placeholder_for(messages)
         answered = [*messages, {"role": "assistant", "content": mark}]
         parts = chat_parts(self.tokenizer, answered, where, False, self._options)

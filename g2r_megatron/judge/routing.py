@@ -1,10 +1,11 @@
-"""Routing of a mixture-of-experts judge: what the verdict pass chose, the attribution pass chooses again.
+"""Routing of a mixture-of-experts judge: the attribution pass uses the experts that the verdict pass chose.
 
-Which experts a token takes is not a smooth function: a near tie may fall the other way in another row, at another kernel
-size, and does at the ``contracted`` embedding. The gradient would then be of another function than the one that gave the
-verdict. So the verdict pass records the chosen experts of every token and layer, and the attribution pass replays them
-(Megatron-Core's ``RouterReplay``, also in recomputed layers); the routers' weights over the chosen experts are computed and
-differentiated as ever. Tokens that a shorter tree shares, but the verdict's did not, follow the first of their items.
+The choice of experts is not a smooth function. Where two experts are nearly equal, another row or another kernel size
+can change the choice, and the ``contracted`` embedding does change it. The gradient would then belong to another
+function than the one that gave the verdict. So the verdict pass records the chosen experts of every token and layer,
+and the attribution pass replays them (Megatron-Core's ``RouterReplay``, also in recomputed layers); the routers'
+weights over the chosen experts are computed and differentiated as usual. If a shorter tree shares tokens that the
+verdict's tree did not share, they use the routing of the first of their items.
 
 An attribution pass has other rows than the verdict pass, on other ranks. All ranks of a pipeline stage therefore get the
 routing of all trees, for their own layers, in host memory: tokens of the verdict pass x expert layers on the stage x experts
@@ -95,7 +96,7 @@ class Routing:
     def recording(self, trees: Sequence[Tree], inputs: Sequence[JudgeInput]) -> Iterator[Callable]:
         """Yields ``forward_tokens`` for a verdict pass over ``trees`` of ``inputs`` (collective, at the end too).
 
-        What it chooses is kept until the first verdict pass after an attribution.
+        The choices are kept until the first verdict pass after an attribution.
         """
         if not self.model.geometry.experts:
             yield forward_tokens
@@ -149,10 +150,10 @@ class Routing:
             for router, indices in zip(self.routers[chunk], experts, strict=True):
                 if torch.is_grad_enabled():
                     router.router_replay.set_target_indices(indices)
-                else:  # a row of prefixes (judge/suffixes.py), which no backward will run again
+                else:  # a row of prefixes (judge/suffixes.py), which no backward runs again
                     router.router_replay.target_topk_idx = indices
             output = forward_tokens(module, batch, decoder_input)
-            if not self._recompute:  # nobody will ask for them again
+            if not self._recompute:  # they are not needed again
                 for router in self.routers[chunk]:
                     router.router_replay.clear_indices()
             return output
@@ -162,9 +163,9 @@ class Routing:
 
     @contextmanager
     def choosing(self) -> Iterator[Callable]:
-        """Yields ``forward_tokens`` for a pass that gives verdicts and gradients at once: what it chooses is its own.
+        """Yields ``forward_tokens`` for a pass that gives verdicts and gradients at once. It makes its own choices.
 
-        Layers that are recomputed choose again what their forward did. What verdict passes recorded is let go.
+        Recomputed layers use the choices of their forward. The records of verdict passes are dropped.
         """
         if not self.model.geometry.experts:
             yield forward_tokens
@@ -194,7 +195,7 @@ class Routing:
         return row[self.model.row_positions(length)]
 
     def _experts(self, rows: torch.Tensor, chunk: int) -> tuple[torch.Tensor, ...]:
-        """Experts int64 [n, k] of ``rows`` at each router of a chunk; padding takes turns: no expert gets all of it."""
+        """Experts int64 [n, k] of ``rows`` at each router of a chunk; padding is spread over all experts."""
         first, number = self._starts[chunk], len(self.routers[chunk])
         turns = torch.arange(len(rows))[:, None, None] + torch.arange(self._table.size(2))
         experts = (turns % self.model.geometry.experts).to(self._dtype).repeat(1, number, 1)
@@ -203,7 +204,7 @@ class Routing:
         return experts.to(local_device()).long().unbind(1)
 
     def _exchange(self, table: torch.Tensor) -> None:
-        """Fill ``table`` from all ranks of the stage: each token is another rank's, all others have zeros."""
+        """Fill ``table`` from all ranks of the stage: one rank has the values of a token, all others have zeros."""
         group = self.model.groups.pgs.tp_dp_cp
         if group.size() == 1 or not table.numel():
             return
@@ -215,7 +216,7 @@ class Routing:
 
     @contextmanager
     def _acting(self, action: RouterReplayAction) -> Iterator[None]:
-        """The judge's routers, and no other model's, do ``action``; recomputed layers replay what their forward did."""
+        """Only the judge's routers do ``action``; recomputed layers replay the choices of their forward."""
 
         def before(router: torch.nn.Module, _inputs) -> None:
             # a layer that will be recomputed runs without gradients first

@@ -1,7 +1,7 @@
-"""The judge stage: responses in, verdicts (or scores of a reward model), attributions and token weights out.
+"""The judge stage: from responses to verdicts (or scores of a reward model), attributions and token weights.
 
-Every rank holds the whole batch (token ids are small) and gets the whole result; the heavy passes inside
-``FrozenJudge`` are shared out over the judge's data-parallel replicas.
+Every rank holds the whole batch (token ids are small) and gets the whole result; the expensive passes inside
+``FrozenJudge`` are divided over the judge's data-parallel replicas.
 """
 
 import random
@@ -40,8 +40,8 @@ class JudgeStage:
         """Verdicts of every item of every response, or its score (collective).
 
         ``keys``: one string a response that seeds sampled verdicts, so that they depend on nothing else. ``attributed``:
-        ``attribute`` will be asked for some. Where the pass that gives verdicts gives attributions too
-        (judge/gates.py), it then gives all of them, and ``attribute`` keeps what is needed.
+        ``attribute`` will be called for some of them. If the verdict pass gives attributions too (judge/gates.py), it
+        then computes all of them, and ``attribute`` keeps those that are needed.
         """
         draws = self._draws(inputs, keys) if self.config.verdict == "sample" else None
         if attributed and self._in_one_pass:
@@ -65,7 +65,7 @@ class JudgeStage:
 
     @property
     def _in_one_pass(self) -> bool:
-        """Whether verdicts and attributions come out of one pass."""
+        """Whether one pass gives verdicts and attributions."""
         return self.judge.gates is not None and self.judge.gates.queries == "branch"
 
     def attribute(
@@ -106,7 +106,7 @@ class JudgeStage:
                 item.cos = gradients.cos
 
     def _not_at_embeddings(self, passes: list[Pass]) -> list[torch.Tensor] | None:
-        """b of each pass where it is no gradient at the embeddings, else None."""
+        """b of each pass if it is not a gradient at the embeddings, else None."""
         kind = self.config.attribution
         if self.judge.gates is not None:
             return self.judge.gates.gradients(passes)
@@ -120,7 +120,7 @@ class JudgeStage:
         return unit_spans(sentence_ids(token_texts(self.prompt.tokenizer, response)))
 
     def _keep(self, credited: list[list[Judgement]], passes: list[Pass], judgements: list[list[Judgement]]) -> None:
-        """Of the attributions that the verdict pass gave, those of each pass's items, combined by its weights."""
+        """The verdict pass's attributions of each pass's items, combined by the pass's weights."""
         combined = [
             sum((weight * item.attribution for weight, item in zip(one.weights, items, strict=True)), torch.zeros(()))
             for one, items in zip(passes, credited, strict=True)
@@ -137,7 +137,7 @@ class JudgeStage:
 
 
 def _credit(items: list[Judgement], b: torch.Tensor) -> None:
-    """b [T] of ``items`` that is no gradient at embeddings: ``grad_norm`` is its norm, and it has no angle to an embedding."""
+    """b [T] of ``items`` that is not a gradient at embeddings: ``grad_norm`` is its norm, and it has no ``cos``."""
     for item in items:
         item.attribution, item.grad_norm, item.cos = b, b.norm().item(), float("nan")
 

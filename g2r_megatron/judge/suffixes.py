@@ -1,9 +1,10 @@
-"""Inputs run as suffixes over prefixes whose keys and values are kept: what is planned into rows, and how a row is run.
+"""Inputs run as suffixes over prefixes whose keys and values are kept: how rows are planned, and how a row is run.
 
 A ``SuffixUnit`` is one prefix, run once without gradient, and the suffixes of inputs that begin with it. A suffix may see less
 than the whole prefix and begin anywhere: its tokens have the positions that they have in their input. A micro-batch is a row
-of prefixes and a row of their suffixes (model/suffix_rows.py). One call of the pipeline's forward runs both through a stage,
-one after the other, and hands on both results as one tensor; each row is padded, and cut over ranks, on its own.
+of prefixes and a row of their suffixes (model/suffix_rows.py). One call of the pipeline's forward runs both rows
+through a stage, one after the other, and passes on both results as one tensor. Each row is padded and divided over
+ranks separately.
 
 A unit that is longer than ``judge.micro_batch_tokens`` has its suffixes in several micro-batches over the same kept keys.
 """
@@ -28,7 +29,8 @@ from g2r_megatron.parallel.microbatches import balanced_shards, pack_rows, padde
 class Suffix:
     """Tokens ``first`` to the verdict position of input ``item``, over the first ``visible`` tokens of the unit's prefix.
 
-    ``number``: the caller's name for it. Of gates ``level`` (m), ``share`` and ``slot``: see ``model.suffix_rows.Part``.
+    ``number``: the caller's name for it. ``level`` (m), ``share`` and ``slot`` belong to gates: see
+    ``model.suffix_rows.Part``.
     """
 
     number: int
@@ -76,7 +78,7 @@ class Segment:
 
 @dataclass(kw_only=True)
 class SegmentBatch(TokenBatch):
-    """A packed row of ``segments``; what is left over behind them is padding."""
+    """A packed row of ``segments``; the positions after them are padding."""
 
     segments: list[Segment]
 
@@ -168,7 +170,7 @@ def suffix_batches(
             starts = [sum(unit.prefix for unit in plan.units[:i]) for i in range(len(plan.units))]
         else:
             kept, starts = batches[-1].kept, [0]
-            # ranks that share experts with others that run prefixes have to meet them in every layer
+            # all ranks that share experts must run every layer together: if one runs prefixes, all do
             prefix = _prefix_batch(model, [], inputs, None) if model.geometry.experts else None
         batches.append(_suffix_batch(model, plan.units, starts, inputs, prefix, kept))
     return batches

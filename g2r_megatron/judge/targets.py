@@ -1,4 +1,4 @@
-"""What is read off a judge's output, and what of it is differentiated: a verdict's log-probabilities, or a score.
+"""What is read from a judge's output, and what is differentiated: a verdict's log-probabilities, or a score.
 
 ``read`` turns the last stage's output for n sequences into fp32 numbers [n, columns]; ``of`` picks the target of each
 sequence from them: [n].
@@ -55,13 +55,13 @@ class VerdictTarget:
         return values.gather(1, chosen.unsqueeze(1)).squeeze(1)
 
     def decide(self, values: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
-        """The verdicts, bool [n], where ``values`` are: the likelier ones, or by ``draws`` fp64 [n] in [0, 1)."""
+        """The verdicts, bool [n], on ``values``' device: the likelier ones, or by ``draws`` fp64 [n] in [0, 1)."""
         true, false = values.exp().double().unbind(1)
         return true > false if draws is None else draws * (true + false) < true
 
 
 class ScoreTarget:
-    """V of a reward model, which is its output, and its own target (docs/method.md step 8)."""
+    """V of a reward model: it is both the output and the target (docs/method.md step 8)."""
 
     columns, noun = 1, "scores"
 

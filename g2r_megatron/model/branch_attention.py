@@ -1,4 +1,4 @@
-"""Attention over one tree on the CPU, at the cost of what its tokens see: no masks, no scores between branches.
+"""Attention over one tree on the CPU. Only scores that count are computed: no masks, no scores between branches.
 
 Branches attend to the prefix without a mask and to themselves causally, as rows of a batch; the two results are merged by
 their log-sum-exps. The backward of each part, given the merged result, is its part of the whole backward: the
@@ -77,7 +77,7 @@ class TreeAttention(torch.autograd.Function):
         dq1, dk, dv = _attend_backward(g1, q1, k0, v0, o1, merged, 0.0, False, scale=scale)
         dk0, dv0 = dk0.add_(dk), dv0.add_(dv)
         g, q, k, v, o = (branches.batch(x) for x in behind)
-        g = g * branches.real[:, None, :, None]  # padding asks for nothing
+        g = g * branches.real[:, None, :, None]  # padding is no query
         own = _attend_backward(g, q, k, v, o, branches.batch(merged), 0.0, True, scale=scale)
         dq, dk1, dv1 = (branches.flat(x) for x in own)
         halves = (dq0, dq1.add_(dq)), (dk0, dk1), (dv0, dv1)

@@ -82,7 +82,7 @@ class MegatronModel:
             module.train(mode)
 
     def weights_changed(self) -> None:
-        """The next pass of every chunk makes its FP8 copies of the weights anew (the schedule says so by itself)."""
+        """Make new FP8 copies of the weights in every chunk's next pass (the schedule does this by itself)."""
         for module in self.modules:
             module.set_is_first_microbatch()
 
@@ -112,7 +112,7 @@ def spec_backend(name: str, spec: str, dtype: str) -> BackendSpecProvider:
         raise UserError(f"{name}.spec", "te without a CUDA device", "use torch or auto")
     try:
         import transformer_engine.pytorch  # noqa: F401
-    except Exception as error:  # a compiled package that does not fit its torch or CUDA can raise anything
+    except Exception as error:  # a compiled package for another torch or CUDA can raise any error
         reason = " ".join(str(error).split())
         raise UserError(
             f"{name}.spec",
@@ -200,9 +200,9 @@ def check_model(name: str, hf: HFModel, layout: Layout, precision: Precision, sp
 
 
 def _recompute_options(recompute: str, hf: HFModel) -> dict:
-    """ "selective": what keeps most for what it costs, the feed-forward part of dense layers.
+    """ "selective": the part whose recompute saves most memory for its cost, the feed-forward part of dense layers.
 
-    Fused attention keeps no scores: where all layers have experts it is what can be recomputed, and saves little.
+    If all layers have experts, attention is recomputed. That saves little, because fused attention keeps no scores.
     """
     if recompute == "full":
         return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
@@ -217,7 +217,7 @@ def _recompute_options(recompute: str, hf: HFModel) -> dict:
 class _StageLayout(PipelineParallelLayerLayout):
     """Megatron-Core's explicit split of the layers over stages, seen from one rank of *our* pipeline group.
 
-    Megatron-Core 0.16 asks it for a stage without saying whose, and it then looks at the global pipeline group.
+    Megatron-Core 0.16 asks for a stage without naming the group, so its own split uses the global pipeline group.
     """
 
     def __init__(self, split: list[int], pp_size: int, pp_rank: int):
@@ -240,7 +240,7 @@ class _StageLayout(PipelineParallelLayerLayout):
 
 
 def _moe_options(hf: HFModel, layout: Layout, backend: BackendSpecProvider) -> dict:
-    """Experts without capacity limits or auxiliary losses: what the router says is what is computed."""
+    """Experts without capacity limits or auxiliary losses: exactly the router's choice is computed."""
     g = hf.geometry
     if not g.experts:
         return {}
@@ -252,7 +252,7 @@ def _moe_options(hf: HFModel, layout: Layout, backend: BackendSpecProvider) -> d
         moe_router_pre_softmax=not getattr(hf.config, "norm_topk_prob", True),  # Mixtral always normalises
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
-        moe_enable_routing_replay=True,  # does nothing until it is told to (judge/routing.py)
+        moe_enable_routing_replay=True,  # does nothing until judge/routing.py turns it on
         moe_router_dtype="fp32",
         moe_grouped_gemm=not isinstance(backend, TorchSpecProvider),
         expert_model_parallel_size=layout.ep,
@@ -314,7 +314,7 @@ def transformer_config(
         use_cpu_initialization=on_cpu(),
         perform_initialization=False,  # every weight is read from the checkpoint
         gradient_accumulation_fusion=False,
-        # gloo sends from the tensor itself: freed before it is sent, it would arrive with what took its place in memory
+        # gloo sends from the tensor itself: if it is freed too early, other data in its memory would be sent
         deallocate_pipeline_outputs=not on_cpu(),
         deterministic_mode=torch.are_deterministic_algorithms_enabled(),  # groups.make_deterministic
         **_moe_options(hf, layout, backend),

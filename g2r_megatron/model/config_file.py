@@ -1,8 +1,8 @@
-"""config.json of a language model: which fields count, which are left aside with one warning, which are refused.
+"""config.json of a language model: which fields are used, which are ignored with one warning, which are refused.
 
-What a config class of transformers declares is read as transformers reads it. Of the other fields, one whose name
-speaks of what a layer computes is refused when it is set: transformers would not heed it, but the model's own code
-does. All others (notes of trainers, savers and vendors, generation options) are left aside.
+What a config class of transformers declares is read as transformers reads it. Another field is refused if it is set and
+its name suggests that it changes what a layer computes: transformers would ignore it, but the model's own code uses it.
+All others (notes of trainers, savers and vendors, generation options) are ignored.
 """
 
 import copy
@@ -20,7 +20,7 @@ from g2r_megatron.model.families import FAMILIES, Family
 from g2r_megatron.model.rope_fields import check_rope
 
 ADAPTER = "adapter_config.json"
-# Fields that change what the model computes in a way that we do not carry over: the values that change nothing.
+# Fields that change what the model computes in a way that we do not support, with the values that change nothing.
 NEUTRAL = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
@@ -30,7 +30,7 @@ NEUTRAL = {
     "use_mrope": (False,),
     "partial_rotary_factor": (1.0,),
 }
-# Fields that transformers reads although its config classes do not declare them (any more), or that say nothing.
+# Fields that transformers reads although its config classes do not declare them (any more), or that have no effect.
 UNDECLARED = {
     "model_type",
     "rope_theta",
@@ -55,7 +55,7 @@ FUNCTION_WORDS = (
     *("logit", "clip", "attn", "attention", "act", "expert", "moe", "rout", "bias", "window", "sliding", "sink", "mup"),
     *("residual", "layer", "head", "mlp", "ffn", "lora", "mla", "tie", "quant", "sparse", "mamba", "ssm", "conv"),
 )
-# Words that tell of training, of how a kernel is chosen, or of what is printed, whatever stands beside them.
+# Words for training, for the choice of a kernel, or for printing. A name with one of them is ignored.
 NOTES = re.compile(
     r"dropout|pdrop|layerdrop|init|loss|implementation|flash|sdpa|xformers|eager|output_|lora_(alpha|r)$"
 )
@@ -93,9 +93,9 @@ def read_json(file: Path) -> dict:
 
 
 def read_config(directory: Path, option: str) -> ModelConfig:
-    """Read and check ``directory``'s config.json; warns once of what is left aside.
+    """Read and check ``directory``'s config.json; warns once of the fields that are ignored.
 
-    Raises ``UserError`` naming the field for anything that we would not carry over exactly.
+    Raises ``UserError`` naming the field for anything that we would not convert exactly.
     """
     _check_kind(directory, option)
     file = directory / "config.json"
@@ -131,7 +131,7 @@ def language_model_fields(raw: dict) -> dict:
 
 
 def _check_kind(directory: Path, option: str) -> None:
-    """Raise ``UserError`` for a directory that is not a model's, saying what it is as far as its files tell."""
+    """Raise ``UserError`` for a directory without a model. The error says what the files show the directory to be."""
     if (directory / ADAPTER).is_file():
         base = read_json(directory / ADAPTER).get("base_model_name_or_path") or "BASE"
         raise UserError(
@@ -242,7 +242,7 @@ def speaks_of_function(name: str) -> bool:
 
 
 def _check_values(file: Path, fields: dict, config: PretrainedConfig) -> None:
-    """A config feature that the Megatron-Core model would silently lose is an error."""
+    """Raise an error for a config feature that the Megatron-Core model would silently ignore."""
 
     def refuse(field: str, value, valid: str):
         raise UserError(f"{file} {field}", repr(value), f"is not supported; must be {valid}")

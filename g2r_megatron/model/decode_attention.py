@@ -1,8 +1,8 @@
 """Attention of one new position a sequence over a cache of keys and values, as plain products.
 
-Fused attention kernels of cuDNN make a plan for each new number of keys, .05 to .4 s each, and decoding meets a new one at
-every step. Products and a softmax need none, and reading the cache is all the time there is to save. The cache is read
-in blocks (``CacheContext``), so that a run has few shapes.
+Fused attention kernels of cuDNN make a plan for each new number of keys. A plan takes .05 to .4 s, and every decoding
+step has a new number. Products and a softmax need no plan, and most of their time is reading the cache. The cache is
+read in blocks (``CacheContext``), so that a run has few shapes.
 """
 
 import torch
@@ -20,7 +20,7 @@ class CacheContext(StaticInferenceContext):
         self.block = block
 
     def read_length(self, end: int) -> int:
-        """Positions that a step reads which has stored ``end`` of them."""
+        """Positions that a step reads when ``end`` positions are stored."""
         return padded(end, self.block)
 
     def distances(self, position: int, device: torch.device) -> torch.Tensor:

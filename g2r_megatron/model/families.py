@@ -1,7 +1,7 @@
 """One table a model family: which Hugging Face tensors make up which Megatron-Core parameter.
 
 Parameter names are those of Transformer Engine's layers; "{i}" stands for the layer, "{e}" for the expert. Families
-that Megatron-Core 0.16 cannot express are absent: Gemma 2 and 3 normalise after attention and MLP as well, and Gemma 3
+that Megatron-Core 0.16 cannot build are absent: Gemma 2 and 3 normalise after attention and MLP as well, and Gemma 3
 has two rope bases.
 """
 
@@ -33,7 +33,7 @@ class Family:
     """A family: its Hugging Face ``model_type`` and class, its tables, and what its layers have.
 
     ``dense``, ``experts`` and ``fused_experts`` follow "decoder.layers.{i}."; a mixture-of-experts layer has one of the
-    latter two, as the files store experts one by one or all in one tensor.
+    latter two, depending on whether the files store experts one by one or all in one tensor.
     """
 
     model_type: str

@@ -1,8 +1,9 @@
 """GPTModel with two changes: logits at chosen positions only, and rotary positions that the caller gives.
 
-A verdict needs logits at one position a sequence, a policy update at the response positions; building them for whole
-sequences is the largest tensor of a small model and most of the waste of a large vocabulary. Several sequences packed in
-one row each count their positions from 0, where GPTModel counts 0..S-1 whatever ``position_ids`` say.
+A verdict needs logits at one position a sequence, a policy update needs them at the response positions. Logits of whole
+sequences would be the largest tensor of a small model, and with a large vocabulary most of them would be unused.
+Several sequences packed in one row each count their positions from 0, where GPTModel counts 0..S-1 whatever
+``position_ids`` say.
 """
 
 from contextlib import contextmanager
@@ -48,7 +49,7 @@ class GroupAwareSelfAttention(SelfAttention):
     """
 
     def _allocate_memory(self, *args):
-        # Blocks end behind what is stored. What is there is multiplied by 0, so it must be finite.
+        # A block can end after the stored positions. The values there are multiplied by 0, so they must be finite.
         return super()._allocate_memory(*args).zero_()
 
     def _adjust_key_value_for_inference(self, context, query, key, value, rotary_pos_emb, *args, **kwargs):
@@ -88,7 +89,7 @@ def _attention_spec(config, backend: BackendSpecProvider) -> ModuleSpec:
 
 
 class PrefixLayer(TransformerLayer):
-    """A layer that can leave out what follows its attention, where only keys and values are asked for (``prefix_only``)."""
+    """A layer that can skip everything after its attention, if only keys and values are needed (``prefix_only``)."""
 
     prefix_only = False
 
@@ -98,7 +99,7 @@ class PrefixLayer(TransformerLayer):
 
 @contextmanager
 def keys_and_values_only(chunk: GPTModel):
-    """Let the model's last layer, if this chunk has it, end with its attention: nobody reads what it makes of a prefix."""
+    """Let the model's last layer, if this chunk has it, end with its attention: its output for a prefix is not used."""
     last = [layer for layer in chunk.decoder.layers if layer.layer_number == chunk.config.num_layers]
     for layer in last:
         layer.prefix_only = True
@@ -145,7 +146,7 @@ def block_spec(config, backend: BackendSpecProvider, is_moe: list[bool]) -> Tran
 
 
 class SelectiveGPTModel(GPTModel):
-    """GPTModel whose ``forward`` takes ``logit_rows`` and heeds ``position_ids``.
+    """GPTModel whose ``forward`` takes ``logit_rows`` and uses ``position_ids``.
 
     ``position_ids``: None (0..s-1), or int64 [s] for a batch of one row. Under context parallelism this rank's input and
     its ``position_ids`` are s of the row's positions, and there is no None. ``last_position``: the largest of them, to be
@@ -162,7 +163,7 @@ class SelectiveGPTModel(GPTModel):
     def logits_in_fp32(self, ids: list[int]):
         """In the block the logits at ``logit_rows`` of these tokens are fp32 products of hidden state and weight row.
 
-        bf16 logits are so coarse that those of two verdicts are often equal. A model in fp32 is left as it is.
+        bf16 logits are so coarse that those of two verdicts are often equal. A model in fp32 is not changed.
         """
         self.fp32_ids = ids if self.config.params_dtype != torch.float32 else None
         try:
@@ -215,7 +216,8 @@ class SelectiveGPTModel(GPTModel):
     def _selected(self, hidden_states: torch.Tensor, rows: torch.Tensor, sequence_parallel: bool) -> torch.Tensor:
         """[n, h] at ``rows``, whole on every TP rank; ``hidden_states``: [s, b, h], a slice of s if so parallel.
 
-        What follows must leave the whole gradient of the result on every TP rank: the gather's backward only splits it.
+        The next operations must give every TP rank the whole gradient of the result: the gather's backward only splits
+        it.
         """
         if sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(

@@ -92,7 +92,7 @@ class HFModel:
         if rope["rope_type"] in ("default", "dynamic"):
             exponent = torch.arange(0, self.geometry.head_dim, 2, dtype=torch.int64).float() / self.geometry.head_dim
             return 1.0 / (rope["rope_theta"] ** exponent), 1.0
-        with torch.device("cpu"):  # a caller that builds on the meta device asks for their values all the same
+        with torch.device("cpu"):  # a caller that builds on the meta device needs their values too
             return ROPE_INIT_FUNCTIONS[rope["rope_type"]](self.config, "cpu")
 
     @property
@@ -102,7 +102,7 @@ class HFModel:
 
     @property
     def positions(self) -> int:
-        """Tokens of the longest sequence that the model was made for; YaRN stretches the original ones."""
+        """Tokens of the longest sequence that the model was made for, after YaRN's extension."""
         rope, stated = self.config.rope_parameters, self.config.max_position_embeddings
         if rope["rope_type"] != "yarn" or not rope.get("factor"):
             return stated
@@ -136,7 +136,7 @@ def open_hf_model(path: str, option: str) -> HFModel:
     """Read and check ``config.json`` of a Hugging Face directory or of a Megatron checkpoint's ``hf/``.
 
     ``path`` can be a model's name on the Hugging Face Hub that is in the local cache. Raises ``UserError`` for anything
-    that we would not carry over exactly.
+    that we would not convert exactly.
     """
     directory = find_directory(path, option)
     if (directory / ".metadata").is_file() or (directory / CHECKPOINT_FACTS).is_file():
@@ -148,7 +148,7 @@ def open_hf_model(path: str, option: str) -> HFModel:
 
 
 def _open_checkpoint(checkpoint: Path, option: str) -> HFModel:
-    """The model of a Megatron checkpoint, converted or left by training."""
+    """The model of a Megatron checkpoint, from a conversion or from training."""
     if not (checkpoint / HF_FILES / "config.json").is_file():
         raise UserError(
             option,
@@ -198,7 +198,7 @@ def _has_fused_experts(hf: HFModel, names: set[str]) -> bool:
 
 
 def load_model_tokenizer(hf: HFModel) -> PreTrainedTokenizerFast:
-    """The directory's tokenizer, whose texts have ids that the model has embeddings for.
+    """The directory's tokenizer. It encodes texts only to ids that the model has embeddings for.
 
     Added tokens beyond them (a padding token, say, for which the embedding was never resized) are hidden, with a
     warning: no text is encoded to them. Raises ``UserError`` for words of the vocabulary beyond them, and for added

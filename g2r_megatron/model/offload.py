@@ -1,7 +1,7 @@
-"""Weights of a frozen model that live in host memory and are on the device only while the model is used.
+"""Weights of a frozen model that stay in host memory and are on the device only while the model is used.
 
-They never change, so they are copied to the host once; from then on their device memory is given back and filled again,
-bit for bit. Meanwhile the parameters are empty: whoever uses them gets an error, never zeros.
+They never change, so they are copied to the host once. After that their device memory is freed, and later filled again
+with the same bits. In between the parameters are empty: code that uses them gets an error, never zeros.
 """
 
 import torch
@@ -32,7 +32,7 @@ class HostWeights:
         return sum(host.nbytes for _, host in self._pairs)
 
     def load(self) -> None:
-        """Bring the weights to the device; work that is queued there from now on sees them."""
+        """Copy the weights to the device; work that is queued there from now on uses them."""
         for parameter, host in self._pairs:
             parameter.data = torch.empty(host.shape, dtype=host.dtype, device=local_device()).copy_(
                 host, non_blocking=True

@@ -18,7 +18,7 @@ class RewardModel(SelectiveGPTModel):
     def __init__(self, **options):
         super().__init__(**options)
         if self.post_process:
-            del self.output_layer  # GPTModel makes one whatever it is told
+            del self.output_layer  # GPTModel always makes one
             shape = self.config.hidden_size, 1
             self.score = skip_init(torch.nn.Linear, *shape, bias=False, dtype=self.config.params_dtype)
 
@@ -33,7 +33,7 @@ class RewardModel(SelectiveGPTModel):
         return self._scores(hidden_states, rows)
 
     def _scores(self, hidden_states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """fp32 [n, 1]. Every TP rank computes the same and so holds the whole gradient: nothing to reduce."""
+        """fp32 [n, 1]. Every TP rank computes the same and so has the whole gradient: no reduction is needed."""
         selected = self._selected(hidden_states, rows, self.config.sequence_parallel)
         return F.linear(selected.float(), self.score.weight.float())
 

@@ -1,7 +1,7 @@
 """Directories of safetensors files: every header checked before data is read; rows read and written in place.
 
-All by pread and pwrite. Mapped pages would count as this process's memory, and a conversion has to stay small beside
-the files that it converts.
+All access is by pread and pwrite. Mapped pages would count as this process's memory, and a conversion must need little
+memory compared with the files that it converts.
 """
 
 import errno
@@ -269,7 +269,10 @@ def _allocate(fd: int, file: Path, size: int, total: int) -> None:
     try:
         os.posix_fallocate(fd, 0, size)
     except OSError as error:
-        if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):  # this file system cannot: a full disk shows when we write
+        if error.errno in (
+            errno.EOPNOTSUPP,
+            errno.EINVAL,
+        ):  # not supported here: a full disk is found when we write
             os.ftruncate(fd, size)
             return
         found = f"needs {size} bytes, all files {total} bytes ({error.strerror})"

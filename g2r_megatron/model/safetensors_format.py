@@ -1,4 +1,4 @@
-"""The safetensors format: where a directory's tensors lie, with everything checked that can be without reading them."""
+"""The safetensors format: where a directory's tensors are. Everything is checked that needs no reading of tensors."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from g2r_megatron.data.stand_ins import HEAD_BYTES, check_stand_ins, refuse_stan
 from g2r_megatron.errors import UserError, warn
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of weights
-# Of what may lie beside weights (position_ids, what a quantization left); no weight is read in them.
+# Of other tensors in the files (position_ids, leftovers of a quantization); no weight is read in these dtypes.
 OTHER_DTYPES = {
     "F64": torch.float64,
     "I64": torch.int64,
@@ -185,7 +185,7 @@ def _tensor_info(file: Path, data_start: int, name: str, entry: object) -> Tenso
 def model_files(directory: Path) -> dict[Path, set[str] | None]:
     """Each file of a model, and the tensors that the index places in it: None for a lone model.safetensors.
 
-    As transformers, a model.safetensors beside an index is the model; a warning says what is left aside.
+    As in transformers, a model.safetensors beside an index is the model; a warning names the ignored files.
     """
     try:
         present = set(os.listdir(directory))
@@ -219,7 +219,7 @@ def _refuse_missing_file(file: Path, why: str) -> None:
 def placed_tensors(found: dict[Path, dict[str, TensorInfo]], expected: dict[Path, set[str] | None]) -> dict:
     """All tensors of a model by name, from its files' (``read_header``) and what the index says of them.
 
-    An index that is out of date does no harm while every tensor is in one place. Raises ``UserError`` for a tensor that
+    An old index does no harm if every tensor is in one file only. Raises ``UserError`` for a tensor that
     is in no file, and for one in two files of which the index names neither.
     """
     holders: dict[str, list[Path]] = {}

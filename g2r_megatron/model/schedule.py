@@ -70,8 +70,8 @@ def replica_plan(model: MegatronModel, lengths: Sequence[int], indices: list[int
     """This data-parallel replica's share of ``indices`` as micro-batches: rows of at most ``budget`` tokens.
 
     ``lengths`` of the sequences ``indices``, in the same order. A pure function of its arguments and the layout.
-    Every replica gets as many micro-batches, some of them empty: replicas share experts and meet in every layer. With
-    virtual stages their number is a multiple of the pipeline's ranks, as the interleaved schedule needs it.
+    Every replica gets as many micro-batches, some of them empty: replicas share experts and exchange tokens in every
+    layer. With virtual stages their number is a multiple of the pipeline's ranks, as the interleaved schedule needs it.
     """
     plans = []
     for share in balanced_shards(list(lengths), model.groups.dp_size):
@@ -147,7 +147,7 @@ def run_schedule(
 
 
 class _Filler:
-    """Stands for the result of a micro-batch without items."""
+    """The result of a micro-batch without items."""
 
 
 def forward_once(
@@ -155,7 +155,7 @@ def forward_once(
 ) -> torch.Tensor | None:
     """One batch through the pipeline, stage after stage, without gradients: the output on the last stage, else None.
 
-    What a decoding step needs: there is one micro-batch, so nothing to overlap, also with virtual stages.
+    A decoding step needs no more: with one micro-batch nothing can overlap, also with virtual stages.
     """
     p2p = P2PCommunicator(model.groups.pgs.pp, model.config)
     first, last, output = model.groups.is_first_stage, model.groups.is_last_stage, None

@@ -1,9 +1,10 @@
 """Attention of a suffix row (model/suffix_rows.py), with a backward that also sums the scores' gradients by key.
 
 The results of a tree's blocks are merged by their log-sum-exps. In the backward, with P = exp(score - merged log-sum-exp), the
-gradient of the scores is dS = P (dO V^T - delta), delta = the sum of dO O: dQ, dK, dV follow from it as ever, and its column
-sums over the gated queries are the gates' gradients. All of it is plain matrix products over chunks of queries, with scores
-and sums in fp32: the same code, and the same bits every time, on CPU and GPU. Kept keys and values get no gradient.
+gradient of the scores is dS = P (dO V^T - delta), delta = the sum of dO O: dQ, dK, dV follow from it as usual, and its
+column sums over the gated queries are the gates' gradients. All of it is plain matrix products over chunks of queries,
+with scores and sums in fp32: the same code, and the same bits every time, on CPU and GPU. Kept keys and values get no
+gradient.
 """
 
 from collections.abc import Iterator
@@ -113,7 +114,7 @@ def _look_back(block: Block, q, key, value, g, sums, delta, dq, of_keys, scale: 
     k, v = _keys(block, key), _keys(block, value)
     if block.branches is not None:
         real = block.branches.real.repeat_interleave(key.size(0), 0)[:, None]
-        g, delta = g * real.unsqueeze(-1), delta * real  # padding asks for nothing
+        g, delta = g * real.unsqueeze(-1), delta * real  # padding is no query
     block_dq = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     block_dk, block_dv = (torch.zeros(k.shape, dtype=torch.float32, device=k.device) for _ in range(2))
     gates = _GateSums(block, q)

@@ -2,8 +2,8 @@
 
 A row of *prefixes* (model/tree_attention.py) leaves the keys and values of every layer in a ``KeptKeys``. A *suffix row*
 holds, one after the other, trees of suffixes: an optional trunk that the tree's branches share, then the branches, which do
-not see each other. All of them see the first ``visible`` tokens of one kept prefix. Which row a layer is at work on travels as
-its number, in the ``attention_mask`` (a tensor passes through activation recompute, where another row may be the current one).
+not see each other. All of them see the first ``visible`` tokens of one kept prefix. The number of a layer's row is
+passed in the ``attention_mask``: a tensor passes through activation recompute, when another row may be the current one.
 
 Gates. The attention weight of query q for response token t is multiplied by m before normalising: log m is added to the
 score. dF/dm_t is 1/m times the sum of the scores' gradients over the gated queries, heads and layers; each layer's backward
@@ -26,7 +26,7 @@ _rows: WeakValueDictionary = WeakValueDictionary()  # number -> KeptKeys or Suff
 
 
 def find_row(number: int):
-    """The ``KeptKeys`` or ``SuffixRow`` of that number. Whoever made it must still hold it."""
+    """The ``KeptKeys`` or ``SuffixRow`` of that number. Its maker must still hold it."""
     return _rows[number]
 
 
@@ -49,7 +49,7 @@ class KeptKeys:
         self._used[layer] = 0
 
     def take(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(keys, values) of ``layer``; they are let go with their last user."""
+        """(keys, values) of ``layer``; they are freed after their last user."""
         if self._again and not torch.is_grad_enabled():
             return self._layers[layer]
         self._used[layer] += 1
@@ -94,7 +94,7 @@ class SuffixTree:
 
 @dataclass(frozen=True, eq=False)
 class SuffixRow:
-    """The trees of one row, behind which is padding; ``kept``: what they run over."""
+    """The trees of one row, followed by padding; ``kept``: the keys and values that they run over."""
 
     trees: list[SuffixTree]
     kept: KeptKeys | None

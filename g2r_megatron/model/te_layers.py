@@ -13,10 +13,10 @@ from g2r_megatron.model.tree_attention import KEPT_ROWS, row_attention, sequence
 
 
 class RowTEAttention(TEDotProductAttention):
-    """Transformer Engine's attention for batches and for rows of sequences; other attention where it has none that fits.
+    """Transformer Engine's attention for batches and for rows of sequences; other attention for the rest.
 
-    Rows of trees go to FlexAttention (model/tree_attention.py), as do fp32 rows: its kernels for packed sequences take
-    none. Decoding goes to plain products (model/decode_attention.py).
+    Rows of trees go to FlexAttention (model/tree_attention.py). So do fp32 rows: Transformer Engine's kernels for
+    packed sequences do not take fp32. Decoding goes to plain products (model/decode_attention.py).
     """
 
     def __init__(self, config, layer_number, *args, softmax_scale=None, pg_collection, **kwargs):

@@ -44,7 +44,8 @@ def sharded_weights(chunks: Sequence[torch.nn.Module], groups: ModelGroups) -> d
     states = {}
     for name, chunk in zip(names, chunks, strict=True):
         state = chunk.sharded_state_dict(metadata=sharded_metadata(groups))
-        # Layers' extra state: empty in plain torch, and Transformer Engine's is of delayed FP8 scaling, which we do not use.
+        # Layers' extra state is empty in plain torch. Transformer Engine's is for delayed FP8 scaling, which we do not
+        # use.
         states[name] = {key: shard for key, shard in state.items() if not key.endswith(EXTRA_STATE)}
     return states
 
@@ -129,7 +130,7 @@ def check_contents(path: Path, facts: dict, part: int, parts: int) -> None:
 
 
 def crc32(file: Path) -> int:
-    """The check sum of a file: for disks and hands that slip, not against forgery."""
+    """The check sum of a file. It finds damage and mistakes, not deliberate changes."""
     value = 0
     with file.open("rb") as stream:
         while block := stream.read(2**22):
@@ -153,7 +154,7 @@ def damaged(path: Path, problem: str) -> UserError:
 
 
 def reason_of(error: BaseException) -> str:
-    """The first sentence of what went wrong; on the first rank where it did, when torch has gathered it from all."""
+    """The first sentence of the error; of the first failed rank's error, when torch has gathered those of all."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     lines = str(error).splitlines()
@@ -171,7 +172,7 @@ def sync_to_disk(directory: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """fsync the names in ``directory``: after a rename, it is the rename that must not be lost."""
+    """fsync the names in ``directory``: after a rename, so that the rename is not lost."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -187,7 +188,7 @@ def copy_model_files(hf: HFModel, directory: Path) -> None:
 
 
 def carried_files(directory: Path) -> list[Path]:
-    """The files that go along with weights: config, tokenizer, templates; never code, never weights or their index."""
+    """The files copied with weights: config, tokenizer, templates; never code, never weights or their index."""
     suffixes = (".json", ".txt", ".model", ".jinja")
     files = sorted(path for path in directory.iterdir() if path.is_file() and path.suffix in suffixes)
     return [path for path in files if "safetensors" not in path.name]

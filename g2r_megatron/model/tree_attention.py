@@ -2,11 +2,11 @@
 
 A row is described by its *structure*, int32 [3, S] on the CPU: for every position the number of its tree, its branch
 (0: the tree's prefix, 1..: the branches that follow it) and its position within the sequence prefix + branch, as rotary
-embedding counts it. It travels as the ``attention_mask`` of a model because a tensor passes through activation
-recompute; it stays on the CPU so that every layer can look up what was made of it once, without waiting for a GPU.
+embedding counts it. It is passed as the ``attention_mask`` of a model because a tensor passes through activation
+recompute. It stays on the CPU so that every layer can look up what was made from it once, without waiting for a GPU.
 
-Context parallelism: of C ranks, rank r has the row's positions r, r + C, r + 2 C, ... Whatever trees a row holds, each
-rank then has nearly the same number of scores to compute. Queries stay where they are, keys and values are gathered.
+Context parallelism: of C ranks, rank r has the row's positions r, r + C, r + 2 C, ... For any trees in a row, each rank
+then computes nearly the same number of scores. Queries stay where they are, keys and values are gathered.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,8 @@ KEPT_ROWS = 4  # micro-batches whose masks are kept: those that a pipeline stage
 def row_structure(trees: Sequence[tuple[int, Sequence[int]]], length: int) -> torch.Tensor:
     """The structure, int32 [3, length] on the CPU, of a row of trees, each (tokens of its prefix, tokens of each branch).
 
-    A sequence on its own is a prefix without branches. What is left over behind the trees is padding, a tree of its own.
+    A sequence on its own is a prefix without branches. The rest of the row after the trees is padding, a tree of its
+    own.
     """
     numbers, branches, positions = [], [], []
     for number, (prefix, its_branches) in enumerate(trees):
@@ -141,11 +142,11 @@ def tree_attention(
 
 @dataclass(frozen=True)
 class TreeMask:
-    """Of one tree: tokens of its prefix and of all its branches, how many of them ask, and what those may see.
+    """Of one tree: tokens of its prefix and of all its branches, how many are queries here, and what those may see.
 
     The masks are added to the scores: ``prefix_mask`` [prefix queries, prefix], None for a causal one; ``branch_mask``
-    [branch queries, prefix + branches]. Where all positions ask and no window is narrower than the tree there are no
-    masks, but ``apart``.
+    [branch queries, prefix + branches]. If all positions are queries and no window is narrower than the tree, the only
+    mask is ``apart``.
     """
 
     prefix: int
@@ -222,7 +223,7 @@ def _tree_by_tree(query, key, value, trees: tuple[TreeMask, ...], scale: float |
     return torch.cat(out, dim=2)
 
 
-# GPU: one FlexAttention call a row, which skips the blocks that nobody sees.
+# GPU: one FlexAttention call a row, which skips the blocks that no query sees.
 
 
 @lru_cache(maxsize=KEPT_ROWS)
@@ -238,7 +239,7 @@ def _block_mask(structure: bytes, window: int | None, device: torch.device, shar
 
 @lru_cache(maxsize=1)
 def _compiled_flex():
-    """Compiled once for each head size and kind of window, with and without gradients, whatever the rows are.
+    """Compiled once for each head size and kind of window, with and without gradients, for all rows.
 
     (A row of a single block of 128 is one more.) Beyond its limit of compilations torch would run the plain form, which
     builds all scores: with ``fullgraph`` that is an error. Without duck shapes sizes that happen to be equal, such as 32

@@ -1,8 +1,8 @@
 """Hugging Face <-> Megatron-Core weights: which rectangle of which file tensor is which part of which parameter.
 
 A Megatron-Core shard is a list of *pieces*: runs of rows (or columns) of Hugging Face tensors, one below the other.
-Reading copies a rank's own pieces out of the files, writing puts the same pieces back; the QKV, gate-up, expert and
-vocabulary algebra lives in ``pieces`` alone. Parameters go by their *canonical* name: layers and experts are counted
+Reading copies a rank's own pieces out of the files, writing puts the same pieces back. Only ``pieces`` contains the
+algebra of QKV, gate-up, experts and vocabulary. Parameters go by their *canonical* name: layers and experts are counted
 over the whole model.
 """
 
@@ -24,7 +24,7 @@ LOCAL_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.")  # of Sequential
 GROUPED_EXPERT = re.compile(r"\.experts\.(linear_fc[12]\.weight)(\d+)$")  # of TEGroupedMLP
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 COMPARED_ROWS = 4096
-# What training frameworks and larger models wrap around a language model.
+# Prefixes that training frameworks and larger models put before a language model's names.
 LEADING_WRAPPERS = re.compile(r"^(?:(?:model|language_model|text_model|module|base_model|_forward_module)\.)+")
 INNER_WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 BUFFERS = ("rotary_emb.inv_freq", ".position_ids", "rotary_emb.cos_cached", "rotary_emb.sin_cached", ".masked_bias")
@@ -208,8 +208,8 @@ def pieces(hf: HFModel, name: str, tp: int, rank: int, shard_rows: int) -> list[
 def check_tensors(hf: HFModel, reader: SafetensorsReader) -> None:
     """Raise ``UserError`` naming the first tensor that is missing, unknown, misshapen or of a dtype that is no weight's.
 
-    Afterwards ``reader`` has the model's tensors alone, under the names of the tables. A warning says what is left
-    aside: tensors that the model has no use for.
+    Afterwards ``reader`` has the model's tensors alone, under the names of the tables. A warning names the tensors that
+    the model does not use.
     """
     expected = hf_shapes(hf)
     names = tensor_names(hf, reader.names)

@@ -1,6 +1,6 @@
 """The weights of a running model under Hugging Face names, one tensor at a time, and a directory written from them.
 
-Serves the export at the end of a run and anything that wants the current weights elsewhere (a rollout server).
+The export at the end of a run uses it, and anything else that needs the current weights (a rollout server).
 """
 
 import json
@@ -20,7 +20,7 @@ from g2r_megatron.model.weights import EXPERT, hf_shapes, is_expert, mapping_of,
 
 
 class _Assembly:
-    """Hugging Face tensors put together from the pieces that TP and expert ranks hold; each is given out when whole."""
+    """Hugging Face tensors put together from the pieces that TP and expert ranks hold; each is returned when whole."""
 
     def __init__(self, hf: HFModel):
         self._hf, self._shapes = hf, hf_shapes(hf)
@@ -136,7 +136,7 @@ def save_hf(tensors: Iterable[tuple[str, torch.Tensor]], hf: HFModel, output: Pa
 
 
 def copy_other_files(hf: HFModel, directory: Path, dtype: torch.dtype | None) -> None:
-    """Everything but weights comes along byte for byte; config.json changes only where the weights are others.
+    """Everything but weights is copied byte for byte; config.json changes only where the weights differ.
 
     That is: they have another ``dtype`` than it names (None: leave it), the language model was part of a larger model,
     or it was saved without its output layer.

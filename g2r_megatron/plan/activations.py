@@ -1,7 +1,7 @@
-"""Bytes of activations: what a layer keeps for its backward, what is at work at once, logits, the KV cache.
+"""Bytes of activations: tensors kept for the backward, tensors of the layer that is running, logits, the KV cache.
 
-Kept tensors of plain torch layers are measured in the tests (test_plan_memory.py); those of Transformer Engine's follow
-from what its layers save. Numbers are of one rank and one token unless said otherwise. h, q, k, f: hidden size, all
+Kept tensors of plain torch layers are measured in the tests (test_plan_memory.py); those of Transformer Engine's layers
+follow from what these save. Numbers are of one rank and one token unless said otherwise. h, q, k, f: hidden size, all
 query heads, all key (or value) heads, feed-forward size; t: tensor parallel size; a: bytes of a number.
 """
 
@@ -61,7 +61,7 @@ def _attention_keeps(g: Geometry, layout: Layout, kind: Kind) -> float:
 
 
 def qk_norm_keeps(g: Geometry, layout: Layout, kind: Kind) -> float:
-    """What RMSNorms of queries and keys add to a layer that has them."""
+    """What a layer keeps for RMSNorms of queries and keys, if it has them."""
     q, k = g.heads * g.head_dim / layout.tp, g.kv_heads * g.head_dim / layout.tp
     if kind.te:
         return kind.a * q  # keys are a part of the QKV product
@@ -79,7 +79,7 @@ def mlp_keeps(g: Geometry, layout: Layout, kind: Kind) -> float:
 def _experts_keep(g: Geometry, topk: int, layout: Layout, kind: Kind) -> float:
     """With evenly used experts: each of the ``topk`` copies of a token is on one of the stage's ranks."""
     a, share = kind.a, _shard(layout)
-    routed = topk * share  # token copies on a rank; expert tensor parallel ranks have all of their group, a slice each
+    routed = topk * share  # token copies on a rank; expert tensor parallel ranks slice all copies of their group
     f = g.expert_ffn
     # gate and up; silu(gate) with Transformer Engine; the product before it is weighted, and after it if it trains
     width = 2 * f + (f if kind.te else 0) + f + (f if kind.trains else 0)
@@ -87,12 +87,12 @@ def _experts_keep(g: Geometry, topk: int, layout: Layout, kind: Kind) -> float:
     router = share * 5 * g.experts + routed * 24  # probabilities fp32 and their mask; indices of the copies
     norm = _norm_keeps(g.hidden * share, kind)
     if not kind.trains:
-        norm += a * g.hidden * share  # the router keeps its input all the same
+        norm += a * g.hidden * share  # the router keeps its input in any case
     return norm + a * routed * (inputs + width) + router
 
 
 def layer_work(g: Geometry, topk: int, layout: Layout, kind: Kind, moe: bool, backward: bool) -> float:
-    """Bytes a token at work in one layer, beside what is kept: its inputs, its widest products (and their gradients)."""
+    """Bytes a token that a running layer needs besides what is kept: inputs, widest products (and gradients)."""
     a, share = kind.a, _shard(layout)
     q, k = g.heads * g.head_dim / layout.tp, g.kv_heads * g.head_dim / layout.tp
     f = topk * share * (g.hidden + g.expert_ffn) if moe else g.ffn / layout.tp

@@ -1,4 +1,4 @@
-"""What training would refuse, found before it is queued: every problem, where training stops at the first."""
+"""What training would refuse, found before the job is queued. All problems are found; training stops at the first."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -15,7 +15,7 @@ from g2r_megatron.plan.config import PlanConfig
 
 
 class Problems(list[UserError]):
-    """Errors collected instead of raised; the same one once."""
+    """Errors are collected instead of raised. The same error is kept once."""
 
     def catch(self, check: Callable, *args):
         """``check(*args)``, or None when it raises a ``UserError``."""
@@ -33,7 +33,7 @@ def check_config(config: PlanConfig, problems: Problems) -> tuple[HFModel | None
     problems.catch(_check_place, config)
     if problems:
         return None, None
-    # what is not there yet is no mistake in a plan (``missing_files``)
+    # a file that is missing so far is no mistake in a plan (``missing_files``)
     data = replace(config.data, train=config.data.train or ["-"], eval=config.data.eval or ["-"])
     checked = replace(config, data=data, output_dir=config.output_dir or ".")
     problems.catch(check_train_config, checked, world)
@@ -72,7 +72,7 @@ def _check_model(name: str, hf: HFModel, section) -> None:
 
 
 def missing_files(config: PlanConfig) -> list[str]:
-    """What training will need and is not there yet, one line each."""
+    """Files that training will need and that are missing so far, one line each."""
     lines = []
     if not config.output_dir:
         lines.append("output_dir is not given")
@@ -106,7 +106,7 @@ def check_inputs(config: PlanConfig, models: Iterable[HFModel], problems: Proble
 
     for hf in models:
         problems.catch(check_weight_files, hf)
-    # what the machine must be able to run is not this machine's business
+    # the job may run on another machine, so what this machine can run is not checked
     plain = Precision()
     policy = replace(config.policy, precision=replace(plain, dtype=config.policy.precision.dtype), spec="torch")
     judge = replace(config.judge, precision=replace(plain, dtype=config.judge.precision.dtype), spec="torch")

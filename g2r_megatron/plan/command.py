@@ -34,7 +34,7 @@ def run_plan(config: PlanConfig) -> int:
 
 
 def _suggestions(config: PlanConfig, problems: Problems) -> list[Suggestion]:
-    """Whatever layouts the config has: they are what is looked for."""
+    """The config's own layouts do not matter: workable ones are searched for."""
     judge = replace(config.judge, layout=Layout(), ranks=0, parts=1, offload=False)
     config = replace(config, policy=replace(config.policy, layout=Layout()), judge=judge)
     policy_model, judge_model = check_config(config, problems)

@@ -1,7 +1,8 @@
 """Work, communication and time of a step's phases, from stated speeds (config.py, ``Hardware``).
 
-Nothing overlaps with anything but, with ``judge.ranks``, the judge with the policy's sampling and log-probs. Ring
-algorithms: a rank sends (n - 1) / n of a tensor to gather or reduce-scatter it over n ranks, twice that to all-reduce it.
+Only one overlap is counted: with ``judge.ranks`` the judge works during the policy's sampling and log-probs. Ring
+algorithms: a rank sends (n - 1) / n of a tensor to gather or reduce-scatter it over n ranks, twice that to all-reduce
+it.
 """
 
 import math
@@ -21,8 +22,8 @@ from g2r_megatron.plan.workload import (
     workload,
 )
 
-# Operations of a decoding step that are more than views, counted in plain torch layers (test_plan_memory.py). Transformer
-# Engine's do several at once, and its modules take the host as long.
+# Operations of a decoding step that are more than views, counted in plain torch layers (test_plan_memory.py).
+# Transformer Engine's operations do several of these at once, but its modules take as much host time.
 LAYER_OPERATIONS = 69
 QK_NORM_OPERATIONS = 16
 EXPERTS_OPERATIONS = 66
@@ -142,13 +143,13 @@ def forward_links(model: PlannedModel, stage: int, tokens: float, sp: bool | Non
     e, x = layout.ep, layout.etp
     copies = row / t * model.topk  # this rank's tokens, once for each of their experts
     ep = s.moe_layers * (2 * copies * (e - 1) / e + 2 * copies * (x - 1)) if g.experts else 0.0
-    hops = len(s.layers) - (stage == layout.pp - 1)  # virtual stages hand on, too
+    hops = len(s.layers) - (stage == layout.pp - 1)  # virtual stages send, too
     pp = row / (t if sp else 1) * hops if layout.pp > 1 else 0.0
     return Links(tp, ep, pp)
 
 
 def backward_links(model: PlannedModel, stage: int, tokens: float) -> Links:
-    """The backward sends as much as the forward, gathers again what weight gradients need, and repeats a recomputed one."""
+    """The backward: as much as the forward, gathers for weight gradients again, and a recomputed forward again."""
     forward = forward_links(model, stage, tokens)
     links = Links(forward.tp, forward.ep, forward.pp)
     if model.kind.trains and model.layout.sp:
@@ -168,7 +169,7 @@ def _pipelined(model: PlannedModel, micro_batches: int, seconds: float) -> float
 def run_phase(
     job: Job, name: str, model: PlannedModel, passes: Passes, backward: bool, end: Links | None = None
 ) -> Phase:
-    """A phase of equal micro-batches; the slowest stage sets the pace. ``end``: what is sent once, behind them."""
+    """A phase of equal micro-batches; the slowest stage sets the pace. ``end``: what is sent once, after them."""
     hardware = job.config.hardware
     speed = (hardware.fp32_tflops if model.kind.dtype == "fp32" else hardware.tflops) * 1e12 * hardware.mfu
     best = None
@@ -208,7 +209,7 @@ def gradient_links(model: PlannedModel, stage: int, distributed: bool) -> Links:
 
 
 def rollout_phase(job: Job, sampling: Rollout) -> Phase:
-    """As rollout/megatron.py samples: prompts at the speed of large products, then a token at a time.
+    """Sampling as in rollout/megatron.py: prompts at the speed of large products, then one token at a time.
 
     A decoding step reads weights and cache, and draws from logits of the whole vocabulary; the host launches each
     operation, and waits at the end of the step. The stages of a pipeline work one after the other.
@@ -292,7 +293,8 @@ def _load_phase(job: Job) -> Phase:
 def step_seconds(job: Job, phases: list[Phase]) -> float:
     """A step: all phases one after the other; with own ranks the judge works beside sampling and log-probs.
 
-    Part i is judged while part i + 1 is sampled, so the last part (or, with a slow judge, all but the first) is waited for.
+    Part i is judged while part i + 1 is sampled, so the policy waits for the last part (or, with a slow judge, for all
+    parts but the first).
     """
     seconds = {phase.name: phase.seconds for phase in phases}
     if job.shared:

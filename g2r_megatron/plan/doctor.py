@@ -1,6 +1,7 @@
-"""`g2r doctor`: what is installed and used, what is missing for what, and whether something needed here is broken.
+"""`g2r doctor`: what is installed and used, what is missing and why it matters, and whether a needed part is broken.
 
-Every package is imported in a process of its own: one that raises, or kills the interpreter, is a line of the report.
+Every package is imported in a process of its own: a package that raises, or ends the interpreter, becomes a line of the
+report.
 """
 
 import importlib.metadata
@@ -33,7 +34,7 @@ STYLES = {"ok": "green", "note": "yellow", "missing": "yellow", "broken": "bold 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. ``broken`` is what makes the exit code 1; ``what`` says what is there, or is to be done."""
+    """One line of the report. ``broken`` is what makes the exit code 1; ``what`` says what was found, or what to do."""
 
     name: str
     state: State
@@ -149,7 +150,7 @@ def installed_version(distribution: str) -> str | None:
 
 
 def check_python() -> Finding:
-    """Its version and place; pip installs this project on no older one than it supports."""
+    """Python's version and place; pip refuses to install this project on an unsupported older one."""
     return Finding("Python", "ok", f"{platform.python_version()} at {sys.executable}")
 
 
@@ -180,7 +181,7 @@ def check_torch(has_gpu: bool) -> list[Finding]:
 
 
 def torch_version(version: str, cuda: str | None) -> Finding:
-    """The tested version is right, another one since ``LEAST_TORCH`` is let through, an older one is too old."""
+    """The tested version is right, another one from ``LEAST_TORCH`` on is accepted, an older one is too old."""
     text = f"{version}, " + (f"CUDA {cuda}" if cuda else "CPU build")
     if version.partition("+")[0] == TESTED_TORCH:
         return Finding("torch", "ok", text)
@@ -199,7 +200,7 @@ def check_driver() -> tuple[bool, Finding]:
 
 
 def check_package(package: Package, has_gpu: bool) -> Finding:
-    """Imported, absent, or there and raising."""
+    """Imported, absent, or present but its import raises."""
     version = installed_version(package.distribution)
     needed = package.needed == "always" or (package.needed == "gpu" and has_gpu)
     found = run_probe(PROBE, package.module)
@@ -209,7 +210,7 @@ def check_package(package: Package, has_gpu: bool) -> Finding:
     if absent:
         return Finding(package.distribution, "broken" if needed else "missing", f"not installed; for {package.purpose}")
     problem = f"{version or 'there'}, but its import raises {one_line(found['error'])}; for {package.purpose}"
-    # Megatron-Core imports Transformer Engine wherever it finds it: a broken one is in the way also without a GPU
+    # Megatron-Core imports Transformer Engine if it is installed: a broken one does harm also without a GPU
     harmful = needed or package.module.startswith("transformer_engine")
     return Finding(package.distribution, "broken" if harmful else "note", problem + "; reinstall or remove it")
 
@@ -340,7 +341,7 @@ def check_machine() -> list[Finding]:
 def findings() -> list[Finding]:
     """The whole report, in order."""
     has_gpu, driver = check_driver()
-    with ThreadPoolExecutor() as threads:  # each import waits in a process of its own
+    with ThreadPoolExecutor() as threads:  # each import runs in its own process
         torch, apex = threads.submit(check_torch, has_gpu), threads.submit(check_apex)
         flex = threads.submit(check_flex_attention, has_gpu)
         packages = list(threads.map(check_package, PACKAGES, [has_gpu] * len(PACKAGES)))

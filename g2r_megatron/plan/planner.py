@@ -1,4 +1,4 @@
-"""`g2r plan`: checks, memory, work and time of a job put together, with a fix for everything that does not fit."""
+"""`g2r plan`: checks, memory, work and time of a job together, with a fix if the job does not fit."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -164,7 +164,7 @@ def try_job(config: PlanConfig, policy: HFModel, judge: HFModel, count: CountSta
             check_layout(name, section.layout, world, config.judge.ranks)
             check_model(name, hf, section.layout, Precision(dtype=section.precision.dtype), "torch")
         return plan_job(config, policy, judge, count)
-    except UserError:  # the answer to the question asked here
+    except UserError:  # that is the answer: the layout does not fit
         return None
 
 
@@ -176,7 +176,7 @@ def _shown(value) -> str:
 
 
 def job_notes(job: Job, work: Workload) -> list[str]:
-    """What works, but perhaps not as meant."""
+    """What works, but perhaps not as the user intended."""
     config, notes = job.config, []
     if work.sequence > config.policy.micro_batch_tokens:
         notes.append(

@@ -1,4 +1,4 @@
-"""Device memory of every rank: what it always holds, and what each phase of a step adds."""
+"""Device memory of every rank: what the rank always holds, and what each phase of a step adds."""
 
 from dataclasses import dataclass, field, replace
 
@@ -25,7 +25,7 @@ GIB = 1024**3
 class RankMemory:
     """Ranks ``first`` .. ``last``, which are all alike. Bytes of one of them.
 
-    ``static``: what is there all the time; ``phases``: what each phase holds besides, parts by name.
+    ``static``: what the rank always holds; ``phases``: what each phase adds, its parts by name.
     """
 
     first: int
@@ -63,7 +63,7 @@ def update_bytes(model: PlannedModel, stage: int, passes: Passes) -> dict[str, f
         kept += model.layer_keeps(stage)
     work = model.works(stage, backward=True)
     logits = passes.logit_rows * model.logits_here(stage) * LOGITS_BACKWARD
-    # logits are gone when the layers' backward begins
+    # logits are freed before the layers' backward begins
     return {"activations": tokens * kept + max(logits, tokens * work)}
 
 
@@ -75,7 +75,7 @@ def forward_bytes(model: PlannedModel, stage: int, passes: Passes) -> dict[str, 
 
 
 def row_bytes(model: PlannedModel, layers: int, passes: Passes) -> dict[str, float]:
-    """A packed row's mask while it is made, and the keys and values that context parallel ranks gather in ``layers``."""
+    """A packed row's mask while it is built, and keys and values that CP ranks gather in ``layers``."""
     layout, g = model.layout, model.geometry
     gathered = 2 * model.kind.a * passes.tokens * g.kv_heads * g.head_dim / layout.tp * layers if layout.cp > 1 else 0
     return {"row": FP32 * passes.tokens**2 / layout.cp + gathered}

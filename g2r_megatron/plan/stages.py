@@ -37,7 +37,7 @@ class Stage:
 
 @contextmanager
 def fake_world(rank: int, ranks: int) -> Iterator[None]:
-    """A process group of ``ranks`` ranks in one process: nothing is sent, no device is used."""
+    """A process group of ``ranks`` ranks in one process. It sends nothing and uses no device."""
     import torch.distributed as dist
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -62,7 +62,7 @@ def built_stages(name: str, hf: HFModel, layout: Layout, dtype: Dtype, ranks: in
     stages: list[Stage] = []
     built: dict[tuple, Stage] = {}
     for stage in range(layout.pp):
-        kind: tuple = ()  # of the first stage, which finds what is wrong with the layout
+        kind: tuple = ()  # of the first stage; building that one finds errors of the layout
         if stage:
             layers = [hf.geometry.is_moe(i) for i in _layers_of_stage(hf, layout, stage)]
             chunks = stage_layers(layout, hf.geometry.layers)[stage :: layout.pp]

@@ -15,7 +15,7 @@ from g2r_megatron.plan.planner import count_stages_as_built, count_stages_by_for
 from g2r_megatron.plan.rank_memory import GIB, rank_memory
 
 SHOWN = 2  # of each place of the judge
-TRIED = 300  # pairs of layouts whose memory is looked at, for each place of the judge
+TRIED = 300  # pairs of layouts whose memory is computed, for each place of the judge
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 

@@ -103,7 +103,7 @@ def _busy(plan: Plan) -> str:
 
 
 def _memory_table(plan: Plan, out: Console) -> Table:
-    """GiB a rank: what is always there, and the phase that needs the most."""
+    """GiB a rank: what it always holds, and the phase that needs the most."""
     shown = [n for n in COLUMNS if any(n in {**g.static, **g.phases[g.peak_phase]} for g in plan.memory)]
     table = _table(out, "GiB a rank, at its fullest", "ranks", "role", "fullest in", *shown, "needed", "usable")
     for group in plan.memory:
@@ -138,7 +138,7 @@ def _time_table(plan: Plan, out: Console) -> Table:
 
 
 def assumptions(plan: Plan) -> list[str]:
-    """What the numbers rest on."""
+    """The assumptions behind the numbers."""
     h, work = plan.config.hardware, workload(plan.config)
     lines = [
         f"{work.responses} responses of {work.response} tokens to prompts of {work.prompt} (the limits: an upper bound)",

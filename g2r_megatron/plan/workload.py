@@ -1,7 +1,7 @@
 """What a training step computes: the passes of each phase, from the config's limits on tokens.
 
-Every prompt has ``rollout.max_prompt_tokens`` tokens and every response ``rollout.max_response_tokens``: what has to
-fit, and the longest that a step takes. Real steps are as much faster as their responses are shorter.
+Every prompt has ``rollout.max_prompt_tokens`` tokens and every response ``rollout.max_response_tokens``. This is the
+most that must fit, and the longest that a step takes. Real steps are faster if their responses are shorter.
 """
 
 import math
@@ -42,10 +42,10 @@ class Workload:
     attributed: float  # items of a response that need a backward pass
     criterion: int
     template: int
-    shares_prefix: bool  # the criterion comes last: the items of a response share what stands before it
+    shares_prefix: bool  # the criterion comes last: the items of a response share what is before it
     pooled: bool  # one backward pass a response
     parts: int  # sampled and judged one after the other
-    gates: str | None  # whose queries a gate attribution gates; "branch": verdicts and attributions come from one pass
+    gates: str | None  # the queries that are gated; "branch": one pass gives verdicts and attributions
 
     @property
     def sequence(self) -> int:
@@ -67,7 +67,7 @@ class Workload:
 
 
 def workload(config: PlanConfig) -> Workload:
-    """The step that ``config`` (with its preset resolved) asks for."""
+    """The step that ``config`` (with its preset resolved) describes."""
     template = config.judge.template
     text = len(template) - sum(len("{" + name + "}") for name in ("conversation", "response", "criterion"))
     attributes = config.grpo.advantage != "sequence" and config.grpo.mix > 0 and config.judge.attribution != "uniform"
@@ -135,7 +135,7 @@ def _log_prob_passes(work: Workload, layout: Layout, ranks: int, count: int, bud
 
 
 def verdict_passes(work: Workload, config: PlanConfig, ranks: int) -> Passes:
-    """One tree a response, cut where it is longer than ``judge.max_length``; without sharing one sequence an item."""
+    """One tree a response, cut if it is longer than ``judge.max_length``; without sharing one sequence an item."""
     c = config.judge
     if work.gates == "branch":  # the prefixes; their branches are the attribution's
         count = work.responses * (1 if work.shares_prefix else work.items)
@@ -152,7 +152,7 @@ def verdict_passes(work: Workload, config: PlanConfig, ranks: int) -> Passes:
 def attribution_passes(work: Workload, config: PlanConfig, ranks: int) -> Passes:
     """One sequence an attributed item, or one tree of them a response (``judge.credit=per_response``).
 
-    Of gates: what has gradients. That are the branches of all items, or response and branch of the attributed ones.
+    For gates, the tokens that have gradients: the branches of all items, or response and branch of the attributed ones.
     """
     if work.gates == "branch":
         items = max(1, min(work.items, config.judge.micro_batch_tokens // work.criterion))
@@ -197,8 +197,9 @@ def _judge_passes(config: PlanConfig, ranks: int, count: int, length: int, conte
 class Rollout:
     """Sampling on one replica as rollout/megatron.py does it: ``batches`` of ``sequences`` decoded together.
 
-    A batch begins with one pass over ``first`` tokens, as many as its shortest prompt has. It then takes ``steps``: what
-    its longest prompt has more, and the response. ``prompt``, ``response``: the limits. ``first`` and ``steps`` are means.
+    A batch begins with one pass over ``first`` tokens, as many as its shortest prompt has. It then takes ``steps``: the
+    further tokens of its longest prompt, and the response. ``prompt``, ``response``: the limits. ``first`` and
+    ``steps`` are means.
     """
 
     batches: int
