@@ -1,4 +1,4 @@
-"""What a person sees while tensors are copied or compared: tensors, bytes, GB/s and the time that is left."""
+"""The progress line while tensors are copied or compared: tensors, bytes, GB/s and the time that is left."""
 
 import sys
 import time
@@ -16,7 +16,7 @@ SECONDS_BETWEEN_LINES = 5.0  # in a pipe or a Slurm log
 class CopyProgress:
     """A live line on a terminal; elsewhere a plain line every few seconds and one at the end, without control codes.
 
-    Each process counts its own share. The shares are equal in bytes, so the first process's stands for all.
+    Each process counts its own share. The shares are equal in bytes, so the first process's share represents all.
 
     >>> with CopyProgress("convert", tensors=291, nbytes=3 * 10**9, share=10**9, enabled=rank == 0) as progress:
     ...     progress.add(2**20)

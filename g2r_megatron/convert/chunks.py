@@ -35,7 +35,7 @@ METADATA = ".metadata"
 FORMAT = "metadata.json"
 FILE_BYTES = 4 * 10**9  # a .distcp file ends with the chunk that passes this
 CACHE_BYTES = 2**29  # of chunks that neighbouring tensors share (q, k and v; gate and up)
-# Everything that torch 2.2 to 2.13 and Megatron-Core put into .metadata. A pickle can call whatever it names.
+# Everything that torch 2.2 to 2.13 and Megatron-Core put into .metadata. A pickle can call any function that it names.
 ADMITTED = {
     "torch": {"Size", "float32", "bfloat16", "float16", "float64", "uint8", "int8", "int32", "int64", "bool"},
     "torch.serialization": {"_get_layout"},
@@ -75,7 +75,7 @@ class Stored(NamedTuple):
 
 
 class ChunkWriter:
-    """The .distcp files of one process. Holds nothing: a chunk is in its file when ``write`` returns."""
+    """The .distcp files of one process. It keeps no data: a chunk is in its file when ``write`` returns."""
 
     def __init__(self, directory: Path, rank: int):
         self._directory, self._rank = directory, rank
@@ -115,7 +115,7 @@ class ChunkWriter:
 def _save(tensor: torch.Tensor, file: io.BufferedWriter) -> None:
     """``torch.save`` without check sums, which ``torch.load`` never looks at and which take longer than the disk.
 
-    Raises ``OSError``: torch hides it behind an error of its own about the position in the file.
+    Raises ``OSError``: torch would replace it with its own error about the position in the file.
     """
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
@@ -323,7 +323,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def _read_metadata(file: Path) -> Metadata:
-    """The unpickled ``.metadata``; only the classes that checkpoints consist of may come out of it."""
+    """The unpickled ``.metadata``; only the classes that checkpoints consist of are allowed in it."""
     try:
         with file.open("rb") as stream:
             metadata = _MetadataUnpickler(stream).load()

@@ -13,7 +13,7 @@ from g2r_megatron.errors import UserError, unwritable
 from g2r_megatron.model.torch_dist import sync_directory, sync_to_disk
 from g2r_megatron.parallel.agreement import raised_by_all
 
-# In a directory that a conversion has begun. The name is what tells our leftovers from a user's own NAME.incomplete.
+# In a directory that a conversion has begun. This file distinguishes our leftovers from a user's own NAME.incomplete.
 MARKER = ".g2r_conversion"
 
 
@@ -45,8 +45,8 @@ def check_free_space(final: Path, needed: int) -> None:
 def new_directory(final: Path) -> Iterator[Path]:
     """NAME.incomplete to write into; it gets its name when the block ends. Collective; all disks are one.
 
-    Every file but those of the first process must have been synced to disk by then. When the block raises, nothing
-    stays. The block's errors must be raised by all processes alike (``raised_by_all``).
+    Every file but those of the first process must have been synced to disk by then. When the block raises, everything
+    is removed. All processes must raise the block's errors together (``raised_by_all``).
     """
     temporary, first = _temporary(final), dist.get_rank() == 0
     with raised_by_all():
@@ -63,12 +63,12 @@ def new_directory(final: Path) -> Iterator[Path]:
                     sync_directory(final.parent)
                 except OSError as error:
                     raise unwritable(temporary, error) from error
-    except BaseException:  # Ctrl-C too: half a model is of no use
+    except BaseException:  # Ctrl-C too: half a model is useless
         if first and temporary.exists():
             _remove(temporary)
         raise
     if first:
-        (final / MARKER).unlink()  # after the rename: a leftover without it could not be told from a user's directory
+        (final / MARKER).unlink()  # after the rename: a leftover without it would look like a user's directory
     dist.barrier()
 
 
@@ -84,7 +84,7 @@ def _make(final: Path, temporary: Path) -> None:
 
 
 def _remove(directory: Path) -> None:
-    """The marker goes last: what is left of a removal that was killed is still known for ours."""
+    """The marker is removed last: so the rest of a killed removal is still recognised as ours."""
     for path in directory.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -106,5 +106,5 @@ def _temporary(final: Path) -> Path:
 
 
 def _is_ours(directory: Path) -> bool:
-    """An empty directory is what a conversion leaves that was killed before it wrote its marker."""
+    """An empty directory counts: a conversion that was killed before it wrote its marker leaves one."""
     return directory.is_dir() and ((directory / MARKER).is_file() or not any(directory.iterdir()))

@@ -95,11 +95,11 @@ class SafetensorsParameters:
                 self._dtypes[parameter.key] = torch.promote_types(known, reader.dtype(piece.hf))
 
     def dtype(self, parameter: Parameter) -> torch.dtype:
-        """That of its tensors; of several ones, the one that holds them all."""
+        """That of its tensors; of several dtypes, one that can hold all their values."""
         return self._dtypes[parameter.key]
 
     def position(self, parameter: Parameter) -> tuple[str, int]:
-        """(file, offset) of its first value: reading in this order is reading the files from begin to end."""
+        """(file, offset) of its first value: reading in this order reads the files from beginning to end."""
         info = self._reader.tensors[self._pieces(parameter, 0, 1)[0].hf]
         return str(info.file), info.offset
 

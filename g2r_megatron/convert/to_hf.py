@@ -1,4 +1,4 @@
-"""A Megatron checkpoint, of a training run or converted, becomes a Hugging Face directory; the model is never held.
+"""Convert a Megatron checkpoint (trained or converted) to a Hugging Face directory, without holding the whole model.
 
 Every process copies its share of the rows: out of the .distcp files, into safetensors files that the first one makes.
 """
@@ -82,7 +82,7 @@ def _copy(tensors: NamedTensors, writer: SafetensorsWriter) -> None:
 
 
 def _copy_files(hf: HFModel, directory: Path, dtype: torch.dtype) -> None:
-    """Config and tokenizer, byte for byte while the weights have the dtype that they were converted in."""
+    """Config and tokenizer, byte for byte if the weights still have the dtype of their conversion."""
     facts = read_json(hf.checkpoint / CHECKPOINT_FACTS) if (hf.checkpoint / CHECKPOINT_FACTS).is_file() else {}
     try:
         same = facts.get("dtype") == str(dtype).removeprefix("torch.")

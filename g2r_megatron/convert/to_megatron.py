@@ -1,4 +1,4 @@
-"""A Hugging Face directory becomes a Megatron checkpoint (torch_dist), without ever holding the model.
+"""Convert a Hugging Face directory to a Megatron checkpoint (torch_dist), without holding the whole model.
 
 Every process copies its share of the rows: out of the safetensors files, into .distcp files of its own.
 """
@@ -38,7 +38,7 @@ def convert_to_megatron(source: str, output: Path) -> None:
     """Write checkpoint ``output`` of the model in Hugging Face directory ``source`` (collective over the world).
 
     Tensors keep the files' dtype. Raises ``UserError`` on every process, before anything is written, for a model that
-    cannot be carried over exactly and for an ``output`` that exists; afterwards when the disk is full.
+    cannot be converted exactly and for an ``output`` that exists; afterwards when the disk is full.
     """
     initialize(seed=0)
     with raised_by_all():

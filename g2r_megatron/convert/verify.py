@@ -73,7 +73,7 @@ class TensorReport:
 
 
 class UnfusedTensors:
-    """A Hugging Face directory with fused experts under the names of separate ones; what it has more is kept."""
+    """A Hugging Face directory with fused experts under the names of separate ones; its other tensors are kept."""
 
     def __init__(self, hf: HFModel, parameters: list[Parameter], reader: SafetensorsReader):
         separate = dataclasses.replace(hf, fused_experts=False)

@@ -1,8 +1,8 @@
-"""Megatron-Core's asynchronous save, with a thread where it would fork.
+"""Megatron-Core's asynchronous save, with a thread instead of a forked process.
 
-A forked process outlives a killed run and would still be writing while the next one resumes; it copies gloo's and CUDA's
-threads in whatever state they are; and Megatron-Core's other one, which is spawned, needs CUDA. A thread ends with its
-process. Most of its work releases Python's lock: writing, fsync, check sums.
+A forked process continues after the run is killed, and would still write while the next run resumes. It also copies
+gloo's and CUDA's threads in any state. Megatron-Core's spawned process needs CUDA. A thread ends with its process. Most
+of its work releases Python's lock: writing, fsync, check sums.
 """
 
 import queue
@@ -92,7 +92,7 @@ def with_check_sums(request: AsyncRequest, sums: dict[str, int], seconds: list[f
         start = time.perf_counter()
         request.async_fn(rank, buckets, results, **options)
         for path in (Path(bucket[0]) for bucket in buckets):
-            if path.is_file():  # if not, the results say why
+            if path.is_file():  # if not, the results give the reason
                 sums[path.name] = crc32(path)
         seconds.append(time.perf_counter() - start)
 
@@ -125,7 +125,7 @@ def _write_buckets(transforms: list, use_msc: bool, rank: int, buckets: list, re
 
 
 def _disk_error(error: BaseException) -> BaseException:
-    """What the disk said, where torch's writer, which failed for it, says only that it did."""
+    """The disk's error that made torch's writer fail; the writer's own error does not name it."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__

@@ -1,8 +1,8 @@
 """Training checkpoints: Megatron-Core's torch_dist format, complete or absent, the last N kept.
 
 A checkpoint is written as ``step_00000020.incomplete`` and renamed when every rank has finished and the files are on
-disk, so a directory without the suffix is always whole. Nothing older is deleted before that. What has been damaged
-since is found by its check sums: it is named, left as it is, and the one before it is used.
+disk, so a directory without the suffix is always whole. Older checkpoints are deleted only after that. Check sums find
+a checkpoint that was damaged later: it is named and not changed, and the one before it is used.
 """
 
 import io
@@ -63,7 +63,7 @@ class Checkpointer:
 
     def __init__(self, trainer: PolicyTrainer, directory: Path, keep_last: int):
         self.trainer, self.directory, self.keep_last = trainer, directory, keep_last
-        self.damaged: list[tuple[str, str]] = []  # what ``load_latest`` had to leave out, and why
+        self.damaged: list[tuple[str, str]] = []  # what ``load_latest`` could not use, and why
         self.background_seconds: list[float] = []  # this rank's writing, of the saves that are done
         self._writing: int | None = None  # the step whose save has begun
         self._queue = ThreadQueue()
@@ -74,7 +74,7 @@ class Checkpointer:
         state = weights | {
             "optimizer": sharded_optimizer_state(
                 self.trainer.optimizer,
-                # of several chunks it takes all of them by name, of one its content
+                # it takes several chunks by name, but of a single chunk its content
                 weights.get("model", weights),
                 is_loading,
                 sharded_metadata(model.groups),
@@ -101,10 +101,10 @@ class Checkpointer:
         self.begin(step, in_background=False)
 
     def begin(self, step: int, in_background: bool = True) -> int | None:
-        """Copy the state of ``step`` and begin to write it; ``finish`` makes a checkpoint of it.
+        """Copy the state of ``step`` and begin to write it; ``finish`` completes the checkpoint.
 
-        Without ``in_background`` it is one when this returns. Waits for an earlier save; the step of that one, if it had
-        not been finished.
+        Without ``in_background`` the checkpoint is complete when this returns. Waits for an earlier save, and returns
+        the step of that one if it was not finished.
         """
         earlier = self.finish(wait=True)
         temporary = self._path(step, ".incomplete")
@@ -170,11 +170,13 @@ class Checkpointer:
                 sync_directory(self.directory)
                 older = [path for other, path in complete_checkpoints(self.directory) if other <= step]
                 for path in older[: -self.keep_last]:
-                    doomed = path.rename(path.with_name(path.name + ".incomplete"))  # half deleted is not whole either
+                    doomed = path.rename(
+                        path.with_name(path.name + ".incomplete")
+                    )  # a half-deleted checkpoint must not look whole
                     shutil.rmtree(doomed)
 
     def _set_aside(self, path: Path) -> None:
-        """Make room for a checkpoint of the same step: one was there that could not be loaded. It is kept."""
+        """Rename an older checkpoint of the same step, which could not be loaded. It is kept."""
         if path.exists():
             names = [path.with_name(f"{path.name}.damaged{suffix}") for suffix in ("", *map(str, range(2, 1000)))]
             path.rename(next(name for name in names if not name.exists()))
@@ -184,9 +186,10 @@ class Checkpointer:
 
     @contextmanager
     def _refusals(self, step: int) -> Iterator[None]:
-        """What the disk refuses in the block is a ``UserError`` that names the checkpoint and the cause.
+        """An error of the disk in the block becomes a ``UserError`` that names the checkpoint and the cause.
 
-        Of an error in the ranks' files all of them learn; what only rank 0 writes at the end (.metadata) it alone finds.
+        All ranks get an error in the ranks' files. Rank 0 alone gets an error in what only it writes at the end
+        (.metadata).
         """
         try:
             yield
@@ -260,7 +263,7 @@ class Checkpointer:
 
 
 class _CommonState(TorchCommonSaveStrategy):
-    """Rank 0 writes what is the same everywhere; when it cannot, all ranks know."""
+    """Rank 0 writes what is the same on all ranks; if that fails, all ranks raise."""
 
     def save_common(self, common_state_dict: dict, checkpoint_dir: str | Path) -> None:
         file = Path(checkpoint_dir) / COMMON_STATE_FNAME

@@ -1,4 +1,4 @@
-"""The sampler is not the trainer: how far apart they are, and what that does to the loss (docs/rollouts.md)."""
+"""Sampler and trainer differ: how much they differ, and how the loss is corrected for it (docs/rollouts.md)."""
 
 import math
 from dataclasses import dataclass
@@ -25,7 +25,8 @@ class Correction:
     metrics: dict[str, float]
 
     def scaled(self, advantages: list[Tensor]) -> list[Tensor]:
-        """The advantages times the factors, which are not negative: so the clipped loss of every token is times its factor."""
+        """The advantages times the factors. No factor is negative, so each token's clipped loss is multiplied by its
+        factor."""
         return [part * factor for part, factor in zip(advantages, self.factors, strict=True)]
 
 

@@ -85,7 +85,7 @@ def response_log_probs(
     ``plan``: of ``plan_micro_batches`` with this ``budget``.
 
     In training mode, as the update runs (models here have no dropout): Transformer Engine takes other attention kernels
-    in evaluation, whose rounding is another one.
+    in evaluation, and these round differently.
     """
     training = model.training
     model.train()

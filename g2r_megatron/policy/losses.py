@@ -40,7 +40,7 @@ def aggregation_weights(lengths: list[int], kind: str, max_response_tokens: int)
 def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor) -> dict[str, Tensor]:
     """Per-token estimates of KL(policy || reference), d = log p - log p_ref: k1 = d, k2 = d^2 / 2, k3 = e^-d + d - 1.
 
-    Both [n]; returns three [n] tensors. Used as a penalty, k1's gradient has expectation zero: it is a reading.
+    Both [n]; returns three [n] tensors. As a penalty, k1's gradient has expectation zero, so k1 is only a metric.
     """
     difference = logprobs - ref_logprobs
     return {"k1": difference, "k2": difference.square() / 2, "k3": torch.expm1(-difference) + difference}

@@ -1,10 +1,10 @@
-"""The sharded optimizer's state as each rank holds it: written without gathering, read on any layout.
+"""The sharded optimizer's state as each rank holds it. It is written without gathering and can be read on any layout.
 
-Megatron-Core's distributed optimizer gives each data-parallel rank a range of the flat buffer of all parameters, so of a
-parameter a rank holds the flat elements from one to another. In the parameter's shape that is a few boxes: the end of a
-row, whole rows, the beginning of a row. Each box is a shard of the parameter's global tensor, under the key that
-Megatron-Core's ``fully_reshardable`` form has (optimizer.state.exp_avg.<weight>): a checkpoint of either kind is
-read as the other. Megatron-Core 0.16.1 has no such form of its own: ``fully_reshardable`` gathers whole buffers on every
+Megatron-Core's distributed optimizer gives each data-parallel rank a range of the flat buffer of all parameters, so a
+rank holds a flat range of a parameter's elements. In the parameter's shape that range is a few boxes: the end of a row,
+whole rows, the beginning of a row. Each box is a shard of the parameter's global tensor, under the key that
+Megatron-Core's ``fully_reshardable`` form has (optimizer.state.exp_avg.<weight>): a checkpoint of either kind is read
+as the other. Megatron-Core 0.16.1 has no such form of its own: ``fully_reshardable`` gathers whole buffers on every
 rank, ``dp_reshardable`` is read on the same TP and PP only, ``fully_sharded_model_space`` raises.
 """
 
@@ -70,7 +70,8 @@ def _plain(shard: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
 
 
 def _parts(whole: ShardedTensor, first: int, name: str, state: torch.Tensor, start: int) -> Iterator[ShardedTensor]:
-    """What ``state`` [n], of a parameter's elements from ``start`` on, has of ``whole``, its elements from ``first`` on."""
+    """The shards of ``state`` [n] (elements from ``start`` on) in ``whole`` (the parameter's elements from ``first``
+    on)."""
     begin, end = max(start, first), min(start + len(state), first + whole.data.numel())
     key = f"optimizer.state.{name}.{whole.key}"
     axes = whole.prepend_axis_num  # of the global tensor, before the parameter's own
@@ -102,7 +103,7 @@ def sharded_optimizer_state(optimizer, weights: dict, is_loading: bool, metadata
     states = {}
     for i, part in enumerate(parts):
         if is_loading:
-            part.load_state_dict(part.state_dict())  # makes moments where there has been no step yet
+            part.load_state_dict(part.state_dict())  # makes moments if there has been no step yet
         states[i] = part.state_dict() | {"param_state": dict(enumerate(owned_shards(part, weights)))}
     return states if len(parts) > 1 else states[0]
 
@@ -111,4 +112,4 @@ def sharded_optimizer_state(optimizer, weights: dict, is_loading: bool, metadata
 def load_owned(optimizer: DistributedOptimizer, weights: dict, loaded: dict[int, torch.Tensor]) -> None:
     """Put the loaded ``param_state`` into the optimizer."""
     for i, shard in enumerate(owned_shards(optimizer, weights)):
-        shard.data.copy_(loaded[i])  # of itself where it was read in place
+        shard.data.copy_(loaded[i])  # a copy to itself if it was read in place

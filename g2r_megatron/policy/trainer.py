@@ -39,7 +39,7 @@ def wrap_for_training(model: MegatronModel, options: OptimizerConfig) -> None:
         grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=options.distributed
     )
     model.modules = [
-        # as Megatron-LM: only the first virtual stage's gradients wait for the end of the backward pass
+        # as in Megatron-LM: only the first virtual stage's gradients are reduced at the end of the backward pass
         DistributedDataParallel(
             model.config, ddp_config, module, disable_bucketing=i > 0, pg_collection=model.groups.pgs
         )
@@ -55,8 +55,8 @@ def _finalize_gradients(modules, num_tokens, pg_collection, force_all_reduce=Fal
 def check_first_ratio(metrics: dict[str, float], dtype: torch.dtype) -> None:
     """Raise ``RunError`` unless the first mini-batch's ratios are 1, to the dtype's tolerance; ``metrics`` of an update.
 
-    They are of the policy with itself: anything else means that old log-probs and update do not compute the same
-    function (stale FP8 weights, other kernels). A ratio that is not finite is a bad step's business.
+    The ratios compare the policy with itself. Any other value means that old log-probs and update do not compute the
+    same function (stale FP8 weights, other kernels). A ratio that is not finite is handled as a bad step.
     """
     mean, largest = metrics["ratio/first"], metrics["ratio/first_max"]
     off = max(abs(mean - 1.0), largest - 1.0)
@@ -93,7 +93,7 @@ def build_optimizer(model: MegatronModel, options: OptimizerConfig):
 
 
 def _torch_optimizers(optimizer) -> list[torch.optim.Optimizer]:
-    """The plain torch optimizers inside (none where Apex or Transformer Engine brings its own Adam)."""
+    """The plain torch optimizers inside (none if Apex's or Transformer Engine's Adam is used)."""
     inner = [o.optimizer for o in optimizer.chained_optimizers]
     return [o for o in inner if isinstance(o, torch.optim.Adam | torch.optim.AdamW)]
 
@@ -112,7 +112,7 @@ def _allocate_adam_state(optimizer: torch.optim.Optimizer) -> None:
 def load_optimizer_state(optimizer, state: dict, weights: dict) -> None:
     """``optimizer.load_state_dict(state)``, with the options of this run's config instead of the saved ones.
 
-    (The learning rate and weight decay of the next update are the scheduler's to set.) ``state``: a loaded
+    (The scheduler sets the learning rate and weight decay of the next update.) ``state``: a loaded
     ``sharded_optimizer_state``; ``weights``: the model's ``sharded_weights``.
     """
     configured = [
@@ -141,7 +141,8 @@ def _load_part(part, state: dict, weights: dict) -> None:
 
 
 def _check_shards(optimizer, options: OptimizerConfig) -> None:
-    """Every replica must own a share of a sharded optimizer state, or Megatron-Core cannot checkpoint it."""
+    """Raise an error unless every replica owns a share of a sharded optimizer state: Megatron-Core's checkpoints need
+    it."""
     owned = min(sum(len(g["params"]) for g in o.optimizer.param_groups) for o in optimizer.chained_optimizers)
     smallest = torch.tensor([owned], device=local_device())
     dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
@@ -227,7 +228,8 @@ class PolicyTrainer:
         """Fill the gradient buffers with the mini-batch's gradient; its loss metrics (same on every rank).
 
         ``advantages``, ``old``, ``reference``: one [T_i] tensor per entry of ``sequences`` (with the stop token). ``kept``:
-        bool, the tokens that count (all without it); others are in no mean, a response of which none counts neither.
+        bool, the tokens that count (None: all). Means leave out the other tokens, and a response with no token that
+        counts.
         """
         if kept is None:
             kept = [torch.ones(len(sequence.response_ids), dtype=torch.bool) for sequence in sequences]
@@ -283,8 +285,8 @@ class PolicyTrainer:
     def step(self, loss: float) -> tuple[float, bool]:
         """Apply the gradients, if they and the loss are finite on every rank.
 
-        Returns their global norm before clipping, and whether they were applied: if not, weights and optimizer state are
-        as they were. (Megatron-Core looks for infinities only in fp16.)
+        Returns their global norm before clipping, and whether they were applied: if not, weights and optimizer state
+        are unchanged. (Megatron-Core checks for infinities only in fp16.)
         """
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
@@ -300,7 +302,7 @@ class PolicyTrainer:
     def update(self, sequences, mini_batches, advantages, old, reference, kept=None) -> dict[str, float]:
         """One training step: an optimizer step a mini-batch, then the schedule. Metrics are means over mini-batches.
 
-        The schedule is a function of the training step: it goes on also where optimizer steps were skipped.
+        The schedule is a function of the training step: it advances also if optimizer steps were skipped.
         """
         collected, skipped = [], 0
         for mini_batch in mini_batches:
