@@ -72,10 +72,24 @@ class TestRuns:
         assert train([*options, "--steps", "2", "--output_dir", str(parts)]).returncode == 0
         done = train([*options, "--output_dir", str(parts)])
         assert done.returncode == 0, done.stderr
-        for ours, theirs in zip(*(records(path, "metrics.jsonl") for path in (parts, whole)), strict=True):
+        resumed, uninterrupted = (
+            [record for record in records(path, "metrics.jsonl") if "loss/policy" in record] for path in (parts, whole)
+        )
+        assert [record["step"] for record in resumed] == [record["step"] for record in uninterrupted] == [1, 2, 3, 4]
+        for ours, theirs in zip(resumed, uninterrupted, strict=True):
             for name in ("reward/mean", "response/length_mean", "loss/policy"):
-                assert ours.get(name) == pytest.approx(theirs.get(name), rel=1e-4), (ours["step"], name)
-            assert ours.get("rollout/sync_error", 0) < 1e-4
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), (ours["step"], name)
+            assert ours["rollout/sync_error"] < 1e-4
+
+    def test_the_benchmark_of_engines(self, tmp_path):
+        """The smallest run of benchmarks/rollout.py prints its ratios."""
+        model = build_tiny_hf("qwen3", tmp_path / "model", head_dim=32)
+        sizes = ["--prompts", "2", "--prompt_tokens", "4", "--tokens", "4", "--rounds", "1"]
+        command = [sys.executable, "benchmarks/rollout.py", "--model", str(model), *sizes]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr
+        assert "our vLLM engine" in done.stdout and "of raw vLLM" in done.stdout and "ratio" in done.stdout
 
     def test_what_vllm_cannot_run_is_refused(self, options, tmp_path):
         """Its options and models, before anything is written. In a process of their own: vLLM stays imported there."""
