@@ -34,12 +34,13 @@ class Stage:
 
 
 STAGES = (
-    Stage("doctor", 75, "what is installed; FlexAttention compiles", ("-m", "g2r_megatron.cli", "doctor")),
+    Stage("doctor", 65, "what is installed; FlexAttention compiles", ("-m", "g2r_megatron.cli", "doctor")),
     Stage("parity", 75, "fp32 on this device against the CPU: logits, credit, one update"),
-    Stage("formats", 60, "bf16 against fp32, in plain torch layers and in Transformer Engine's"),
+    Stage("formats", 65, "bf16 against fp32, in plain torch layers and in Transformer Engine's"),
     Stage("compilations", 40, "FlexAttention is compiled once for each kind of pass"),
-    Stage("speed", 90, "a random model of Qwen3's shape: judge, decoding, update, peak memory"),
-    Stage("tests", 140, "tests/gpu", ("-m", "pytest", "-q", "-x", "--no-header", "tests/gpu")),
+    Stage("speed", 80, "a random model of Qwen3's shape: judge, decoding, update, peak memory"),
+    Stage("vllm", 60, "vLLM, where it is installed: weights that arrive, log-probs, tokens a second"),
+    Stage("tests", 95, "tests/gpu", ("-m", "pytest", "-q", "-x", "--no-header", "tests/gpu")),
 )  # 480 seconds in all
 
 

@@ -39,12 +39,16 @@ from g2r_megatron.plan.models import PlannedModel
 from g2r_megatron.plan.rank_memory import GIB, training_state, update_bytes
 from g2r_megatron.plan.stages import expected_stages
 from g2r_megatron.plan.workload import Passes
+from g2r_megatron.policy.correction import correct
 from g2r_megatron.policy.log_probs import TokenSequence, response_batch
 from g2r_megatron.policy.trainer import PolicyTrainer
 from g2r_megatron.rollout.megatron import MegatronRolloutEngine
 from g2r_megatron.rollout.types import Request
+from g2r_megatron.rollout.vllm.environment import check_engine, installed_version
+from g2r_megatron.workers import build_engine
 
 TRUE_IDS, FALSE_IDS = [5], [9]
+CREDIT = ("credit", "gate branch", "gate all")  # of computed(): contracted gradients, and gates
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,17 @@ def credit(model: MegatronModel, sizes: Sizes) -> torch.Tensor:
     return torch.cat([g.dot for g in judge.token_gradients([Pass([item], [True], [1.0]) for item in inputs])])
 
 
+def gate_credit(model: MegatronModel, sizes: Sizes, queries: str) -> torch.Tensor:
+    """Attributions at attention gates of all responses, one after the other; ``queries``: judge.gate_queries."""
+    options = JudgeConfig(attribution="gate", gate_queries=queries, target="logit_margin")
+    options.micro_batch_tokens = sizes.micro_batch_tokens
+    judge, inputs = FrozenJudge(model, options, TRUE_IDS, FALSE_IDS), judge_inputs(sizes)
+    if queries == "branch":
+        return torch.cat(judge.gates.verdicts([[item] for item in inputs], None)[2])
+    judge.verdict_log_probs([[item] for item in inputs])
+    return torch.cat(judge.gates.gradients([Pass([item], [True], [1.0]) for item in inputs]))
+
+
 def update(model: MegatronModel, sizes: Sizes) -> dict[str, torch.Tensor]:
     """One update: the gradient, the change of the weights, the first ratio."""
     trainer, sequences = PolicyTrainer(model, train_config(sizes)), sequences_of(sizes)
@@ -160,6 +175,8 @@ def update(model: MegatronModel, sizes: Sizes) -> dict[str, torch.Tensor]:
 def computed(hf: HFModel, sizes: Sizes, dtype: str, spec: str) -> dict[str, torch.Tensor]:
     """Everything that is compared, of one number format and kind of layers."""
     found = {"logits": all_logits(built(hf, dtype, spec), sizes), "credit": credit(built(hf, dtype, spec), sizes)}
+    for queries in ("branch", "all"):
+        found[f"gate {queries}"] = gate_credit(built(hf, dtype, spec), sizes, queries)
     return found | update(built(hf, dtype, spec), sizes)
 
 
@@ -177,11 +194,11 @@ def parity(report: Report, sizes: Sizes, directory: Path) -> None:
             raise RuntimeError(f"the CPU's process ended with {process.returncode}")
     expected = load_file(file)
     report.figure("logits, relative error", relative(found["logits"], expected["logits"]), at_most=1e-4)
-    report.figure("credit, relative error", relative(found["credit"], expected["credit"]), at_most=1e-3)
+    for name in CREDIT:
+        report.figure(f"{name}, relative error", relative(found[name], expected[name]), at_most=1e-3)
     report.figure("gradient, relative error", relative(found["gradient"], expected["gradient"]), at_most=1e-3)
     report.figure("change of the weights, cosine", cosine(found["change"], expected["change"]), at_least=0.99)
     report.figure("first ratio, off 1", (found["ratio"] - 1).abs().max(), at_most=1e-4)
-    report.note("gate credit is not compared: it is not part of this version")
 
 
 def formats(report: Report, sizes: Sizes, directory: Path) -> None:
@@ -195,8 +212,9 @@ def formats(report: Report, sizes: Sizes, directory: Path) -> None:
         found = computed(hf, sizes, "bf16", spec)
         name = f"bf16 {spec}"
         report.figure(f"{name}: logits, relative error", relative(found["logits"], exact["logits"]), at_most=0.05)
-        correlation = rank_correlation(found["credit"], exact["credit"])
-        report.figure(f"{name}: credit, rank correlation", correlation, at_least=0.95)
+        for kind in CREDIT:
+            correlation = rank_correlation(found[kind], exact[kind])
+            report.figure(f"{name}: {kind}, rank correlation", correlation, at_least=0.95)
         report.figure(f"{name}: gradient, cosine", cosine(found["gradient"], exact["gradient"]), at_least=0.98)
         report.figure(f"{name}: first ratio, off 1", (found["ratio"] - 1).abs().max(), at_most=0.02)
 
@@ -284,11 +302,43 @@ def update_speed(report: Report, model: MegatronModel, sizes: Sizes, has_te: boo
     report.figure("update: measured to planned", (gib - before / GIB) * GIB / planned, at_least=0.75, at_most=1.25)
 
 
+def vllm(report: Report, sizes: Sizes, directory: Path) -> None:
+    """Weights to a vLLM engine in this process (its start compares them, changed visibly); its log-probs and its speed."""
+    if installed_version() is None:
+        report.note("vLLM is not installed: nothing to check")
+        return
+    dtype = "fp32" if on_cpu() else "bf16"
+    hf, config = open_hf_model(str(directory / "model"), "policy.model"), train_config(sizes)
+    config.rollout = RolloutConfig(
+        engine="vllm",
+        batch_size=sizes.sequences,
+        max_prompt_tokens=sizes.tokens,
+        max_response_tokens=sizes.new_tokens,
+    )
+    config.rollout.vllm.options = {"enforce_eager": True}  # a start without captured graphs takes seconds
+    config.policy.precision = Precision(dtype)
+    check_engine(hf, config.rollout, dtype)
+    trainer = PolicyTrainer(built(hf, dtype, "torch"), config)
+    start = time.perf_counter()
+    engine = build_engine(config, trainer, set())
+    report.figure("start, with the check of the weights", time.perf_counter() - start, "s")
+    prompts = [Request(item.input_ids[: sizes.tokens // 4], str(i)) for i, item in enumerate(judge_inputs(sizes))]
+    seconds, _, sampled = timed(lambda: engine.generate(prompts), 2)
+    report.figure("decoding", sizes.sequences * sizes.new_tokens / seconds, "tokens/s")
+    seconds, _, _ = timed(engine.take_weights, 2)
+    report.figure("new weights", seconds, "s")
+    sequences = [TokenSequence(r.prompt_ids, s.token_ids) for r, s in zip(prompts, sampled, strict=True)]
+    ours = trainer.log_probs(sequences, [list(range(len(sequences)))])
+    apart = correct(ours, [torch.tensor(s.log_probs) for s in sampled], config.rollout).metrics["rollout/sync_error"]
+    report.figure("log-probs of sampled tokens, mean difference", apart, at_most=1e-3 if dtype == "fp32" else 0.05)
+
+
 STAGES: dict[str, Callable[[Report, Sizes, Path], None]] = {
     "parity": parity,
     "formats": formats,
     "compilations": compilations,
     "speed": speed,
+    "vllm": vllm,
 }
 
 

