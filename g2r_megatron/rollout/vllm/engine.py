@@ -41,6 +41,10 @@ class VLLMRolloutEngine:
         with alone(own):
             self._llm = LLM(**options, weight_transfer_config=WeightTransferConfig(backend=BACKEND))
 
+    def rest(self) -> None:
+        """Drop weights and cache; ``take_weights`` brings both back. On a CPU vLLM keeps what it has allocated."""
+        self._llm.sleep(level=2)
+
     @torch.no_grad()
     def take_weights(self) -> None:
         """Put the policy's weights into the engine, and forget what it has cached of prompts (collective).
@@ -48,6 +52,9 @@ class VLLMRolloutEngine:
         Raises ``RunError`` naming a tensor that did not come through as it was sent, or was not sent.
         """
         missing = set(hf_shapes(self.model.hf))
+        resting = self._llm.llm_engine.is_sleeping()
+        if resting:
+            self._llm.wake_up(tags=["weights"])
         self._llm.collective_rpc("start_weight_update")
         for bucket in replica_buckets(self.model):
             self._llm.collective_rpc("update_weights", args=({"bucket": bucket},))
@@ -59,6 +66,8 @@ class VLLMRolloutEngine:
         self._llm.collective_rpc("finish_weight_update")
         if not self._llm.reset_prefix_cache():
             raise RunError("weight synchronisation: vLLM did not reset its prefix cache")
+        if resting:  # the cache last: on a GPU the buckets above need memory too
+            self._llm.wake_up(tags=["kv_cache"])
         self.version += 1
 
     @torch.no_grad()
