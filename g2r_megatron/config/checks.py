@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from g2r_megatron.config.alarm_options import ALARMS
 from g2r_megatron.config.layout import check_layout
 from g2r_megatron.config.options import (
     PRESETS,
@@ -115,6 +116,20 @@ TRAIN_RANGES = {
     "optimizer.max_bad_steps": COUNT,
     "checkpoint.save_every": COUNT_OR_OFF,
     "checkpoint.keep_last": COUNT,
+    "alarms.window": COUNT,
+    "alarms.every": COUNT_OR_OFF,
+    "alarms.queries": COUNT,
+    "alarms.answer_mass": FRACTION,
+    "alarms.one_sided": FRACTION,
+    "alarms.flat": FRACTION,
+    "alarms.one_token": FRACTION,
+    "alarms.faithless": Range(-2, 2),
+    "alarms.master_keys": FRACTION,
+    "alarms.gold_agreement": FRACTION,
+    "alarms.exploitation": FRACTION,
+    "alarms.gold_down": NOT_NEGATIVE,
+    "alarms.length": Range(1),
+    "alarms.internalization": NOT_NEGATIVE,
     "log.samples_per_step": COUNT_OR_OFF,
     "log.samples_every": COUNT,
 }
@@ -134,6 +149,7 @@ def check_train_config(config: TrainConfig, world_size: int) -> None:
     _check_engine(config.rollout)
     _check_schedule(config)
     _check_evaluation(config)
+    _check_alarms(config)
     warn_of_unused(config, resolve_preset(TrainConfig(grpo=GrpoConfig(preset=config.grpo.preset))))
     _warn_of_small_budget(config)
     check_packages(config.log)
@@ -332,6 +348,19 @@ def _check_evaluation(config: TrainConfig) -> None:
         raise UserError(
             "eval_responses", found, "greedy responses of a prompt are all the same: set it to 1, or sample"
         )
+
+
+def _check_alarms(config: TrainConfig) -> None:
+    for name in config.alarms.stop_on:
+        if name not in ("all", *ALARMS):
+            raise UserError("alarms.stop_on", f"{name!r} is no alarm", f"give all, or some of {', '.join(ALARMS)}")
+        if name != "all" and getattr(config.alarms, name) is None:
+            raise UserError(
+                "alarms.stop_on", f"{name}, but alarms.{name} is none", "give it a threshold, or leave it out"
+            )
+    if config.checkpoint.keep_best and not config.data.eval:
+        found = f"{config.checkpoint.keep_best} without data.eval"
+        raise UserError("checkpoint.keep_best", found, "it is a metric of evaluations: give data.eval files")
 
 
 def _warn_of_small_budget(config: TrainConfig) -> None:

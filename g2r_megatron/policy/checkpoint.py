@@ -62,7 +62,9 @@ class Checkpointer:
     """
 
     def __init__(self, trainer: PolicyTrainer, directory: Path, keep_last: int):
+        """``keep_last``: so many are kept, and those of the steps in ``kept``."""
         self.trainer, self.directory, self.keep_last = trainer, directory, keep_last
+        self.kept: set[int] = set()  # steps whose checkpoints are not deleted
         self.damaged: list[tuple[str, str]] = []  # what ``load_latest`` could not use, and why
         self.background_seconds: list[float] = []  # this rank's writing, of the saves that are done
         self._writing: int | None = None  # the step whose save has begun
@@ -168,7 +170,8 @@ class Checkpointer:
                 self._set_aside(final)
                 os.rename(temporary, final)
                 sync_directory(self.directory)
-                older = [path for other, path in complete_checkpoints(self.directory) if other <= step]
+                done = [(other, path) for other, path in complete_checkpoints(self.directory) if other <= step]
+                older = [path for other, path in done if other not in self.kept]
                 for path in older[: -self.keep_last]:
                     doomed = path.rename(
                         path.with_name(path.name + ".incomplete")

@@ -18,7 +18,7 @@ WINDOW = 3  # steps of the trailing mean that smooths training batches
 # A preset has the same colour in every report; variants and others take the next free ones.
 SLOT_OF_PRESET = {"grpo": 0, "paper": 1, "robust": 2}
 # Options that do not change what is learned: runs that differ only here are seeds of one group.
-NOT_IN_GROUP = {"seed", "output_dir", "log", "checkpoint", "timeout_minutes"}
+NOT_IN_GROUP = {"seed", "output_dir", "log", "checkpoint", "alarms", "timeout_minutes"}
 SAMPLE_FIELDS = {
     "query_id",
     "prompt",
