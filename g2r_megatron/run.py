@@ -50,9 +50,9 @@ class Run:
         history = [read_metrics(output) if self.is_writer and (output / METRICS_FILE).exists() else []]
         dist.broadcast_object_list(history, src=0)  # all ranks act on alarms alike
         self.watch = Watch(config.alarms, history[0])
-        self._best, self._best_step = max(
-            ((self._measured(record), record["step"]) for record in history[0]), default=(-math.inf, 0)
-        )
+        scores = [(self._measured(record), -record["step"]) for record in history[0]]  # of equals the first
+        self._best, first = max(scores, default=(-math.inf, 0))
+        self._best_step = -first
         self.checkpointer.kept = {self._best_step}
 
     def __enter__(self) -> "Run":

@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass
 class AlarmsConfig:
-    """When a run says that training against its judge goes wrong. A threshold of none switches its alarm off."""
+    """When a run says that training against its judge goes wrong. A threshold of null switches its alarm off."""
 
     window: int = 10
     """steps whose mean is held against a threshold; single steps are noise"""

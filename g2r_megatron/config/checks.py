@@ -356,7 +356,7 @@ def _check_alarms(config: TrainConfig) -> None:
             raise UserError("alarms.stop_on", f"{name!r} is no alarm", f"give all, or some of {', '.join(ALARMS)}")
         if name != "all" and getattr(config.alarms, name) is None:
             raise UserError(
-                "alarms.stop_on", f"{name}, but alarms.{name} is none", "give it a threshold, or leave it out"
+                "alarms.stop_on", f"{name}, but alarms.{name} is null", "give it a threshold, or leave it out"
             )
     if config.checkpoint.keep_best and not config.data.eval:
         found = f"{config.checkpoint.keep_best} without data.eval"
