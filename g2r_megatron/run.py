@@ -53,7 +53,7 @@ class Run:
         scores = [(self._measured(record), -record["step"]) for record in history[0]]  # of equals the first
         self._best, first = max(scores, default=(-math.inf, 0))
         self._best_step = -first
-        self.checkpointer.kept = {self._best_step}
+        self._kept = {self._best_step}  # checkpoints that are not deleted
 
     def __enter__(self) -> "Run":
         self.progress.__enter__()
@@ -139,7 +139,7 @@ class Run:
         every, value = self.config.checkpoint.save_every, self._measured(metrics)
         if value > self._best:
             self._best, self._best_step = value, step
-            self.checkpointer.kept.add(step)  # the best one before is kept until this one is there
+            self._kept.add(step)  # the best one before is kept until this one is there
             return True
         return bool(every) and step % every == 0
 
@@ -160,7 +160,7 @@ class Run:
         """A checkpoint of the last finished step, in the background if so configured."""
         self.phase("save")
         in_background, start = self.config.checkpoint.asynchronous, time.perf_counter()
-        earlier = self.checkpointer.begin(self.done, in_background)
+        earlier = self.checkpointer.begin(self.done, in_background, self._kept)
         if earlier is not None or not in_background:
             self._has_saved(earlier if in_background else self.done)
         self._waited_since(start)
@@ -185,7 +185,7 @@ class Run:
     def _has_saved(self, step: int) -> None:
         self.saved = step
         if step == self._best_step:
-            self.checkpointer.kept = {step}
+            self._kept = {step}
         self.heartbeat.beat(saved_step=step)
         if self.config.checkpoint.asynchronous and self.checkpointer.background_seconds:
             self._save_times["time/save_background"] = self.checkpointer.background_seconds[-1]
