@@ -127,7 +127,10 @@ def test_text_without_sentence_ends_is_cut_into_windows(count):
 
 
 def test_no_text_takes_long():
-    """Repetitions that make patterns start over at every character: a policy can sample any text. Seconds of the CPU: linear patterns take one, others minutes."""
+    """Repetitions that make patterns start over at every character: a policy can sample any text.
+
+    In seconds of the CPU: linear patterns take one, others minutes.
+    """
     start = time.process_time()
     for text in (
         "." * 20000,
