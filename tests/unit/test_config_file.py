@@ -299,5 +299,26 @@ def test_a_name_of_the_hub_is_found_in_the_cache(tmp_path, monkeypatch):
     (tmp_path / "models--Qwen--Qwen3-8B/refs/main").write_text("abc")
     (tmp_path / "blob").write_text(json.dumps(LLAMA))
     (snapshot / "config.json").symlink_to(tmp_path / "blob")
-    for name in ("Qwen/Qwen3-8B", "https://huggingface.co/Qwen/Qwen3-8B"):
+    addresses = ("https://huggingface.co/Qwen/Qwen3-8B/tree/main", "hf.co/Qwen/Qwen3-8B", "hf://Qwen/Qwen3-8B/")
+    for name in ("Qwen/Qwen3-8B", "https://huggingface.co/Qwen/Qwen3-8B", "Qwen/Qwen3-8B@main", *addresses):
         assert open_hf_model(name, "judge.model").path == snapshot
+    with pytest.raises(UserError, match="hf download Qwen/Qwen3-8B --revision v2"):
+        open_hf_model("Qwen/Qwen3-8B@v2", "judge.model")
+
+
+def test_paths_as_people_give_them(tmp_path, monkeypatch):
+    """The home directory, file://, a slash too many; a file or an address elsewhere is one line that says what to give."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text(json.dumps(LLAMA))
+    for path in ("~/m", "~/m//", f"file://{tmp_path}/m", f"{tmp_path}/m/"):
+        assert open_hf_model(path, "judge.model").path == tmp_path / "m"
+    for path, said in {
+        f"{tmp_path}/m/config.json": f"is a file; .*give {tmp_path}/m if",
+        "s3://bucket/m": "is an address; copy the model to this machine",
+        "https://example.org/m": "is an address; copy the model to this machine",
+        "/absent/m": "'/absent/m' is no directory",
+        "Qwen3-8B": "'Qwen3-8B' is no directory",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            open_hf_model(path, "judge.model")
