@@ -109,7 +109,11 @@ REFUSED = {
         plus(model__layers__4__mlp__down_proj__weight=torch.ones(2)),
         ["unknown", "layers.4"],
     ),
-    "a quantized model's": ("llama3", lambda w: {"model.layers.0.self_attn.q_proj.qweight": torch.ones(2)}, ["quantized"]),
+    "a quantized model's": (
+        "llama3",
+        lambda w: {"model.layers.0.self_attn.q_proj.qweight": torch.ones(2)},
+        ["quantized"],
+    ),
     "an unmerged adapter's": (
         "llama3",
         lambda w: {name.replace("q_proj.", "q_proj.base_layer."): tensor for name, tensor in w.items()},
