@@ -24,7 +24,7 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
-from g2r_megatron.data.stand_ins import refuse_stand_in
+from g2r_megatron.data.stand_ins import refuse_stand_in, unfinished_download
 from g2r_megatron.errors import UserError, warn
 
 # A row, or the reason why there is none at its place.
@@ -72,11 +72,14 @@ def find_files(pattern: str) -> list[Path]:
     directory holds several splits.
     """
     given, pattern = pattern, os.path.expanduser(pattern.removeprefix("file://"))
+    if not pattern:
+        raise UserError(repr(given), "no path", f"give files of {KINDS}")
     path = Path(pattern)
     if path.is_file():
         return [path]
     if path.is_dir():
         return _files_of_directory(path)
+    _check_link(path)
     if URL.match(given) or not glob.has_magic(pattern):
         raise UserError(given, "no such file or directory", _how_to_get(given))
     found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
@@ -84,6 +87,11 @@ def find_files(pattern: str) -> list[Path]:
     if not files:
         raise UserError(given, "no such file: the pattern matches none", f"give files of {KINDS}")
     return files
+
+
+def _check_link(file: Path) -> None:
+    if file.is_symlink() and not file.exists():
+        raise UserError(str(file), f"a link to {os.readlink(file)}, which is not there", "restore or download the file")
 
 
 def _how_to_get(given: str) -> str:
@@ -123,13 +131,18 @@ def _files_of_directory(directory: Path) -> list[Path]:
         raise UserError(str(directory), f"it holds several splits: {', '.join(splits)}", remedy)
     if folders:
         warn(f"{directory}: files in its folders are not read ({', '.join(folders)})")
+    if part := unfinished_download(directory):
+        warn(f"{directory}: {part.name} is an unfinished download: rows may be missing")
     return files
 
 
 def _row_files(directory: Path) -> list[Path]:
     """Files of rows right in ``directory``, in the order of their names."""
-    files = sorted(file for file in directory.iterdir() if _kind(file) and file.name not in NOT_ROWS and file.is_file())
-    return [file for file in files if not file.name.startswith(".")]
+    files = sorted(file for file in directory.iterdir() if _kind(file) and file.name not in NOT_ROWS)
+    files = [file for file in files if not file.name.startswith(".")]
+    for file in files:
+        _check_link(file)
+    return [file for file in files if file.is_file()]
 
 
 def _folders_of_rows(directory: Path) -> list[str]:

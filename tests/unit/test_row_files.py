@@ -152,6 +152,20 @@ def test_folders_in_a_directory(tmp_path, capsys):
     assert find_files(str(tmp_path / "train")) == [tmp_path / "train" / "a.jsonl"]
 
 
+def test_parts_of_a_directory_that_are_not_there(tmp_path, capsys):
+    """A link to nothing is refused, an unfinished download is warned of: a part of the rows is not taken for all."""
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "b.jsonl.incomplete").write_bytes(LINES[:9])
+    assert find_files(str(tmp_path)) == [tmp_path / "a.jsonl"]
+    assert "b.jsonl.incomplete is an unfinished download" in capsys.readouterr().err
+    (tmp_path / "b.jsonl").symlink_to("blobs/b")
+    for path in (tmp_path, tmp_path / "b.jsonl"):
+        with pytest.raises(UserError, match="b.jsonl: a link to blobs/b, which is not there"):
+            find_files(str(path))
+    with pytest.raises(UserError, match="no path"):  # not the working directory
+        find_files("")
+
+
 def test_directories_and_patterns(tmp_path):
     """The files of a directory in the order of their names; patterns; a hub snapshot's data folder; a saved data set."""
     halves = tmp_path / "set" / "data"
