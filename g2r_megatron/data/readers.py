@@ -47,7 +47,7 @@ def read_queries(
     bad = BadRows(paths, on_bad_row)
     seen: dict[str, str] = {}
     result: list[Query] = []
-    for where, data in _all_rows(paths):
+    for where, data in _all_rows(paths, reader):
         bad.total += 1
         try:
             if isinstance(data, UserError):
@@ -73,11 +73,11 @@ def read_queries(
     return result
 
 
-def _all_rows(paths: list[str]) -> Iterator[tuple[str, dict | UserError]]:
+def _all_rows(paths: list[str], reader: RowReader) -> Iterator[tuple[str, dict | UserError]]:
     for path in paths:
         rows = 0
         for file in find_files(path):
-            for row in read_rows(file):
+            for row in read_rows(file, reader.is_row):
                 rows += 1
                 yield row
         if not rows:

@@ -77,6 +77,17 @@ class RowReader:
         roles = ("prompt", "system", "rubric", "id", "reference", "response")
         self._used = {name.partition(".")[0] for role in roles for name in self.names[role]} | {"input", "history"}
 
+    def is_row(self, data: dict) -> bool:
+        """Whether an object is a row, and does not only hold rows: it has a conversation, a rubric or a response."""
+        row = Fields("", "", data)
+        roles = ("prompt", "rubric", "response")
+        return any(not self._are_rows(row.get(name)) for role in roles for name in row.there(self.names[role]))
+
+    def _are_rows(self, value) -> bool:
+        """Whether a field of a row's name is a list of whole rows."""
+        is_list = isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+        return is_list and bool(Fields("", "", value[0]).there(self.names["prompt"]))
+
     def query(self, row: Fields) -> Query:
         """The query of a training row. An answer after the user's last message is its reference."""
         messages, answer = read_conversation(row, self.names["prompt"], self.names["system"])
