@@ -14,6 +14,7 @@ from typing import Any
 from g2r_megatron.config.layout import check_layout
 from g2r_megatron.config.options import (
     PRESETS,
+    EvalConfig,
     GrpoConfig,
     JudgeConfig,
     LogConfig,
@@ -80,8 +81,25 @@ OFFLINE_JUDGE_RANGES = {
     "shard": NOT_NEGATIVE,
 }
 PROBE_RANGES = {**JUDGE_RANGES, "sample": COUNT, "false_sample": COUNT_OR_OFF, "seed": SEED}
+SAMPLING_RANGES = {
+    "rollout.temperature": NOT_NEGATIVE,
+    "rollout.top_p": POSITIVE_FRACTION,
+    "rollout.top_k": COUNT_OR_OFF,
+    "rollout.max_prompt_tokens": COUNT,
+    "rollout.max_response_tokens": COUNT,
+    "rollout.batch_size": COUNT,
+}
+EVAL_RANGES = {
+    **SAMPLING_RANGES,
+    "samples": COUNT,
+    "batch_rows": COUNT,
+    "seed": SEED,
+    "judge.micro_batch_tokens": COUNT,
+    "judge.max_length": COUNT,
+}
 TRAIN_RANGES = {
     **JUDGE_RANGES,
+    **SAMPLING_RANGES,
     "steps": COUNT,
     "seed": SEED,
     "eval_every": COUNT_OR_OFF,
@@ -90,12 +108,6 @@ TRAIN_RANGES = {
     "policy.micro_batch_tokens": COUNT,
     "rollout.prompts_per_step": COUNT,
     "rollout.responses_per_prompt": COUNT,
-    "rollout.temperature": NOT_NEGATIVE,
-    "rollout.top_p": POSITIVE_FRACTION,
-    "rollout.top_k": COUNT_OR_OFF,
-    "rollout.max_prompt_tokens": COUNT,
-    "rollout.max_response_tokens": COUNT,
-    "rollout.batch_size": COUNT,
     "grpo.mix": FRACTION,
     "grpo.mix_anneal": FRACTION,
     "grpo.top_items": POSITIVE_FRACTION,
@@ -185,12 +197,45 @@ def check_probe_config(config: ProbeConfig, world_size: int) -> None:
     _check_directory("output", config.output)
 
 
+def check_eval_config(config: EvalConfig, world_size: int) -> None:
+    """Raise ``UserError`` for the first thing in ``config`` that cannot work on ``world_size`` ranks."""
+    _require_given("judge.model", config.judge.model, "give the Hugging Face directory of the judge")
+    _require_given("output", config.output, "give the directory to write to")
+    if bool(config.policy.model) == bool(config.responses):
+        found = "given, and responses too" if config.responses else "missing"
+        raise UserError("policy.model", found, "give either a model to sample from, or responses in files")
+    if config.policy.model:
+        _require_given("data", config.data, "give at least one file of rows (.jsonl, .parquet, ...)")
+        check_layout("policy", config.policy.layout, world_size)
+        _require_given(
+            "rollout.think_end", config.rollout.think_end, "give auto, none, or the text that ends a thought"
+        )
+    _check_ranges(config, EVAL_RANGES)
+    _check_samples(config.samples, config.greedy, "")
+    for option in ("prompts_per_step", "responses_per_prompt", "correction", "correction_bounds"):
+        if (value := getattr(config.rollout, option)) != getattr(RolloutConfig(), option):
+            raise UserError(f"rollout.{option}", f"{value} in g2r eval", "leave it out: it is of training")
+    _check_engine(config.rollout)
+    _check_judge(config.judge.without_credit(), world_size)
+    _check_directory("output", config.output)
+
+
+def _check_samples(samples: int, greedy: bool, section: str) -> None:
+    if greedy and samples > 1:
+        found = f"{samples} with {section}greedy"
+        raise UserError(
+            f"{section}samples", found, "greedy responses of a prompt are all the same: set it to 1, or sample"
+        )
+
+
 def _require_given(option: str, value: object, remedy: str) -> None:
     if not value:
         raise UserError(option, "missing", remedy)
 
 
-def _check_ranges(config: TrainConfig | OfflineJudgeConfig | ProbeConfig, ranges: dict[str, Range]) -> None:
+def _check_ranges(
+    config: TrainConfig | OfflineJudgeConfig | ProbeConfig | EvalConfig, ranges: dict[str, Range]
+) -> None:
     for option, allowed in ranges.items():
         value: Any = config
         for name in option.split("."):

@@ -160,6 +160,39 @@ class JudgeConfig:
     """a response with ESS/T above this counts as flat in the metrics"""
 
 
+@dataclass
+class VerdictJudgeConfig:
+    """A judge that gives verdicts and no credit. Options as of `judge` in g2r train."""
+
+    model: str | None = None
+    """Hugging Face directory of the judge, a language model"""
+    layout: Layout = field(default_factory=Layout)
+    precision: Precision = field(default_factory=Precision)
+    micro_batch_tokens: int = 8192
+    """as judge.micro_batch_tokens"""
+    spec: Literal["auto", "torch", "te"] = "auto"
+    """as judge.spec"""
+    template: str = DEFAULT_JUDGE_TEMPLATE
+    """as judge.template"""
+    chat_template: bool = True
+    """as judge.chat_template"""
+    template_options: dict[str, Any] = field(default_factory=dict)
+    """as judge.template_options"""
+    think: Literal["close", "refuse"] = "close"
+    """as judge.think"""
+    true_words: list[str] = field(default_factory=lambda: ["True", "true", "TRUE"])
+    """as judge.true_words"""
+    false_words: list[str] = field(default_factory=lambda: ["False", "false", "FALSE"])
+    """as judge.false_words"""
+    max_length: int = 32768
+    """as judge.max_length"""
+
+    def without_credit(self) -> JudgeConfig:
+        """As the judge's own code takes it, with no attribution."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return fill_from_preset(JudgeConfig(**own, attribution="uniform"), PRESETS["grpo"]["judge"])
+
+
 def gated_queries(judge: JudgeConfig, is_reward_model: bool = False) -> str | None:
     """What ``judge.gate_queries`` means: None without gates; a reward model may read its score where the response ends."""
     if judge.attribution != "gate":
@@ -435,6 +468,51 @@ class ProbeConfig:
     on_bad_row: Literal["refuse", "skip"] = "refuse"
     """as data.on_bad_row"""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
+
+
+@dataclass
+class SampledPolicyConfig:
+    """The model that is evaluated."""
+
+    model: str = ""
+    """Hugging Face directory, Megatron checkpoint, or output_dir of a g2r train run (its newest checkpoint)"""
+    layout: Layout = field(default_factory=Layout)
+    precision: Precision = field(default_factory=Precision)
+    spec: Literal["auto", "torch", "te"] = "auto"
+    """as policy.spec of g2r train"""
+
+
+@dataclass
+class EvalConfig:
+    """Everything `g2r eval` reads."""
+
+    data: list[str] = field(default_factory=list)
+    """rows to evaluate on: files, directories or glob patterns, as data.train"""
+    responses: list[str] = field(default_factory=list)
+    """responses to judge instead of those of a policy: rows as the input of g2r judge; with data, their ids are enough"""
+    output: str = ""
+    """directory of the results; the same command goes on with an evaluation that was stopped"""
+    samples: int = 1
+    """responses a prompt"""
+    greedy: bool = False
+    """sample greedily instead of at rollout.temperature"""
+    batch_rows: int = 64
+    """responses judged and written at a time"""
+    seed: int = 1234
+    """of the sampling and of the bootstrap"""
+    format: Literal["auto", "g2r", "healthbench", "rar", "researchqa"] = "auto"
+    """as data.format"""
+    fields: dict[str, str] = field(default_factory=dict)
+    """as data.fields, and of response"""
+    polarity: Literal["raw", "flip_negated"] | None = None
+    """as data.polarity"""
+    on_bad_row: Literal["refuse", "skip"] = "refuse"
+    """as data.on_bad_row"""
+    system_prompt: str = ""
+    """as data.system_prompt"""
+    policy: SampledPolicyConfig = field(default_factory=SampledPolicyConfig)
+    judge: VerdictJudgeConfig = field(default_factory=VerdictJudgeConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
 
 OWN_RANKS_PARTS = 4  # default of judge.parts with judge.ranks

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import re
 import types
 from collections.abc import Hashable, Iterator
@@ -57,6 +58,32 @@ def parse(config_class: type[Config], prog: str, argv: list[str]) -> Config:
     except argparse.ArgumentError as error:
         raise explained(config_class, prog, str(error)) from error
     return config_class(**{name: value for name, value in values.items() if name != "config"})
+
+
+def with_lists(argv: list[str], options: tuple[str, ...]) -> list[str]:
+    """``argv`` in which several plain values after one of ``options`` are one list, as the shell expands a pattern."""
+    result: list[str] = []
+    values: list[str] = []
+
+    def close() -> None:
+        if values:
+            whole = len(values) == 1 and values[0].startswith("[")
+            result.append(values[0] if whole else json.dumps(values))
+            values.clear()
+
+    collecting = False
+    for argument in argv:
+        if argument.startswith("--"):
+            close()
+            name, equals, value = argument[2:].partition("=")
+            collecting = name in options and not equals
+            if name in options and equals and not value.startswith("["):
+                argument = f"--{name}={json.dumps([value])}"
+            result.append(argument)
+        else:
+            (values if collecting else result).append(argument)
+    close()
+    return result
 
 
 def _with_underscores(argument: str) -> str:

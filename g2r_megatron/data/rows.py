@@ -6,13 +6,15 @@ looked for. ``data.format`` fixes the names of one data set, ``data.fields`` tho
 
 import hashlib
 import json
+from collections.abc import Sequence
+from typing import cast
 
 from g2r_megatron.data.conversations import Messages, read_conversation
 from g2r_megatron.data.fields import Fields
 from g2r_megatron.data.responses import NAMES as RESPONSE_NAMES
 from g2r_megatron.data.responses import kept, read_responses
-from g2r_megatron.data.rubrics import RubricReader
-from g2r_megatron.data.types import Given, Query
+from g2r_megatron.data.rubrics import RubricReader, read_tags
+from g2r_megatron.data.types import Dataset, Given, Query, RubricItem
 from g2r_megatron.errors import UserError
 
 # Where each role is looked for; a dot leads into an object. Names of a rubric's items are those inside an item.
@@ -56,6 +58,20 @@ FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
+# Tags of the row as a whole, and the field of a rubric's items that tells a data set.
+EXAMPLE_TAGS = ("example_tags", "extra_info.example_tags")
+DATASET_FIELDS: dict[Dataset, str] = {"healthbench": "points", "rar": "description", "researchqa": "rubric_item"}
+
+
+def dataset_of(row: Fields, items: Sequence[Fields]) -> Dataset:
+    """Which published data set has such field names; "g2r" for any other row."""
+    prompt = {"rar": "question", "researchqa": "query"}
+    for dataset, name in DATASET_FIELDS.items():
+        if items and items[0].has(name) and (dataset not in prompt or row.has(prompt[dataset])):
+            return dataset
+    return "g2r"
+
+
 def names_of(format: str, fields: dict[str, str]) -> dict[str, tuple[str, ...]]:
     """The names of every role with ``data.format`` and ``data.fields`` applied."""
     unknown = sorted(set(fields) - set(NAMES))
@@ -70,6 +86,7 @@ class RowReader:
     def __init__(self, format: str, polarity: str | None, fields: dict[str, str], require_rubric: bool):
         """``require_rubric``: else rows may lack it (``Query.rubric`` is then empty)."""
         self.names = names_of(format, fields)
+        self.dataset = cast(Dataset, format) if format in DATASET_FIELDS else None
         self.require_rubric = require_rubric
         self.answers = 0  # training rows that ended with an answer
         self._rubrics = RubricReader(self.names, polarity)
@@ -80,10 +97,17 @@ class RowReader:
     def query(self, row: Fields) -> Query:
         """The query of a training row. An answer after the user's last message is its reference."""
         messages, answer = read_conversation(row, self.names["prompt"], self.names["system"])
-        rubric, _ = self._rubrics.read(row, self.require_rubric)
+        rubric, sources = self._rubrics.read(row, self.require_rubric)
         reference = self._reference(row) or answer
         self.answers += answer is not None
-        return Query(self._id(row, messages), messages, tuple(rubric), reference)
+        return self._query(row, messages, rubric, sources, reference)
+
+    def _query(
+        self, row: Fields, messages: Messages, rubric: list[RubricItem], sources: list[Fields], reference: str | None
+    ) -> Query:
+        tags = read_tags(row, EXAMPLE_TAGS)
+        dataset = self.dataset or dataset_of(row, sources)
+        return Query(self._id(row, messages), messages, tuple(rubric), reference, tags=tags, dataset=dataset)
 
     def judged(self, row: Fields, queries: dict[str, Query] | None) -> list[Query]:
         """A query for every response of a row to be judged.
@@ -94,7 +118,7 @@ class RowReader:
             messages, answer = self._own_conversation(row)
             rubric, sources = self._rubrics.read(row, self.require_rubric)
             reference = self._reference(row) or answer
-            query = Query(self._id(row, messages), messages, tuple(rubric), reference)
+            query = self._query(row, messages, rubric, sources, reference)
             self.answers += answer is not None and bool(row.there(self.names["response"]))
         else:
             query, answer, sources = self._known(row, queries), None, []

@@ -42,7 +42,8 @@ class Part:
 
 def _query(plain: dict) -> Query:
     rubric = tuple(RubricItem(**item | {"tags": tuple(item["tags"])}) for item in plain["rubric"])
-    return Query(**plain | {"messages": tuple(plain["messages"]), "rubric": rubric})
+    lists = {"messages": tuple(plain["messages"]), "tags": tuple(plain["tags"]), "rubric": rubric}
+    return Query(**plain | lists)
 
 
 @dataclass

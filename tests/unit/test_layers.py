@@ -52,7 +52,7 @@ MAP = {
     ),
     "eval": (
         "scores of a model on held-out rows",
-        "config credit data device errors experience judge model parallel records rollout run workers",
+        "config credit data device errors experience judge model parallel policy records report rollout run workers",
     ),
     "probe": (
         "is a judge's credit true",
