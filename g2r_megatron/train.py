@@ -23,12 +23,12 @@ def take_steps(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run) 
     """Take the steps that are left, and save their checkpoints."""
     leave_if_asked()
     if run.done == 0:
-        run.log(0, evaluate(config, inputs, workers, run, between_batches=leave_if_asked))
+        run.log(0, evaluate(config, inputs, workers, run, 0, between_batches=leave_if_asked))
     for step in range(run.done + 1, config.steps + 1):
         leave_if_asked()
         metrics = train_step(config, inputs, workers, run, step)
-        if step == config.steps or (config.eval_every and step % config.eval_every == 0):
-            metrics |= evaluate(config, inputs, workers, run)
+        if step == config.steps or (config.eval.every and step % config.eval.every == 0):
+            metrics |= evaluate(config, inputs, workers, run, step)
         run.log(step, metrics)
         if workers.trainer.bad_in_a_row >= config.optimizer.max_bad_steps:
             run.stop_after_bad_steps(workers.trainer.bad_in_a_row)

@@ -1,6 +1,6 @@
 """Everything a training run is made of, built from its config in the order that finds mistakes first."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -16,11 +16,12 @@ from g2r_megatron.config.options import (
     TrainConfig,
     VerdictJudgeConfig,
 )
+from g2r_megatron.credit.judgements import JudgementRow
 from g2r_megatron.data.chat_template import check_template_options, with_system_prompt
 from g2r_megatron.data.order import epoch_batch
 from g2r_megatron.data.prompts import Prompts
 from g2r_megatron.data.readers import read_queries
-from g2r_megatron.data.tokenizer import stop_token_ids
+from g2r_megatron.data.tokenizer import encode_text, stop_token_ids
 from g2r_megatron.data.types import Query
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.frozen import FrozenJudge
@@ -64,6 +65,7 @@ class Inputs(PolicyInputs):
     prompt: JudgePrompt | RewardPrompt
     train: list[Query]
     eval: list[Query]
+    gold: "VerdictJudge | None"  # eval.judge
 
 
 @dataclass
@@ -79,6 +81,7 @@ class Workers:
     judge: SharedRanks | OwnRanks
     reference: MegatronModel | None
     host_weights: HostWeights | None
+    gold: "GoldJudge | None"
 
     @contextmanager
     def judge_on_device(self, times: PhaseTimes | None = None) -> Iterator[None]:
@@ -118,6 +121,7 @@ def read_inputs(config: TrainConfig) -> Inputs:
     """Read and check models' configs, tokenizers and data. Raises ``UserError``; writes nothing."""
     of_policy, rollout = read_policy(config.policy, config.rollout), config.rollout
     policy, tokenizer, prompts = of_policy.policy, of_policy.tokenizer, of_policy.prompt_ids
+    gold = read_verdict_judge(config.eval.judge, "eval.judge") if config.eval.judge.model else None
     judge = policy if config.judge.model is None else open_hf_model(config.judge.model, "judge.model")
     check_model("judge", judge, config.judge.layout, config.judge.precision, config.judge.spec)
     judge_tokenizer = tokenizer if judge is policy else load_model_tokenizer(judge)
@@ -138,17 +142,19 @@ def read_inputs(config: TrainConfig) -> Inputs:
             *(paths, config.data.format, config.data.polarity),
             fields=config.data.fields,
             on_bad_row=config.data.on_bad_row,
-            require_rubric=prompt.needs_rubric,
+            require_rubric=prompt.needs_rubric or (gold is not None and paths is config.eval.data),
             check=check,
         )
-        for paths in (config.data.train, config.data.eval)
+        for paths in (config.data.train, config.eval.data)
     )
     train, held_out = ([with_system(query) for query in queries] for queries in (train, held_out))
     _check_ids(train, held_out)
     epoch_batch(len(train), config.rollout.prompts_per_step, 0, config.seed, config.data.shuffle)  # enough queries?
     prompts.add([*held_out, *train])
     check_judge_positions(judge, config.judge, ((q, rollout.max_response_tokens) for q in [*held_out, *train]))
-    return Inputs(**vars(of_policy), judge=judge, prompt=prompt, train=train, eval=held_out)
+    if gold is not None:
+        gold.check(held_out, rollout.max_response_tokens)
+    return Inputs(**vars(of_policy), judge=judge, prompt=prompt, train=train, eval=held_out, gold=gold)
 
 
 @dataclass
@@ -171,6 +177,28 @@ class VerdictJudge:
         return build_judge_stage(self.config, self.hf, self.prompt)
 
 
+class GoldJudge:
+    """A judge that only scores held-out responses. Its weights are in host memory but while it does."""
+
+    def __init__(self, judge: VerdictJudge):
+        """Load it (collective)."""
+        self._stage = judge.load()
+        self._weights = HostWeights(self._stage.judge.model)
+
+    def judge(self, queries: Sequence[Query], texts: Sequence[str]) -> list[JudgementRow]:
+        """As ``judge_texts``."""
+        self._weights.load()
+        rows = judge_texts(self._stage, queries, texts)
+        self._weights.release()
+        return rows
+
+
+def judge_texts(stage: JudgeStage, queries: Sequence[Query], texts: Sequence[str]) -> list[JudgementRow]:
+    """The verdicts on a response to each of ``queries`` (collective). The judge's own tokenizer reads ``texts``."""
+    inputs = stage.inputs(queries, [encode_text(stage.prompt.tokenizer, text) for text in texts])
+    return list(stage.verdicts(inputs, [""] * len(inputs), attributed=False))
+
+
 def read_verdict_judge(section: VerdictJudgeConfig, option: str) -> VerdictJudge:
     """Read and check config and tokenizer of a judge that only scores. Raises ``UserError``."""
     assert section.model is not None
@@ -189,7 +217,7 @@ def _check_ids(train: list[Query], held_out: list[Query]) -> None:
     for query in held_out:
         if messages.get(query.id, query.messages) != query.messages:
             problem = f"id {query.id!r} has another prompt than in data.train"
-            raise UserError("data.eval", problem, "give every prompt an id of its own")
+            raise UserError("eval.data", problem, "give every prompt an id of its own")
 
 
 def build_workers(config: TrainConfig, inputs: Inputs, own_ranks: OwnRanks | None = None) -> Workers:
@@ -214,10 +242,11 @@ def build_workers(config: TrainConfig, inputs: Inputs, own_ranks: OwnRanks | Non
     policy = build_model("policy", inputs.policy, policy_groups, p.precision, p.recompute, p.spec)
     trainer = PolicyTrainer(policy, config)
     engine = build_engine(config, trainer, inputs.stop_ids)
+    gold = GoldJudge(inputs.gold) if inputs.gold is not None and inputs.eval else None
     dist.barrier()
     if own_ranks is not None:
         own_ranks.wait_until_ready()
-    return Workers(trainer, engine, judge, reference, host_weights)
+    return Workers(trainer, engine, judge, reference, host_weights, gold)
 
 
 def build_engine(config: TrainConfig, trainer: PolicyTrainer, stop_ids: set[int]) -> RolloutEngine:

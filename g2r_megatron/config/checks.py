@@ -22,6 +22,7 @@ from g2r_megatron.config.options import (
     ProbeConfig,
     RolloutConfig,
     TrainConfig,
+    VerdictJudgeConfig,
     fill_from_preset,
     resolve_preset,
 )
@@ -102,8 +103,10 @@ TRAIN_RANGES = {
     **SAMPLING_RANGES,
     "steps": COUNT,
     "seed": SEED,
-    "eval_every": COUNT_OR_OFF,
-    "eval_responses": COUNT,
+    "eval.every": COUNT_OR_OFF,
+    "eval.samples": COUNT,
+    "eval.judge.micro_batch_tokens": COUNT,
+    "eval.judge.max_length": COUNT,
     "timeout_minutes": POSITIVE,
     "policy.micro_batch_tokens": COUNT,
     "rollout.prompts_per_step": COUNT,
@@ -145,7 +148,7 @@ def check_train_config(config: TrainConfig, world_size: int) -> None:
     _check_grpo(config.grpo, config.rollout)
     _check_engine(config.rollout)
     _check_schedule(config)
-    _check_evaluation(config)
+    _check_evaluation(config, world_size)
     warn_of_unused(config, resolve_preset(TrainConfig(grpo=GrpoConfig(preset=config.grpo.preset))))
     _warn_of_small_budget(config)
     check_packages(config.log)
@@ -216,7 +219,7 @@ def check_eval_config(config: EvalConfig, world_size: int) -> None:
         if (value := getattr(config.rollout, option)) != getattr(RolloutConfig(), option):
             raise UserError(f"rollout.{option}", f"{value} in g2r eval", "leave it out: it is of training")
     _check_engine(config.rollout)
-    _check_judge(config.judge.without_credit(), world_size)
+    _check_verdicts("judge", config.judge, world_size)
     _check_directory("output", config.output)
 
 
@@ -264,14 +267,22 @@ def _check_judge_place(judge: JudgeConfig, rollout: RolloutConfig, world_size: i
         )
 
 
-def _check_judge(judge: JudgeConfig, world_size: int) -> None:
-    check_layout("judge", judge.layout, world_size, judge.ranks)
-    check_template(judge.template)
-    _require_given("judge.true_words", judge.true_words, "give at least one spelling of a positive verdict")
-    _require_given("judge.false_words", judge.false_words, "give at least one spelling of a negative verdict")
+def _check_verdicts(
+    section: str, judge: JudgeConfig | VerdictJudgeConfig, world_size: int, judge_ranks: int = 0
+) -> None:
+    check_layout(section, judge.layout, world_size, judge_ranks)
+    check_template(judge.template, section)
+    _require_given(f"{section}.true_words", judge.true_words, "give at least one spelling of a positive verdict")
+    _require_given(f"{section}.false_words", judge.false_words, "give at least one spelling of a negative verdict")
     shared = sorted(set(judge.true_words) & set(judge.false_words))
     if shared:
-        raise UserError("judge.true_words", f"{shared} also in judge.false_words", "give spellings that differ")
+        raise UserError(
+            f"{section}.true_words", f"{shared} also in {section}.false_words", "give spellings that differ"
+        )
+
+
+def _check_judge(judge: JudgeConfig, world_size: int) -> None:
+    _check_verdicts("judge", judge, world_size, judge.ranks)
     if judge.credit == "per_response" and judge.template.index("{criterion}") < judge.template.index("{response}"):
         raise UserError(
             "judge.credit",
@@ -319,7 +330,7 @@ def _check_grpo(grpo: GrpoConfig, rollout: RolloutConfig) -> None:
         raise UserError(
             option,
             f"{rollout.top_k if rollout.top_k == 1 else 0} makes the responses of a prompt all the same",
-            "training learns from their differences: sample (eval_greedy evaluates greedily)",
+            "training learns from their differences: sample (eval.greedy evaluates greedily)",
         )
     responses = rollout.prompts_per_step * group
     if responses % grpo.mini_batches:
@@ -369,13 +380,21 @@ def _check_schedule(config: TrainConfig) -> None:
         raise UserError("optimizer.min_lr", str(optimizer.min_lr), f"must be at most optimizer.lr {optimizer.lr}")
 
 
-def _check_evaluation(config: TrainConfig) -> None:
-    if config.eval_every and not config.data.eval:
-        raise UserError("eval_every", f"{config.eval_every} without data.eval", "give data.eval files or set it to 0")
-    if config.eval_greedy and config.eval_responses > 1:
-        found = f"{config.eval_responses} with eval_greedy"
-        raise UserError(
-            "eval_responses", found, "greedy responses of a prompt are all the same: set it to 1, or sample"
+def _check_evaluation(config: TrainConfig, world_size: int) -> None:
+    held_out = config.eval
+    if held_out.every and not held_out.data:
+        raise UserError("eval.every", f"{held_out.every} without eval.data", "give eval.data files or set it to 0")
+    _check_samples(held_out.samples, held_out.greedy, "eval.")
+    gold = held_out.judge
+    if gold.model is None:
+        if gold != VerdictJudgeConfig():
+            raise UserError("eval.judge", "options without eval.judge.model", "give it a model, or leave them out")
+        return
+    _check_verdicts("eval.judge", gold, world_size, config.judge.ranks)
+    own = config.judge.model or config.policy.model
+    if own and os.path.realpath(gold.model) == os.path.realpath(own):
+        warn(
+            f"eval.judge.model {gold.model} is the judge that training learns from: what exploits it scores well there too"
         )
 
 
@@ -402,13 +421,13 @@ def check_packages(log: LogConfig) -> None:
         check_wandb_login()
 
 
-def check_template(template: str) -> None:
+def check_template(template: str, section: str = "judge") -> None:
     """Raise ``UserError`` unless each field of the judge's template is there exactly once."""
     counts = {name: template.count("{" + name + "}") for name in TEMPLATE_FIELDS}
     wrong = [f"{{{name}}} {count} times" for name, count in counts.items() if count != 1]
     if wrong:
         raise UserError(
-            "judge.template",
+            f"{section}.template",
             f"has {', '.join(wrong)}",
             "each of {conversation}, {response}, {criterion} must be there once",
         )

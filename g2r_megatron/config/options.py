@@ -321,8 +321,6 @@ class DataConfig:
 
     train: list[str] = field(default_factory=list)
     """training queries: files (jsonl, json, parquet, csv, tsv, arrow; also .gz, .zst), directories, glob patterns"""
-    eval: list[str] = field(default_factory=list)
-    """held-out queries, as data.train"""
     format: Literal["auto", "g2r", "healthbench", "rar", "researchqa"] = "auto"
     """auto knows the field names of many projects; others take the names of one data set only"""
     fields: dict[str, str] = field(default_factory=dict)
@@ -337,6 +335,22 @@ class DataConfig:
     """system message of every conversation that does not begin with one of its own"""
     shuffle: bool = True
     """order is a function of the seed and the step; off keeps file order"""
+
+
+@dataclass
+class HeldOutConfig:
+    """Evaluations of a training, on rows that it does not train on."""
+
+    data: list[str] = field(default_factory=list)
+    """held-out queries, as data.train"""
+    every: int = 0
+    """steps between evaluations; 0: only before and after training"""
+    samples: int = 1
+    """responses a prompt"""
+    greedy: bool = False
+    """sample greedily instead of as the rollout"""
+    judge: VerdictJudgeConfig = field(default_factory=VerdictJudgeConfig)
+    """the gold judge: another model than the judge that training learns from, so that what exploits that one shows"""
 
 
 @dataclass
@@ -381,12 +395,6 @@ class TrainConfig:
     """of the order of the data, the sampling and the sampled verdicts"""
     deterministic: bool = False
     """the same job gives the same bits on a GPU too, with slower kernels (on a CPU it does anyway)"""
-    eval_every: int = 0
-    """steps between evaluations on data.eval; 0: only before and after training"""
-    eval_responses: int = 1
-    """responses a held-out prompt"""
-    eval_greedy: bool = False
-    """evaluate greedily instead of with the rollout's sampling"""
     timeout_minutes: float = 30.0
     """a rank that waits for longer than this for another one ends the run: it is dead or stuck"""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -395,6 +403,7 @@ class TrainConfig:
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    eval: HeldOutConfig = field(default_factory=HeldOutConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 

@@ -10,6 +10,10 @@ import yaml
 # old option -> (new option, {old value: new value})
 RENAMED: dict[str, tuple[str, dict[str, str]]] = {
     "judge.pool": ("judge.smoothing", {}),
+    "data.eval": ("eval.data", {}),
+    "eval_every": ("eval.every", {}),
+    "eval_responses": ("eval.samples", {}),
+    "eval_greedy": ("eval.greedy", {}),
     "judge.pooling": ("judge.credit", {"item": "per_item", "response": "per_response"}),
 }
 # options without a successor -> what holds now

@@ -15,7 +15,6 @@ from g2r_megatron.data.readers import read_queries
 from g2r_megatron.data.tokenizer import encode_text
 from g2r_megatron.data.types import Query
 from g2r_megatron.errors import UserError, warn
-from g2r_megatron.eval.judging import judge_texts
 from g2r_megatron.eval.ledger import LedgerFile
 from g2r_megatron.eval.records import PAGE, RESPONSES, Answer, data_key, judge_facts, record_of, write_results
 from g2r_megatron.eval.table import summary_table
@@ -26,7 +25,7 @@ from g2r_megatron.parallel import groups
 from g2r_megatron.policy.checkpoint import complete_checkpoints
 from g2r_megatron.records.progress_bar import CountProgress
 from g2r_megatron.run import CONFIG_FILE
-from g2r_megatron.workers import PolicyInputs, VerdictJudge, read_policy, read_verdict_judge, start_engine
+from g2r_megatron.workers import PolicyInputs, VerdictJudge, judge_texts, read_policy, read_verdict_judge, start_engine
 
 FREE = ("data", "responses", "output", "batch_rows")  # the rows count, not their paths
 # vLLM takes the next prompt as soon as one is finished: calls of many batches keep it busy. Between calls answers are kept.

@@ -61,4 +61,9 @@ def response(record: dict) -> str:
 
 def _verdict(item: dict) -> str:
     good = item["verdict"] == (item["weight"] > 0)
-    return f'<b class="{"good" if good else "bad"}">{"met" if item["verdict"] else "not met"}</b> ({item["weight"]:+g})'
+    gold = f", gold judge: {_word(item['gold'])}" if item.get("gold", item["verdict"]) != item["verdict"] else ""
+    return f'<b class="{"good" if good else "bad"}">{_word(item["verdict"])}</b>{gold} ({item["weight"]:+g})'
+
+
+def _word(verdict: bool) -> str:
+    return "met" if verdict else "not met"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from g2r_megatron.config.options import VerdictJudgeConfig
+from g2r_megatron.config.options import JudgeConfig, VerdictJudgeConfig
 from g2r_megatron.credit.judgements import ItemJudgement, JudgementRow, plain_number
 from g2r_megatron.data.types import Query
 from g2r_megatron.errors import UserError
@@ -30,8 +30,13 @@ class Answer:
     finished: bool | None
 
 
-def record_of(query: Query, sample: int, answer: Answer, judged: JudgementRow) -> dict:
-    """Response number ``sample`` (from 0) to ``query``, with its verdicts, as plain data."""
+def record_of(
+    query: Query, sample: int, answer: Answer, judged: JudgementRow, gold: JudgementRow | None = None
+) -> dict:
+    """Response number ``sample`` (from 0) to ``query``, with its verdicts, as plain data.
+
+    ``gold``: what another judge says of it, the gold judge of a training.
+    """
     items = [
         {
             "criterion": item.criterion,
@@ -44,12 +49,18 @@ def record_of(query: Query, sample: int, answer: Answer, judged: JudgementRow) -
         for item, found in zip(query.rubric, judged, strict=True)
         if isinstance(found, ItemJudgement)
     ]
+    of_gold = {}
+    if gold is not None:
+        of_gold = {"gold_score": ItemJudgement.reward(query, gold)}
+        for item, found in zip(items, gold, strict=True):
+            item["gold"] = found.verdict
     return {
         "id": query.id,
         "sample": sample,
         "dataset": query.dataset,
         "tags": list(query.tags),
         "score": ItemJudgement.reward(query, judged),
+        **of_gold,
         "length": answer.length,
         "finished": answer.finished,
         "prompt": "\n".join(f"{m['role']}: {m['content']}" for m in query.messages),
@@ -67,7 +78,7 @@ def data_key(queries: Sequence[Query]) -> str:
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
-def judge_facts(judge: VerdictJudgeConfig) -> dict:
+def judge_facts(judge: VerdictJudgeConfig | JudgeConfig) -> dict:
     """What decides verdicts: the model and how it is asked. Layouts do not."""
     names = ("model", "template", "chat_template", "template_options", "think", "true_words", "false_words")
     return {name: getattr(judge, name) for name in names}

@@ -43,10 +43,9 @@ def tag_scores(verdicts: Sequence[bool], weights: Sequence[float], tags: Sequenc
 
 def estimate(values: Sequence[float], clipped: bool, seed: int) -> Estimate:
     """Mean and standard error of ``values`` (at least one), with the published code's own draws for numpy seed ``seed``."""
-    draws = np.random.RandomState(seed)
     x = np.asarray(values, dtype=np.float64)
-    means = np.array([draws.choice(x, len(x)).mean() for _ in range(RESAMPLES)])
-    mean = x.mean()
+    places = np.random.RandomState(seed).randint(0, len(x), size=(RESAMPLES, len(x)))  # as its choice() takes them
+    mean, means = x.mean(), x[places].mean(axis=1)
     if clipped:
         mean, means = np.clip(mean, 0, 1), np.clip(means, 0, 1)
     return Estimate(float(mean), float(means.std()), len(x))
@@ -64,9 +63,11 @@ def summary(records: Sequence[dict], seed: int) -> dict:
             of_items = tag_scores(*([item[name] for item in items] for name in ("verdict", "weight", "tags")))
             for tag, score in (dict.fromkeys(record["tags"], record["score"]) | of_items).items():
                 by_tag.setdefault(tag, []).append(score)
+        gold = [record["gold_score"] for record in own if "gold_score" in record]
         found[dataset] = {
             "rows": len({record["id"] for record in own}),
             "score": vars(estimate([record["score"] for record in own], clipped, seed)),
+            "gold": vars(estimate(gold, clipped, seed)) if gold else None,
             "tags": {tag: vars(estimate(values, clipped, seed)) for tag, values in sorted(by_tag.items())},
         }
     finished = [record["finished"] for record in records if record["finished"] is not None]

@@ -17,6 +17,8 @@ def score_rows(found: dict, tags: Sequence[str] | None = None) -> list[list[str]
     rows = []
     for dataset, own in found["datasets"].items():
         rows.append(_cells(f"{dataset}, {own['rows']} rows", own["score"]))
+        if own["gold"] is not None:
+            rows.append(_cells("  by the gold judge", own["gold"]))
         shown = [tag for tag in own["tags"] if tags is None or tag.startswith(tuple(tags))]
         rows += [_cells(f"  {tag}", own["tags"][tag]) for tag in shown]
     return rows

@@ -5,6 +5,7 @@ training (test_train_loop.py).
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,33 @@ def test_bad_input(rows, tmp_path):
     for argv, said in refused.items():
         assert_refused(run(list(argv)), *said)
     assert not out.exists()
+
+
+def test_a_training_evaluates_in_the_same_way(worlds, rows, tmp_path):
+    """With a gold judge, under old option names, and ``g2r eval`` of the run's weights finds the same responses and scores.
+
+    The gold judge is a copy of the judge, so both must agree on everything.
+    """
+    gold = tmp_path / "gold"
+    shutil.copytree(MODEL, gold)
+    output = tmp_path / "run"
+    small = ["--rollout.prompts_per_step", "2", "--rollout.responses_per_prompt", "2", "--steps", "1", "--seed", "1234"]
+    judge = [option.replace("--judge.", "--eval.judge.") for option in JUDGE]
+    judge[1] = str(gold)
+    train = ["train", *POLICY, *JUDGE, *small, *judge, "--data.train", f'["{rows}"]', "--data.eval", f'["{rows}"]']
+    train += ["--eval_responses", "2", "--output_dir", str(output), "--optimizer.lr", "1e-3"]
+    [(code, _, err)] = worlds[1].run(run, train)
+    assert code == 0 and "warning: data.eval is called eval.data now" in err, err
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert line["eval/gold_score"] == pytest.approx(line["eval/judge_score"])
+        assert line["eval/gold_agreement"] == 1 and line.get("eval/exploitation_rate", 0) == 0
+    kept = records(output / "eval" / "step_00000001")
+    assert len(kept) == 8 and all(record["gold_score"] == record["score"] for record in kept)
+    assert kept != records(output / "eval" / "step_00000000")
+
+    options = ["--samples", "2", "--policy.model", str(output)]
+    [(code, _, err)] = worlds[1].run(run, sampled(rows, tmp_path / "again", *options))
+    assert code == 0 and f"judge.model {MODEL} has trained {output}" in err, err
+    for mine, other in zip(kept, records(tmp_path / "again"), strict=True):
+        assert (other["id"], other["response"], other["score"]) == (mine["id"], mine["response"], mine["score"])

@@ -15,8 +15,9 @@ from g2r_megatron.config.options import VerdictJudgeConfig
 from g2r_megatron.credit.judgements import ItemJudgement
 from g2r_megatron.data.readers import read_queries
 from g2r_megatron.data.types import Query, RubricItem
+from g2r_megatron.eval.held_out import gold_metrics
 from g2r_megatron.eval.records import Answer, data_key, judge_facts, read_results, record_of, write_results
-from g2r_megatron.eval.scoring import estimate, summary, tag_scores
+from g2r_megatron.eval.scoring import Estimate, estimate, summary, tag_scores
 from g2r_megatron.eval.table import summary_table
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "healthbench_100.jsonl"
@@ -125,7 +126,12 @@ def test_tags_without_positive_points_have_no_score():
 
 
 def test_the_error_follows_the_seed():
+    """Seed by seed it is that of the published draws, one sample after another."""
     values = [random.Random(n).random() for n in range(30)]
+    long = [random.Random(n).gauss(0.2, 1) for n in range(301)]
+    np.random.seed(SEED)
+    draws = [float(np.mean(np.random.choice(long, len(long)))) for _ in range(1000)]
+    assert estimate(long, False, SEED) == Estimate(float(np.mean(long)), float(np.std(draws)), 301)
     assert estimate(values, False, 1) == estimate(values, False, 1) != estimate(values, False, 2)
     assert estimate(values, False, 1).error == pytest.approx(np.std(values) / 30**0.5, rel=0.1)
 
@@ -177,3 +183,19 @@ def test_files_and_page(tmp_path):
 def test_the_digest_of_the_rows_knows_no_order():
     queries = made_up(4)
     assert data_key(queries) == data_key(queries[::-1]) == data_key([*queries, queries[0]]) != data_key(queries[:3])
+
+
+def test_what_a_gold_judge_says():
+    """Exploited: items that count for the response now and not before, and that the gold judge does not count."""
+    rubric = (RubricItem("a", 2.0), RubricItem("b", 3.0), RubricItem("pitfall", -1.0), RubricItem("d", 4.0))
+
+    def record(verdicts: list[bool], gold: list[bool]) -> dict:
+        rows = [[ItemJudgement(0.5, 0.5, verdict) for verdict in own] for own in (verdicts, gold)]
+        return record_of(Query("q", (), rubric), 0, Answer("", 1, True), *rows)
+
+    before = record([False, True, True, False], [False, True, True, False])
+    now = record([True, True, False, True], [False, True, True, True])
+    metrics = gold_metrics([now], [before])
+    assert metrics["eval/exploitation_rate"] == pytest.approx((2 + 1) / (2 + 1 + 4))
+    assert metrics["eval/gold_agreement"] == 0.5 and metrics["eval/gold_score"] == pytest.approx((3 - 1 + 4) / 9)
+    assert "eval/exploitation_rate" not in gold_metrics([now], [])

@@ -39,7 +39,7 @@ MAP = {
     "adapters": ("glue for other training frameworks: light, no model of ours", "credit serve"),
     "workers": (
         "the models and inputs of a run, built from its config",
-        "config data errors judge model parallel policy records rollout",
+        "config credit data errors judge model parallel policy records rollout",
     ),
     "experience": (
         "a step's batch on its way from prompts to advantages",
