@@ -122,8 +122,29 @@ def probe_command(argv: list[str]) -> None:
     probe_judge(config)
 
 
+def compare_command(argv: list[str]) -> None:
+    """``g2r eval compare``."""
+    parser = OneLineParser(
+        "g2r eval compare",
+        description="Is B better than A on the same rows? Paired bootstrap, wins and losses, the rows that changed most. "
+        "Next: open the page, and read what changed.",
+    )
+    for name in ("A", "B"):
+        parser.add_argument(name, type=Path, help="output of g2r eval, or RUN/eval/step_... of a training")
+    parser.add_argument("--output", type=Path, default=Path("compare.html"), help="page to write (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1234, help="of the bootstrap (%(default)s)")
+    parser.add_argument("--most_changed", type=int, default=10, help="rows to show (%(default)s)")
+    arguments = parser.parse_args(argv)
+    from g2r_megatron.eval.compare import compare
+
+    compare(arguments.A, arguments.B, arguments.output, arguments.seed, arguments.most_changed)
+
+
 def eval_command(argv: list[str]) -> None:
     """``g2r eval``."""
+    if argv[:1] == ["compare"]:
+        compare_command(argv[1:])
+        return
     argv = parsing.with_lists(argv, ("data", "responses"))
     config = _parsed(EvalConfig, "g2r eval", argv)
     check_eval_config(config, _world_size())

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-from g2r_megatron.eval.table import HEADINGS, said_of, score_rows
+from g2r_megatron.eval.table import COMPARED, HEADINGS, compared_rows, said_of, score_rows
 from g2r_megatron.report.heatmap import visible
 from g2r_megatron.report.page import document, section
 
@@ -32,6 +32,32 @@ def eval_page(found: dict, records: Sequence[dict]) -> str:
         f'<span class="fine">{visible(str(found["policy"]))}, judged by {visible(str(found["judge"]["model"]))}</span>'
     )
     return document("g2r eval", who, visible(headline), scores + about + responses)
+
+
+def compare_page(a: str, b: str, datasets: dict[str, dict], pairs: Sequence[tuple[float, dict, dict]]) -> str:
+    """The whole HTML document of a comparison; ``pairs``: (difference, record of A, record of B), drawn in this order."""
+    note = (
+        "Rows are paired; a row's score is the mean over its samples. Interval: paired bootstrap over rows. p: twice the share of "
+        "bootstrap samples without the sign of the difference."
+    )
+    scores = section("A against B", note, table(COMPARED, compared_rows(datasets)), charts=False)
+    cards = "".join(_pair(*pair, number < OPEN_CARDS) for number, pair in enumerate(pairs))
+    changed = section("Rows that changed most", "B minus A; the first sample of each.", cards, charts=False)
+    headline = "; ".join(
+        f"{dataset} {own['a']:.3f} → {own['b']:.3f} ({own['difference']:+.3f} [{own['low']:+.3f}, {own['high']:+.3f}])"
+        for dataset, own in datasets.items()
+    )
+    who = f'<span class="fine">A: {visible(a)}, B: {visible(b)}</span>'
+    return document("g2r eval compare", who, visible(headline), scores + changed)
+
+
+def _pair(difference: float, a: dict, b: dict, is_open: bool) -> str:
+    kind = "good" if difference > 0 else "bad"
+    sides = "".join(f'<p class="fine">{name}</p>{response(record)}' for name, record in (("A", a), ("B", b)))
+    return (
+        f'<details class="sample"{" open" if is_open else ""}><summary>{visible(str(a["id"]))} <b class="{kind}">{difference:+.2f}</b>'
+        f'</summary><div class="prompt"><p>{visible(a["prompt"])}</p></div>{sides}</details>'
+    )
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

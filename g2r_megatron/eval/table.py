@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 HEADINGS = ("score of", "mean", "standard error", "responses")
+COMPARED = ("data set", "A", "B", "B - A [95%]", "p", "B wins", "ties", "B loses")
 SHOWN_TAGS = ("theme:", "axis:")  # on the terminal; the page has all
 
 
@@ -55,3 +56,23 @@ def summary_table(found: dict) -> str:
 
 def _cells(name: str, score: dict) -> list[str]:
     return [name, f"{score['mean']:.4f}", f"{score['error']:.4f}", str(score["count"])]
+
+
+def compared_rows(datasets: dict[str, dict]) -> list[list[str]]:
+    """The cells of ``compare.compared``."""
+    rows = []
+    for dataset, own in datasets.items():
+        interval = f"{own['difference']:+.4f} [{own['low']:+.4f}, {own['high']:+.4f}]"
+        ties = own["rows"] - own["wins"] - own["losses"]
+        counts = [str(own["wins"]), str(ties), str(own["losses"])]
+        rows.append(
+            [
+                f"{dataset}, {own['rows']} rows",
+                f"{own['a']:.4f}",
+                f"{own['b']:.4f}",
+                interval,
+                f"{own['p']:.3f}",
+                *counts,
+            ]
+        )
+    return rows

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from g2r_megatron.cli import main
 from g2r_megatron.config.options import VerdictJudgeConfig
 from g2r_megatron.credit.judgements import ItemJudgement
 from g2r_megatron.data.readers import read_queries
 from g2r_megatron.data.types import Query, RubricItem
+from g2r_megatron.eval.compare import RESAMPLES, compared, most_different
 from g2r_megatron.eval.held_out import gold_metrics
 from g2r_megatron.eval.records import Answer, data_key, judge_facts, read_results, record_of, write_results
 from g2r_megatron.eval.scoring import Estimate, estimate, summary, tag_scores
@@ -199,3 +201,52 @@ def test_what_a_gold_judge_says():
     assert metrics["eval/exploitation_rate"] == pytest.approx((2 + 1) / (2 + 1 + 4))
     assert metrics["eval/gold_agreement"] == 0.5 and metrics["eval/gold_score"] == pytest.approx((3 - 1 + 4) / 9)
     assert "eval/exploitation_rate" not in gold_metrics([now], [])
+
+
+def test_comparison(tmp_path, capsys):
+    """Against pairs drawn here one by one; A against itself has no difference, and the page no text that acts."""
+    results(tmp_path / "a", 0.2), results(tmp_path / "b", 0.8)
+    rows = [read_results(tmp_path / name)[1] for name in "ab"]
+    own = compared(*rows, 3)["healthbench"]
+    x, y = (np.array([record["score"] for record in side]) for side in rows)
+    draws = np.random.RandomState(3)
+    picked = [draws.choice(6, 6) for _ in range(RESAMPLES)]
+    differences = [np.clip(y[i].mean(), 0, 1) - np.clip(x[i].mean(), 0, 1) for i in picked]
+    assert own["difference"] == np.clip(y.mean(), 0, 1) - np.clip(x.mean(), 0, 1)
+    assert (own["low"], own["high"]) == pytest.approx(tuple(np.quantile(differences, [0.025, 0.975])))
+    assert (own["wins"], own["losses"]) == (sum(y > x), sum(x > y)) and own["wins"] and own["losses"]
+    against = [d <= 0 if own["difference"] >= 0 else d >= 0 for d in differences]
+    assert own["p"] == pytest.approx(min(1.0, 2 * np.mean(against)))
+    same = compared(rows[0], rows[0], 3)["healthbench"]
+    assert (same["difference"], same["low"], same["high"], same["p"], same["wins"], same["losses"]) == (
+        0,
+        0,
+        0,
+        1,
+        0,
+        0,
+    )
+    changes = [difference for difference, _, _ in most_different(*rows)]
+    assert changes and sorted(map(abs, changes), reverse=True) == [abs(change) for change in changes]
+    assert (
+        main(["eval", "compare", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "c.html")]) == 0
+    )
+    said = capsys.readouterr().out
+    assert "healthbench, 6 rows" in said and f"{changes[0]:+.3f}" in said
+    assert (tmp_path / "c.html").read_text().count("<script>") == 1
+
+
+def test_only_results_on_the_same_rows_are_compared(tmp_path, capsys):
+    found = results(tmp_path / "a")
+    other = {name: found[name] for name in ("policy", "judge", "data")}
+    records = read_results(tmp_path / "a")[1]
+    write_results(tmp_path / "b", other | {"data": "another"}, records, SEED)
+    write_results(tmp_path / "c", other | {"judge": {**found["judge"], "template": "?"}}, records, SEED)
+    for name, said in (
+        ("b", "results on different rows"),
+        ("c", "judge.template differs"),
+        ("d", "no eval.json in it"),
+    ):
+        assert main(["eval", "compare", str(tmp_path / "a"), str(tmp_path / name)]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
