@@ -321,11 +321,11 @@ class DataConfig:
 
     train: list[str] = field(default_factory=list)
     """training queries: files (jsonl, json, parquet, csv, tsv, arrow; also .gz, .zst), directories, glob patterns"""
-    format: Literal["auto", "g2r", "healthbench", "rar", "researchqa"] = "auto"
+    format: Literal["auto", "g2r", "healthbench", "rar", "researchqa", "verifiable"] = "auto"
     """auto knows the field names of many projects; others take the names of one data set only"""
     fields: dict[str, str] = field(default_factory=dict)
     """other field names, dotted where nested, e.g. {prompt: meta.task, weight: importance}; of prompt, system, rubric,
-    criterion, weight, tags, id, reference"""
+    criterion, weight, tags, id, reference, answer"""
     polarity: Literal["raw", "flip_negated"] | None = None
     """negative-weight items phrased "does not ..." (met is good, RaR-Science): raw keeps the sign, flip_negated makes them
     positive; not given: as raw, but items weighted "Pitfall" without a number are refused"""
@@ -335,6 +335,24 @@ class DataConfig:
     """system message of every conversation that does not begin with one of its own"""
     shuffle: bool = True
     """order is a function of the seed and the step; off keeps file order"""
+
+
+@dataclass
+class VerifierConfig:
+    """What decides whether a response to a row with an `answer` is right, which is its reward."""
+
+    kind: Literal["math", "choice", "exact", "regex", "command"] = "math"
+    """compares the final answer, in \\boxed{} or after ####: as mathematics (math-verify), as a letter, as text, as a match
+    of the regular expression `answer`; or command"""
+    command: list[str] = field(default_factory=list)
+    """a program and its arguments, for kind=command: reads {id, messages, response, answer} as JSON, exits with 0 for right"""
+    timeout_seconds: float = 10.0
+    """a decision may take; then the answer is wrong"""
+    memory_mib: int = 2048
+    """address space of the program"""
+    criterion: str = "The solution is correct and its final answer is right."
+    """what the judge is asked, for credit: its gradient counts where its verdict agrees with the verifier's. {answer} stands
+    for the row's answer"""
 
 
 @dataclass
@@ -404,6 +422,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     eval: HeldOutConfig = field(default_factory=HeldOutConfig)
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -509,7 +528,7 @@ class EvalConfig:
     """responses judged and written at a time"""
     seed: int = 1234
     """of the sampling and of the bootstrap"""
-    format: Literal["auto", "g2r", "healthbench", "rar", "researchqa"] = "auto"
+    format: Literal["auto", "g2r", "healthbench", "rar", "researchqa", "verifiable"] = "auto"
     """as data.format"""
     fields: dict[str, str] = field(default_factory=dict)
     """as data.fields, and of response"""
@@ -522,6 +541,7 @@ class EvalConfig:
     policy: SampledPolicyConfig = field(default_factory=SampledPolicyConfig)
     judge: VerdictJudgeConfig = field(default_factory=VerdictJudgeConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
 
 
 OWN_RANKS_PARTS = 4  # default of judge.parts with judge.ranks

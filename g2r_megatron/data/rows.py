@@ -42,6 +42,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "reference": (
         *("reference", "reference_answer", "ideal_completions_data.ideal_completion", "reward_model.ground_truth"),
     ),
+    "answer": ("answer", "final_answer", "expected_answer", "reward_model.ground_truth"),
     "response": RESPONSE_NAMES,
 }
 # The names of one data set, for data.format.
@@ -55,6 +56,7 @@ FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "rar": {"prompt": ("question",), "rubric": ("rubric",), "criterion": ("description",), "weight": ("weight",)},
     "researchqa": {"prompt": ("query",), "rubric": ("rubric",), "criterion": ("rubric_item",)},
+    "verifiable": {},
 }
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-Dataset = Literal["g2r", "healthbench", "rar", "researchqa"]
+Dataset = Literal["g2r", "healthbench", "rar", "researchqa", "verifiable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,8 @@ class Query:
 
     ``response`` and ``given`` are set only in files of responses to be judged (``g2r judge``). ``tags``: of the row as a
     whole (HealthBench's ``example_tags``). ``dataset``: what the row's field names say it is of; it decides how scores
-    are averaged (eval/scoring.py).
+    are averaged (eval/scoring.py). ``answer``: of a row whose reward a verifier decides; its rubric is then one item, what
+    the judge is asked.
     """
 
     id: str
@@ -56,6 +57,7 @@ class Query:
     given: Given | None = None
     tags: tuple[str, ...] = ()
     dataset: Dataset = "g2r"
+    answer: str | None = None
 
     @property
     def positive_weight(self) -> float:
