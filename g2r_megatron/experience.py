@@ -97,7 +97,10 @@ def sample_and_submit(
         if not some:
             continue
         found = sample(workers.engine, inputs, some, group_size, key, temperature, between_batches)
-        workers.judge.submit(Part(some, group_size, found.bodies, found.keys, mix))
+        verified = None
+        if inputs.verifier is not None:
+            verified = inputs.verifier.verdicts(found.queries, [response.text for response in found.responses])
+        workers.judge.submit(Part(some, group_size, found.bodies, found.keys, mix, verified))
         sampled.append(found)
     return Rollouts(
         group_size,

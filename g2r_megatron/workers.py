@@ -15,6 +15,7 @@ from g2r_megatron.config.options import (
     SampledPolicyConfig,
     TrainConfig,
     VerdictJudgeConfig,
+    VerifierConfig,
 )
 from g2r_megatron.credit.judgements import JudgementRow
 from g2r_megatron.data.chat_template import check_template_options, with_system_prompt
@@ -42,6 +43,7 @@ from g2r_megatron.rollout.megatron import MegatronRolloutEngine
 from g2r_megatron.rollout.thoughts import ThoughtEnd, thought_end
 from g2r_megatron.rollout.types import RolloutEngine
 from g2r_megatron.rollout.vllm.environment import check_engine
+from g2r_megatron.verify.verifier import Verifier
 
 POLICY_LENGTH = "rollout.max_prompt_tokens + rollout.max_response_tokens"
 
@@ -66,6 +68,7 @@ class Inputs(PolicyInputs):
     train: list[Query]
     eval: list[Query]
     gold: "VerdictJudge | None"  # eval.judge
+    verifier: Verifier | None  # where rows have an answer
 
 
 @dataclass
@@ -130,6 +133,10 @@ def read_inputs(config: TrainConfig) -> Inputs:
     reads_ids = reads_ids and policy.geometry.vocab <= judge.geometry.vocab
     prompt = judge_prompt(judge, judge_tokenizer, config.judge, None if reads_ids else tokenizer)
 
+    if config.data.format == "verifiable" and not prompt.needs_rubric:
+        found = "a reward model with data.format verifiable"
+        raise UserError("judge.model", found, "give a language model: its verdicts are compared with the verifier's")
+
     def with_system(query: Query) -> Query:
         return replace(query, messages=with_system_prompt(query.messages, config.data.system_prompt))
 
@@ -144,6 +151,7 @@ def read_inputs(config: TrainConfig) -> Inputs:
             on_bad_row=config.data.on_bad_row,
             require_rubric=prompt.needs_rubric or (gold is not None and paths is config.eval.data),
             check=check,
+            criterion=config.verifier.criterion if prompt.needs_rubric else None,
         )
         for paths in (config.data.train, config.eval.data)
     )
@@ -154,7 +162,26 @@ def read_inputs(config: TrainConfig) -> Inputs:
     check_judge_positions(judge, config.judge, ((q, rollout.max_response_tokens) for q in [*held_out, *train]))
     if gold is not None:
         gold.check(held_out, rollout.max_response_tokens)
-    return Inputs(**vars(of_policy), judge=judge, prompt=prompt, train=train, eval=held_out, gold=gold)
+    verifier = verifier_for(config.verifier, [*train, *held_out])
+    return Inputs(
+        **vars(of_policy),
+        judge=judge,
+        prompt=prompt,
+        train=train,
+        eval=held_out,
+        gold=gold,
+        verifier=verifier,
+    )
+
+
+def verifier_for(config: VerifierConfig, queries: Sequence[Query]) -> Verifier | None:
+    """What decides on the rows with an answer, None if there are none. Raises ``UserError`` for answers that cannot work."""
+    if not any(query.answer is not None for query in queries):
+        return None
+    verifier = Verifier(config)
+    for query in queries:
+        verifier.check(query)
+    return verifier
 
 
 @dataclass

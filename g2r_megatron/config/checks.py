@@ -23,6 +23,7 @@ from g2r_megatron.config.options import (
     RolloutConfig,
     TrainConfig,
     VerdictJudgeConfig,
+    VerifierConfig,
     fill_from_preset,
     resolve_preset,
 )
@@ -82,6 +83,7 @@ OFFLINE_JUDGE_RANGES = {
     "shard": NOT_NEGATIVE,
 }
 PROBE_RANGES = {**JUDGE_RANGES, "sample": COUNT, "false_sample": COUNT_OR_OFF, "seed": SEED}
+VERIFIER_RANGES = {"verifier.timeout_seconds": POSITIVE, "verifier.memory_mib": Range(64)}
 SAMPLING_RANGES = {
     "rollout.temperature": NOT_NEGATIVE,
     "rollout.top_p": POSITIVE_FRACTION,
@@ -92,6 +94,7 @@ SAMPLING_RANGES = {
 }
 EVAL_RANGES = {
     **SAMPLING_RANGES,
+    **VERIFIER_RANGES,
     "samples": COUNT,
     "batch_rows": COUNT,
     "seed": SEED,
@@ -101,6 +104,7 @@ EVAL_RANGES = {
 TRAIN_RANGES = {
     **JUDGE_RANGES,
     **SAMPLING_RANGES,
+    **VERIFIER_RANGES,
     "steps": COUNT,
     "seed": SEED,
     "eval.every": COUNT_OR_OFF,
@@ -149,6 +153,7 @@ def check_train_config(config: TrainConfig, world_size: int) -> None:
     _check_engine(config.rollout)
     _check_schedule(config)
     _check_evaluation(config, world_size)
+    _check_verifier(config.verifier)
     warn_of_unused(config, resolve_preset(TrainConfig(grpo=GrpoConfig(preset=config.grpo.preset))))
     _warn_of_small_budget(config)
     check_packages(config.log)
@@ -202,7 +207,6 @@ def check_probe_config(config: ProbeConfig, world_size: int) -> None:
 
 def check_eval_config(config: EvalConfig, world_size: int) -> None:
     """Raise ``UserError`` for the first thing in ``config`` that cannot work on ``world_size`` ranks."""
-    _require_given("judge.model", config.judge.model, "give the Hugging Face directory of the judge")
     _require_given("output", config.output, "give the directory to write to")
     if bool(config.policy.model) == bool(config.responses):
         found = "given, and responses too" if config.responses else "missing"
@@ -220,6 +224,7 @@ def check_eval_config(config: EvalConfig, world_size: int) -> None:
             raise UserError(f"rollout.{option}", f"{value} in g2r eval", "leave it out: it is of training")
     _check_engine(config.rollout)
     _check_verdicts("judge", config.judge, world_size)
+    _check_verifier(config.verifier)
     _check_directory("output", config.output)
 
 
@@ -396,6 +401,14 @@ def _check_evaluation(config: TrainConfig, world_size: int) -> None:
         warn(
             f"eval.judge.model {gold.model} is the judge that training learns from: what exploits it scores well there too"
         )
+
+
+def _check_verifier(verifier: VerifierConfig) -> None:
+    if verifier.kind == "command" and not verifier.command:
+        raise UserError("verifier.command", "missing with verifier.kind command", "give the program that decides")
+    if verifier.kind != "command" and verifier.command:
+        raise UserError("verifier.command", f"given with verifier.kind {verifier.kind}", "set the kind to command")
+    _require_given("verifier.criterion", verifier.criterion, "give what the judge is asked")
 
 
 def _warn_of_small_budget(config: TrainConfig) -> None:

@@ -44,6 +44,10 @@ class RubricReader:
             raise UserError(row.where, found, "the score divides by their sum: give at least one")
         return items, sources
 
+    def has_rubric(self, row: Fields) -> bool:
+        """Whether there is one, good or bad."""
+        return self._place(row) is not None
+
     def _place(self, row: Fields) -> str | None:
         """The field that holds the rubric; a second one must hold the same."""
         there = row.there(self.names["rubric"])

@@ -16,7 +16,16 @@ from g2r_megatron.data.tokenizer import encode_text
 from g2r_megatron.data.types import Query
 from g2r_megatron.errors import UserError, warn
 from g2r_megatron.eval.ledger import LedgerFile
-from g2r_megatron.eval.records import PAGE, RESPONSES, Answer, data_key, judge_facts, record_of, write_results
+from g2r_megatron.eval.records import (
+    PAGE,
+    RESPONSES,
+    Answer,
+    data_key,
+    judge_facts,
+    record_of,
+    verified_record,
+    write_results,
+)
 from g2r_megatron.eval.table import summary_table
 from g2r_megatron.experience import respond
 from g2r_megatron.judge.output_file import job_key
@@ -25,7 +34,16 @@ from g2r_megatron.parallel import groups
 from g2r_megatron.policy.checkpoint import complete_checkpoints
 from g2r_megatron.records.progress_bar import CountProgress
 from g2r_megatron.run import CONFIG_FILE
-from g2r_megatron.workers import PolicyInputs, VerdictJudge, judge_texts, read_policy, read_verdict_judge, start_engine
+from g2r_megatron.verify.verifier import Verifier
+from g2r_megatron.workers import (
+    PolicyInputs,
+    VerdictJudge,
+    judge_texts,
+    read_policy,
+    read_verdict_judge,
+    start_engine,
+    verifier_for,
+)
 
 FREE = ("data", "responses", "output", "batch_rows")  # the rows count, not their paths
 # vLLM takes the next prompt as soon as one is finished: calls of many batches keep it busy. Between calls answers are kept.
@@ -49,9 +67,12 @@ def evaluate_model(config: EvalConfig) -> None:
     """
     if config.policy.model:
         config = replace(config, policy=replace(config.policy, model=newest_weights(config)))
-    judge = read_verdict_judge(config.judge, "judge")
+    judge = read_verdict_judge(config.judge, "judge") if config.judge.model else None
     policy = read_policy(config.policy, config.rollout) if config.policy.model else None
     queries = read_rows(config)
+    if judge is None and any(query.answer is None for query in queries):
+        raise UserError("judge.model", "missing", "give the Hugging Face directory of the judge: rows have rubrics")
+    verifier = verifier_for(config.verifier, queries)
     tasks = tasks_of(queries, config.samples if policy else 1)
     check_lengths(config, judge, policy, queries)
     groups.initialize(config.seed)
@@ -60,7 +81,10 @@ def evaluate_model(config: EvalConfig) -> None:
         sample_missing(config, policy, tasks, file)
     else:
         file.ledger.answers |= {place: answer_of(task, judge) for place, task in enumerate(tasks)}
-    judge_missing(config, judge, tasks, file)
+    if judge is not None:
+        judge_missing(config, judge, tasks, file)
+    if verifier is not None:
+        verify_missing(config, verifier, tasks, file)
     if file.is_writer:
         finish(config, tasks, file)
 
@@ -87,7 +111,11 @@ def read_rows(config: EvalConfig) -> list[Query]:
 
     def read(paths: list[str], **options) -> list[Query]:
         found = read_queries(
-            *(paths, config.format, config.polarity), fields=config.fields, on_bad_row=config.on_bad_row, **options
+            *(paths, config.format, config.polarity),
+            fields=config.fields,
+            on_bad_row=config.on_bad_row,
+            criterion=config.verifier.criterion,
+            **options,
         )
         return [replace(q, messages=with_system_prompt(q.messages, config.system_prompt)) for q in found]
 
@@ -113,26 +141,26 @@ def tasks_of(queries: Sequence[Query], samples: int) -> list[Task]:
 
 
 def check_lengths(
-    config: EvalConfig, judge: VerdictJudge, policy: PolicyInputs | None, queries: Sequence[Query]
+    config: EvalConfig, judge: VerdictJudge | None, policy: PolicyInputs | None, queries: Sequence[Query]
 ) -> None:
     """Raise ``UserError`` for a prompt or a judge input that is too long; fill the policy's prompts."""
-    if policy is None:
-        for query in queries:
-            judge.check([query], len(encode_text(judge.prompt.tokenizer, query.response or "")))
-        return
-    for query in queries:
+    for query in queries if policy is not None else ():
         policy.prompt_ids.check(query)
-    policy.prompt_ids.add(queries)
-    judge.check(list(queries), config.rollout.max_response_tokens)
+    if policy is not None:
+        policy.prompt_ids.add(queries)
+    for query in queries if judge is not None else ():
+        if query.answer is None:
+            given = None if query.response is None else len(encode_text(judge.prompt.tokenizer, query.response))
+            judge.check([query], config.rollout.max_response_tokens if given is None else given)
 
 
-def answer_of(task: Task, judge: VerdictJudge) -> Answer:
+def answer_of(task: Task, judge: VerdictJudge | None) -> Answer:
     """The response of a file. A file that ``g2r eval`` wrote knows its length and end; else the judge's tokens count."""
     text, given = task.query.response or "", task.query.given
     fields = given.fields if given else {}
     if type(fields.get("length")) is int and type(fields.get("finished")) is bool:
         return Answer(text, fields["length"], fields["finished"])
-    return Answer(text, len(encode_text(judge.prompt.tokenizer, text)), None)
+    return Answer(text, None if judge is None else len(encode_text(judge.prompt.tokenizer, text)), None)
 
 
 def sample_missing(config: EvalConfig, policy: PolicyInputs, tasks: Sequence[Task], file: LedgerFile) -> None:
@@ -164,12 +192,13 @@ def sample_missing(config: EvalConfig, policy: PolicyInputs, tasks: Sequence[Tas
 
 
 def judge_missing(config: EvalConfig, judge: VerdictJudge, tasks: Sequence[Task], file: LedgerFile) -> None:
-    """Judge the responses that are not judged yet (collective)."""
-    todo = [place for place in range(len(tasks)) if place not in file.ledger.verdicts]
+    """Judge the responses to rubrics that are not judged yet (collective)."""
+    rubrics = [place for place, task in enumerate(tasks) if task.query.answer is None]
+    todo = [place for place in rubrics if place not in file.ledger.verdicts]
     if not todo:
         return
-    stage, before = judge.load(), len(tasks) - len(todo)
-    with CountProgress("judged", "responses", len(tasks), before, enabled=file.is_writer) as progress:
+    stage, before = judge.load(), len(rubrics) - len(todo)
+    with CountProgress("judged", "responses", len(rubrics), before, enabled=file.is_writer) as progress:
         for first in range(0, len(todo), config.batch_rows):
             places = todo[first : first + config.batch_rows]
             texts = [file.ledger.answers[place].text for place in places]
@@ -177,13 +206,31 @@ def judge_missing(config: EvalConfig, judge: VerdictJudge, tasks: Sequence[Task]
             progress.done(before + first + len(places))
 
 
+def verify_missing(config: EvalConfig, verifier: Verifier, tasks: Sequence[Task], file: LedgerFile) -> None:
+    """Verify the answers that are not verified yet (collective)."""
+    answers = [place for place, task in enumerate(tasks) if task.query.answer is not None]
+    todo = [place for place in answers if place not in file.ledger.right]
+    before = len(answers) - len(todo)
+    with CountProgress("verified", "answers", len(answers), before, enabled=file.is_writer and bool(todo)) as progress:
+        for first in range(0, len(todo), config.batch_rows):
+            places = todo[first : first + config.batch_rows]
+            texts = [file.ledger.answers[place].text for place in places]
+            found = verifier.verdicts([tasks[place].query for place in places], texts)
+            file.verified(places, [verdict is True for verdict in found])
+            progress.done(before + first + len(places))
+    verifier.close()
+
+
 def finish(config: EvalConfig, tasks: Sequence[Task], file: LedgerFile) -> None:
     """Write the results, and print the table (rank 0)."""
     ledger, output = file.ledger, Path(config.output)
-    records = [
-        record_of(task.query, task.sample, ledger.answers[place], ledger.judgements(place))
-        for place, task in enumerate(tasks)
-    ]
+    records = []
+    for place, task in enumerate(tasks):
+        asked = (task.query, task.sample, ledger.answers[place])
+        if task.query.answer is None:
+            records.append(record_of(*asked, ledger.judgements(place)))
+        else:
+            records.append(verified_record(*asked, ledger.right[place]))
     facts = {
         "policy": config.policy.model or ", ".join(config.responses),
         "judge": judge_facts(config.judge),
@@ -192,5 +239,5 @@ def finish(config: EvalConfig, tasks: Sequence[Task], file: LedgerFile) -> None:
     found = write_results(output, facts, records, config.seed)
     print(summary_table(found))
     print(f"\neval: {output / PAGE}, {output / RESPONSES}", flush=True)
-    if warning := answer_mass_warning(found["answer_mass"]):
+    if found["items"] and (warning := answer_mass_warning(found["answer_mass"])):
         warn(warning)

@@ -8,6 +8,7 @@ from g2r_megatron.config.options import TrainConfig
 from g2r_megatron.credit.judgements import ItemJudgement, JudgementRow, kind_of
 from g2r_megatron.eval.records import SUMMARY, Answer, data_key, judge_facts, read_results, record_of, write_results
 from g2r_megatron.experience import Rollouts, sample_and_submit, score_metrics
+from g2r_megatron.judge.parts import take_verified
 from g2r_megatron.records.phase_times import PhaseTimes
 from g2r_megatron.run import Run
 from g2r_megatron.workers import Inputs, Workers
@@ -17,6 +18,7 @@ NAMES = {
     "eval/judge_score": "reward/mean",
     "eval/true_score": "reward/true_mean",
     "eval/agreement": "judge/agreement",
+    "eval/verifier_agreement": "judge/verifier_agreement",
     "eval/answer_mass": "judge/answer_mass",
     "eval/length_mean": "response/length_mean",
     "eval/finished_share": "response/finished_share",
@@ -56,6 +58,8 @@ def evaluate(
         gold = None
         if workers.gold is not None:
             gold = workers.gold.judge(rollouts.queries, [response.text for response in rollouts.responses])
+            answered = [query.answer is not None for query in rollouts.queries]
+            take_verified(gold, [row[0].verdict if a else None for row, a in zip(judgements, answered, strict=True)])
     metrics = {ours: scores[theirs] for ours, theirs in NAMES.items() if theirs in scores}
     if kind_of(judgements[0]) is ItemJudgement:
         metrics |= keep(config, inputs, run, step, records_of(rollouts, judgements, gold))

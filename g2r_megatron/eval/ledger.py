@@ -16,10 +16,14 @@ NAME = "done.jsonl"
 
 @dataclass
 class Ledger:
-    """By the response's place in the evaluation: what was sampled, and the judge's values (``Judgement.values``)."""
+    """By the response's place in the evaluation: what was sampled, and the judge's values (``Judgement.values``) or the
+
+    verifier's verdict.
+    """
 
     answers: dict[int, Answer] = field(default_factory=dict)
     verdicts: dict[int, list[list]] = field(default_factory=dict)
+    right: dict[int, bool] = field(default_factory=dict)
 
     def judgements(self, place: int) -> JudgementRow:
         """What the judge said of a response that is judged."""
@@ -42,6 +46,8 @@ class LedgerFile:
         for record in box[0]:
             if "answer" in record:
                 self.ledger.answers[record["place"]] = Answer(**record["answer"])
+            elif "right" in record:
+                self.ledger.right[record["place"]] = record["right"]
             else:
                 self.ledger.verdicts[record["place"]] = record["verdicts"]
 
@@ -55,6 +61,11 @@ class LedgerFile:
         values = [[judgement.values() for judgement in row] for row in rows]
         self.ledger.verdicts |= zip(places, values, strict=True)
         self._append([{"place": p, "verdicts": v} for p, v in zip(places, values, strict=True)])
+
+    def verified(self, places: Sequence[int], right: Sequence[bool]) -> None:
+        """Add the verifier's verdicts."""
+        self.ledger.right |= zip(places, right, strict=True)
+        self._append([{"place": p, "right": r} for p, r in zip(places, right, strict=True)])
 
     def _append(self, records: list[dict]) -> None:
         if self._file is not None:

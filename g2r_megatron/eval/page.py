@@ -69,9 +69,10 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def card(record: dict, is_open: bool) -> str:
     """A response as a ``<details>``: the prompt, the response, the verdict of each criterion."""
+    tokens = "" if record["length"] is None else f"{record['length']} tokens"
     return (
         f'<details class="sample"{" open" if is_open else ""}><summary>{visible(str(record["id"]))} <b>{record["score"]:.2f}</b> '
-        f'<span class="fine">{record["length"]} tokens</span></summary>'
+        f'<span class="fine">{tokens}</span></summary>'
         f'<div class="prompt"><p>{visible(record["prompt"])}</p></div>{response(record)}</details>'
     )
 

@@ -23,10 +23,10 @@ RESPONSES, SUMMARY, PAGE = "responses.jsonl", "eval.json", "eval.html"
 
 @dataclass(frozen=True)
 class Answer:
-    """A response to be judged. ``length``: tokens, with the stop token; ``finished``: None where nobody knows."""
+    """A response to be scored. ``length``: tokens, with the stop token; it and ``finished`` are None where nobody knows."""
 
     text: str
-    length: int
+    length: int | None
     finished: bool | None
 
 
@@ -69,10 +69,16 @@ def record_of(
     }
 
 
+def verified_record(query: Query, sample: int, answer: Answer, right: bool) -> dict:
+    """Response number ``sample`` to a ``query`` with an answer, which no judge has read."""
+    item = ItemJudgement(float(right), float(not right), right)
+    return {**record_of(query, sample, answer, [item]), "items": [], "answer": query.answer}
+
+
 def data_key(queries: Sequence[Query]) -> str:
     """A digest of the rows: ids, conversations and rubrics, in any order."""
     rows = sorted(
-        json.dumps([q.id, q.messages, [[i.criterion, i.weight, i.tags] for i in q.rubric], q.tags])
+        json.dumps([q.id, q.messages, [[i.criterion, i.weight, i.tags] for i in q.rubric], q.tags, q.answer])
         for q in {query.id: query for query in queries}.values()
     )
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()

@@ -71,10 +71,11 @@ def summary(records: Sequence[dict], seed: int) -> dict:
             "tags": {tag: vars(estimate(values, clipped, seed)) for tag, values in sorted(by_tag.items())},
         }
     finished = [record["finished"] for record in records if record["finished"] is not None]
+    lengths = [record["length"] for record in records if record["length"] is not None]
     items = [item for record in records for item in record["items"]]
     return {
         "datasets": found,
-        "length_mean": fmean(record["length"] for record in records),
+        "length_mean": fmean(lengths) if lengths else None,
         "finished_share": fmean(finished) if finished else None,
         "items": len(items),
         "true_share": fmean(item["verdict"] for item in items) if items else None,

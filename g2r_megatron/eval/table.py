@@ -28,7 +28,7 @@ def score_rows(found: dict, tags: Sequence[str] | None = None) -> list[list[str]
 def said_of(found: dict) -> list[str]:
     """Lines on the responses and the judge."""
     finished = "" if found["finished_share"] is None else f", {found['finished_share']:.0%} finished"
-    lines = [f"mean length {found['length_mean']:.1f} tokens{finished}"]
+    lines = [] if found["length_mean"] is None else [f"mean length {found['length_mean']:.1f} tokens{finished}"]
     if found["items"]:
         mass = f"p(True) + p(False) {found['answer_mass']:.2f}"
         lines.append(f"of {found['items']} verdicts {found['true_share']:.0%} True; {mass}")

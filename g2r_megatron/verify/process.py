@@ -7,11 +7,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from g2r_megatron.errors import RunError
 
 # Sets the limit in the new process, then becomes the command: no code of ours runs between fork and exec.
-LIMITED = "import os, resource, sys; m = int(sys.argv[1]); resource.setrlimit(resource.RLIMIT_AS, (m, m)); os.execvp(sys.argv[2], sys.argv[2:])"
+LIMITED = """
+import os, resource, sys
+size = int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_AS, (size, size))
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
 START_SECONDS = 120.0  # to import sympy on a machine that is busy
 
 
@@ -41,10 +47,8 @@ def exit_code(command: Sequence[str], stdin: str, seconds: float, memory_mib: in
 
 def _end(process: subprocess.Popen) -> None:
     """End a process and what it has started."""
-    try:
+    with suppress(ProcessLookupError):  # it has ended by itself
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
