@@ -24,7 +24,9 @@ class Verifier:
         self.config = config
         if config.kind == "math" and find_spec("math_verify") is None:
             raise UserError(
-                "verifier.kind", "math, but the package math-verify is not installed", "pip install math-verify"
+                "verifier.kind",
+                "math, but the package math-verify is not installed",
+                "pip install 'g2r-megatron[math]'",
             )
         if config.kind == "command" and shutil.which(config.command[0]) is None:
             raise UserError("verifier.command", f"no program {config.command[0]!r}", "give a program that can be run")
