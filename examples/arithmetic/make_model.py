@@ -67,8 +67,8 @@ class Lessons:
         self.verdict = {True: self.prompt.true_ids[0], False: self.prompt.false_ids[0]}
         self.item = RubricItem(task.CRITERION, 1.0)
 
-    def terms(self) -> tuple[int, ...]:
-        while task.is_held_out(terms := task.sample_terms(self.rng)):
+    def terms(self, count: int = task.TERMS) -> tuple[int, ...]:
+        while task.is_held_out(terms := task.sample_terms(self.rng, count)):
             pass
         return terms
 
@@ -83,9 +83,12 @@ class Lessons:
         ids = [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
         return prompt + ids, [IGNORED] * len(prompt) + ids
 
-    def judge_row(self) -> tuple[list[int], list[int]]:
-        """A solution and its verdict, in half of the cases a careful one, so that both verdicts are common."""
-        terms = self.terms()
+    def judge_row(self, progress: float) -> tuple[list[int], list[int]]:
+        """A solution and its verdict, in half of the cases a careful one, so that both verdicts are common.
+
+        It grows from two terms to four over the first half of training: a judge that begins with four learns nothing.
+        """
+        terms = self.terms(min(task.TERMS, 2 + int(6 * progress)))
         text, right = task.solution(terms, self.rng, mistakes=self.rng.choice([0.3, 1.0]))
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         built = self.prompt.build(self.query(terms), self.item, ids).input_ids
@@ -110,7 +113,7 @@ def train(network, lessons: Lessons, steps: int) -> None:
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = LR * min(1.0, (step + 1) / WARMUP, (1 - step / steps) / DECAYING)
         written = loss_of(network, [lessons.writer_row() for _ in range(BATCH)])
-        judged = loss_of(network, [lessons.judge_row() for _ in range(BATCH)])
+        judged = loss_of(network, [lessons.judge_row(step / steps) for _ in range(BATCH)])
         (written + judged).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()

@@ -7,8 +7,8 @@ TERMS, LARGEST = 4, 9
 CRITERION = "right"  # what the judge is asked: verifier.criterion in config.yaml
 
 
-def sample_terms(rng: random.Random) -> tuple[int, ...]:
-    return tuple(rng.randint(1, LARGEST) for _ in range(TERMS))
+def sample_terms(rng: random.Random, count: int = TERMS) -> tuple[int, ...]:
+    return tuple(rng.randint(1, LARGEST) for _ in range(count))
 
 
 def is_held_out(terms: tuple[int, ...]) -> bool:
