@@ -75,7 +75,7 @@ def train(directory: Path, judge: Path | None, seed: int, steps: int) -> None:
         return
     command = [
         *(sys.executable, "-m", "g2r_megatron.cli", "train", "--config", "examples/quickstart/config.yaml"),
-        *("--seed", str(seed), "--steps", str(steps), "--output_dir", str(directory), "--eval_every", "5"),
+        *("--seed", str(seed), "--steps", str(steps), "--output_dir", str(directory), "--eval.every", "5"),
         *("--checkpoint.export_hf", "false", "--log.tensorboard", "false", "--log.samples_every", "25"),
         *(("--judge.model", str(judge)) if judge else ()),
     ]

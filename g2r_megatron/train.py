@@ -24,14 +24,14 @@ def take_steps(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run) 
     """Take the steps that are left, and save their checkpoints."""
     leave_if_asked()
     if run.done == 0:
-        metrics = evaluate(config, inputs, workers, run, between_batches=leave_if_asked)
+        metrics = evaluate(config, inputs, workers, run, 0, between_batches=leave_if_asked)
         run.check_keep_best(metrics)
         run.log(0, metrics)
     for step in range(run.done + 1, config.steps + 1):
         leave_if_asked()
         metrics = train_step(config, inputs, workers, run, step)
-        if step == config.steps or (config.eval_every and step % config.eval_every == 0):
-            metrics |= evaluate(config, inputs, workers, run)
+        if step == config.steps or (config.eval.every and step % config.eval.every == 0):
+            metrics |= evaluate(config, inputs, workers, run, step)
         run.log(step, metrics)
         run.stop_on_alarm()
         if workers.trainer.bad_in_a_row >= config.optimizer.max_bad_steps:

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import os
 import re
 import types
@@ -61,6 +62,32 @@ def parse(config_class: type[Config], prog: str, argv: list[str]) -> Config:
     for name in WRITTEN & values.keys():  # a YAML file knows no shell that would do it
         values[name] = os.path.expanduser(values[name])
     return config_class(**{name: value for name, value in values.items() if name != "config"})
+
+
+def with_lists(argv: list[str], options: tuple[str, ...]) -> list[str]:
+    """``argv`` in which several plain values after one of ``options`` are one list, as the shell expands a pattern."""
+    result: list[str] = []
+    values: list[str] = []
+
+    def close() -> None:
+        if values:
+            whole = len(values) == 1 and values[0].startswith("[")
+            result.append(values[0] if whole else json.dumps(values))
+            values.clear()
+
+    collecting = False
+    for argument in argv:
+        if argument.startswith("--"):
+            close()
+            name, equals, value = argument[2:].partition("=")
+            collecting = name in options and not equals
+            if name in options and equals and not value.startswith("["):
+                argument = f"--{name}={json.dumps([value])}"
+            result.append(argument)
+        else:
+            (values if collecting else result).append(argument)
+    close()
+    return result
 
 
 def _with_underscores(argument: str) -> str:

@@ -38,8 +38,9 @@ OF_TRAINING: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rollout.correction": (lambda c: c.rollout.engine == "vllm", "rollout.engine=vllm"),
     "rollout.correction_bounds": (lambda c: c.rollout.correction != "none", "a rollout.correction other than none"),
     "rollout.vllm.options": (lambda c: c.rollout.engine == "vllm", "rollout.engine=vllm"),
-    "eval_responses": (lambda c: bool(c.data.eval), "data.eval"),
-    "eval_greedy": (lambda c: bool(c.data.eval), "data.eval"),
+    "eval.samples": (lambda c: bool(c.eval.data), "eval.data"),
+    "eval.greedy": (lambda c: bool(c.eval.data), "eval.data"),
+    "eval.judge.model": (lambda c: bool(c.eval.data), "eval.data"),
     "log.wandb_project": (lambda c: c.log.wandb, "log.wandb"),
     "log.samples_every": (lambda c: c.log.samples_per_step > 0, "log.samples_per_step more than 0"),
 }

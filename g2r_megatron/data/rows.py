@@ -6,13 +6,15 @@ looked for. ``data.format`` fixes the names of one data set, ``data.fields`` tho
 
 import hashlib
 import json
+from collections.abc import Sequence
+from typing import cast
 
 from g2r_megatron.data.conversations import Messages, read_conversation
 from g2r_megatron.data.fields import Fields
 from g2r_megatron.data.responses import NAMES as RESPONSE_NAMES
 from g2r_megatron.data.responses import kept, read_responses
-from g2r_megatron.data.rubrics import RubricReader
-from g2r_megatron.data.types import Given, Query
+from g2r_megatron.data.rubrics import RubricReader, read_tags
+from g2r_megatron.data.types import Dataset, Given, Query, RubricItem
 from g2r_megatron.errors import UserError
 
 # Where each role is looked for; a dot leads into an object. Names of a rubric's items are those inside an item.
@@ -40,6 +42,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "reference": (
         *("reference", "reference_answer", "ideal_completions_data.ideal_completion", "reward_model.ground_truth"),
     ),
+    "answer": ("answer", "final_answer", "expected_answer", "reward_model.ground_truth"),
     "response": RESPONSE_NAMES,
 }
 # The names of one data set, for data.format.
@@ -53,7 +56,22 @@ FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "rar": {"prompt": ("question",), "rubric": ("rubric",), "criterion": ("description",), "weight": ("weight",)},
     "researchqa": {"prompt": ("query",), "rubric": ("rubric",), "criterion": ("rubric_item",)},
+    "verifiable": {},
 }
+
+
+# Tags of the row as a whole, and the field of a rubric's items that tells a data set.
+EXAMPLE_TAGS = ("example_tags", "extra_info.example_tags")
+DATASET_FIELDS: dict[Dataset, str] = {"healthbench": "points", "rar": "description", "researchqa": "rubric_item"}
+
+
+def dataset_of(row: Fields, items: Sequence[Fields]) -> Dataset:
+    """Which published data set has such field names; "g2r" for any other row."""
+    prompt = {"rar": "question", "researchqa": "query"}
+    for dataset, name in DATASET_FIELDS.items():
+        if items and items[0].has(name) and (dataset not in prompt or row.has(prompt[dataset])):
+            return dataset
+    return "g2r"
 
 
 def names_of(format: str, fields: dict[str, str]) -> dict[str, tuple[str, ...]]:
@@ -67,14 +85,25 @@ def names_of(format: str, fields: dict[str, str]) -> dict[str, tuple[str, ...]]:
 class RowReader:
     """Turns rows into queries, with the names and the polarity that were chosen."""
 
-    def __init__(self, format: str, polarity: str | None, fields: dict[str, str], require_rubric: bool):
-        """``require_rubric``: else rows may lack it (``Query.rubric`` is then empty)."""
+    def __init__(
+        self,
+        format: str,
+        polarity: str | None,
+        fields: dict[str, str],
+        require_rubric: bool,
+        criterion: str | None = None,
+    ):
+        """``require_rubric``: else rows may lack it (``Query.rubric`` is then empty). ``criterion``: what a judge is asked of a
+        row with an answer and no rubric (``verifier.criterion``); None where answers mean nothing."""
         self.names = names_of(format, fields)
+        self.dataset = cast(Dataset, format) if format in DATASET_FIELDS else None
         self.require_rubric = require_rubric
+        self.criterion, self.verifiable = criterion, format == "verifiable"
         self.answers = 0  # training rows that ended with an answer
         self._rubrics = RubricReader(self.names, polarity)
         # top-level fields that a row may be read from: they do not come back beside a judgement
-        roles = ("prompt", "system", "rubric", "id", "reference", "response")
+        roles = ["prompt", "system", "rubric", "id", "reference", "response"]
+        roles += ["answer"] if criterion is not None else []
         self._used = {name.partition(".")[0] for role in roles for name in self.names[role]} | {"input", "history"}
 
     def is_row(self, data: dict) -> bool:
@@ -91,10 +120,41 @@ class RowReader:
     def query(self, row: Fields) -> Query:
         """The query of a training row. An answer after the user's last message is its reference."""
         messages, answer = read_conversation(row, self.names["prompt"], self.names["system"])
-        rubric, _ = self._rubrics.read(row, self.require_rubric)
+        rubric, sources = self._read_rubric(row)
         reference = self._reference(row) or answer
         self.answers += answer is not None
-        return Query(self._id(row, messages), messages, tuple(rubric), reference)
+        return self._query(row, messages, rubric, sources, reference)
+
+    def _query(
+        self, row: Fields, messages: Messages, rubric: list[RubricItem], sources: list[Fields], reference: str | None
+    ) -> Query:
+        tags, answer = read_tags(row, EXAMPLE_TAGS), self._answer(row)
+        dataset = self.dataset or dataset_of(row, sources)
+        if answer is not None and self.criterion is not None:
+            rubric, dataset = [RubricItem(self.criterion.replace("{answer}", answer), 1.0)], "verifiable"
+        id = self._id(row, messages)
+        return Query(id, messages, tuple(rubric), reference, tags=tags, dataset=dataset, answer=answer)
+
+    def _read_rubric(self, row: Fields) -> tuple[list[RubricItem], list[Fields]]:
+        if self._answer(row) is not None:
+            return [], []
+        if self.criterion is not None and self.require_rubric and not self._rubrics.has_rubric(row):
+            raise row.nothing("rubric or answer", (*self.names["rubric"], *self.names["answer"]))
+        return self._rubrics.read(row, self.require_rubric)
+
+    def _answer(self, row: Fields) -> str | None:
+        """A text or a number, of a row that is scored by it: with ``data.format`` verifiable, or without a rubric."""
+        if self.criterion is None or not (self.verifiable or not self._rubrics.has_rubric(row)):
+            return None
+        for name in row.there(self.names["answer"]):
+            value = row.get(name)
+            if type(value) in (int, float):
+                return str(value)
+            if isinstance(value, str) and value.strip():
+                return row.text(name)
+        if self.verifiable:
+            raise row.nothing("answer", self.names["answer"])
+        return None
 
     def judged(self, row: Fields, queries: dict[str, Query] | None) -> list[Query]:
         """A query for every response of a row to be judged.
@@ -103,9 +163,9 @@ class RowReader:
         """
         if queries is None:
             messages, answer = self._own_conversation(row)
-            rubric, sources = self._rubrics.read(row, self.require_rubric)
+            rubric, sources = self._read_rubric(row)
             reference = self._reference(row) or answer
-            query = Query(self._id(row, messages), messages, tuple(rubric), reference)
+            query = self._query(row, messages, rubric, sources, reference)
             self.answers += answer is not None and bool(row.there(self.names["response"]))
         else:
             query, answer, sources = self._known(row, queries), None, []

@@ -44,6 +44,10 @@ class RubricReader:
             raise UserError(row.where, found, "the score divides by their sum: give at least one")
         return items, sources
 
+    def has_rubric(self, row: Fields) -> bool:
+        """Whether there is one, good or bad."""
+        return self._place(row) is not None
+
     def _place(self, row: Fields) -> str | None:
         """The field that holds the rubric; a second one must hold the same."""
         there = row.there(self.names["rubric"])
@@ -75,7 +79,7 @@ class RubricReader:
         weight = self._weight(item)
         if weight < 0 and self.polarity == "flip_negated" and NEGATED.match(text):
             weight = -weight
-        return RubricItem(text, weight, _tags(item, self.names["tags"]), _check(item))
+        return RubricItem(text, weight, read_tags(item, self.names["tags"]), _check(item))
 
     def _criterion(self, item: Fields) -> str:
         """A title or name is the criterion only where there is no other text (``names`` end with them)."""
@@ -129,7 +133,7 @@ class RubricReader:
             raise item.fail(name, remedy) from error
 
 
-def _tags(item: Fields, names: tuple[str, ...]) -> tuple[str, ...]:
+def read_tags(item: Fields, names: tuple[str, ...]) -> tuple[str, ...]:
     """An optional list of texts, one text, or an object of them; most tags recur, so equal ones are one object."""
     name = item.first(names)
     value = decoded(item.get(name)) if name else None

@@ -1,6 +1,9 @@
 """What a training query is: a conversation and the rubric its answer is judged by."""
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
+
+Dataset = Literal["g2r", "healthbench", "rar", "researchqa", "verifiable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,10 @@ class Given:
 class Query:
     """A conversation (``messages`` as ``{"role", "content"}``) with its rubric, which may be empty for a reward model.
 
-    ``response`` and ``given`` are set only in files of responses to be judged (``g2r judge``).
+    ``response`` and ``given`` are set only in files of responses to be judged (``g2r judge``). ``tags``: of the row as a
+    whole (HealthBench's ``example_tags``). ``dataset``: what the row's field names say it is of; it decides how scores
+    are averaged (eval/scoring.py). ``answer``: of a row whose reward a verifier decides; its rubric is then one item, what
+    the judge is asked.
     """
 
     id: str
@@ -49,6 +55,9 @@ class Query:
     reference: str | None = None
     response: str | None = None
     given: Given | None = None
+    tags: tuple[str, ...] = ()
+    dataset: Dataset = "g2r"
+    answer: str | None = None
 
     @property
     def positive_weight(self) -> float:

@@ -60,7 +60,7 @@ def test_stop_on_ends_the_run_and_names_a_checkpoint(options, tmp_path):
 
 def test_the_best_checkpoint_is_kept(options, tmp_path):
     """By an evaluation metric, also by a resumed run, which finds it in its records; of equal steps the first."""
-    arguments = [*options, "--eval_every", "1", "--checkpoint.keep_last", "1", "--checkpoint.save_every", "2"]
+    arguments = [*options, "--eval.every", "1", "--checkpoint.keep_last", "1", "--checkpoint.save_every", "2"]
     arguments += ["--checkpoint.keep_best", "eval/true_score", "--output_dir", str(tmp_path / "run")]
     for steps in ("3", "6"):
         done = command([*arguments, "--steps", steps])
@@ -78,7 +78,7 @@ def test_the_best_checkpoint_is_kept(options, tmp_path):
         (["--alarms.stop_on", "[exploits]"], ["alarms.stop_on", "'exploits' is no alarm", "gold_down"]),
         (["--alarms.stop_on", "[flat]", "--alarms.flat", "null"], ["alarms.stop_on", "alarms.flat is null"]),
         (["--alarms.length", "0.5"], ["alarms.length", "0.5", "at least 1"]),
-        (["--checkpoint.keep_best", "eval/gold", "--data.eval", "[]"], ["checkpoint.keep_best", "without data.eval"]),
+        (["--checkpoint.keep_best", "eval/gold", "--eval.data", "[]"], ["checkpoint.keep_best", "without data.eval"]),
         (
             ["--checkpoint.keep_best", "eval/gold"],
             ["checkpoint.keep_best", "'eval/gold' is not measured", "eval/true_score"],
@@ -90,7 +90,7 @@ def test_what_cannot_be_watched_is_refused(options, tmp_path, more, said):
         [
             "train",
             *options,
-            *(["--eval_every", "0"] if "[]" in more else []),
+            *(["--eval.every", "0"] if "[]" in more else []),
             *more,
             "--output_dir",
             str(tmp_path / "x"),

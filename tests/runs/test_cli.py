@@ -205,6 +205,11 @@ def test_old_names_of_options_are_accepted_with_one_warning_each(tmp_path, capsy
         "warning: judge.pool is called judge.smoothing now",
         "warning: judge.pooling is called judge.credit now",
     ]
+    file.write_text("eval_every: 5\neval_greedy: true\ndata: {train: [a], eval: [b, c]}\n")
+    config = parsing.parse(TrainConfig, "g2r train", ["--config", str(file), "--eval_responses", "3"])
+    held_out = config.eval
+    assert (held_out.every, held_out.greedy, held_out.data, held_out.samples) == (5, True, ["b", "c"], 3)
+    assert config.data.train == ["a"] and capsys.readouterr().err.count("is called eval.") == 4
     file.write_text("judge: {sentence_delimiters: '.', tau: 0.5}\nsteps: 3\n")
     config = parsing.parse(
         TrainConfig, "g2r train", ["--config", str(file), "--judge.sentence_delimiters", ";", "--steps", "4"]

@@ -37,9 +37,10 @@ MAP = {
         "config credit data device errors judge model parallel records",
     ),
     "adapters": ("glue for other training frameworks: light, no model of ours", "credit serve"),
+    "verify": ("whether a final answer is right", "config data errors"),
     "workers": (
         "the models and inputs of a run, built from its config",
-        "config data errors judge model parallel policy records rollout",
+        "config credit data errors judge model parallel policy records rollout verify",
     ),
     "experience": (
         "a step's batch on its way from prompts to advantages",
@@ -56,7 +57,7 @@ MAP = {
     ),
     "eval": (
         "scores of a model on held-out rows",
-        "config credit data device errors experience judge model parallel records rollout run workers",
+        "config credit data device errors experience judge model parallel policy records report rollout run verify workers",
     ),
     "probe": (
         "is a judge's credit true",
