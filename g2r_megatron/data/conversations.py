@@ -23,13 +23,14 @@ WITH_ANSWER = ("messages", "conversations", "conversation", "body.messages")
 # What a question may be about, in a field of its own.
 MATERIAL = (
     *("context", "contexts", "passage", "passages", "document", "documents", "article", "background", "story"),
-    *("options", "source_text", "input_text"),
+    *("options", "option_a", "opa", "choice_a", "source_text", "input_text"),
 )
 # Fields of a row or a message that a text model cannot read.
 OTHER_MEDIA = (
     *("tools", "functions", "images", "image", "videos", "video", "audios", "audio", "body.tools", "body.functions"),
     *("extra_info.tools", "extra_info.tools_kwargs"),
 )
+NOTHING = ("", "none", "null", "n/a")  # texts that spell a missing value
 IN_MESSAGES = ("tool_calls", "function_call", "images", "image", "videos", "audio")
 # A prompt that a chat template has made: the turn markers of published templates.
 RENDERED = re.compile(
@@ -38,6 +39,7 @@ RENDERED = re.compile(
     |<\|START_OF_TURN_TOKEN\|>|<\|turn>|\[INST\].*\[/INST\]|<\|role_start\|>|<\|header_start\|>)""",
     re.DOTALL | re.VERBOSE,
 )
+RENDERED_END = re.compile(r"(?:\n\nAssistant:|\n###\s*(?:Response|Assistant):|<extra_id_1>Assistant)\s*\Z")
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 
 Messages = tuple[dict, ...]
@@ -75,13 +77,14 @@ def read_conversation(
 
 def is_rendered(value) -> bool:
     """Whether a prompt is a text that a chat template has made."""
-    return isinstance(value, str) and bool(RENDERED.match(value))
+    return isinstance(value, str) and bool(RENDERED.match(value) or RENDERED_END.search(value))
 
 
 def refuse_other_media(row: Fields) -> None:
     """Raise ``UserError`` for tools, images, sound or video beside the conversation."""
     for name in row.there(OTHER_MEDIA):
-        if decoded(row.get(name)) not in ("", [], {}, False):
+        value = decoded(row.get(name))
+        if value not in ([], {}, False) and not (isinstance(value, str) and value.strip().lower() in NOTHING):
             raise row.fail(name, "tools, images, sound and video are not supported: leave the row out, or the field")
 
 
@@ -195,7 +198,7 @@ def _system(row: Fields, names: tuple[str, ...], messages: list[dict]) -> list[d
 
 
 def _system_text(row: Fields, name: str) -> str:
-    if row.get(name) in ("None", "none", "null", "NULL", "N/A"):
+    if isinstance(row.get(name), str) and row.text(name).strip().lower() in NOTHING:
         raise row.fail(name, "it is how a missing value is written: leave it empty or null")
     return _content(row, name, may_be_blank=False)
 

@@ -14,7 +14,7 @@ from g2r_megatron.errors import UserError
 # What a conversation or a rubric looks like when it was written into a text (JSON, Python, numpy); also one cut short.
 STRUCTURE_IN_TEXT = re.compile(
     r"""\s*(?:array\(|\[|\(|\s)*\{\s*(?=['"])(?=.*['"](?:role|from|content|value|messages|criterion|description)['"]\s*:)"""
-    r"""|\s*\[?\s*(?:array\(\[|[A-Z]\w*\((?:role|content)=)""",
+    r"""|\s*\[?\s*[A-Z]\w*\((?:role|content)=""",
     re.DOTALL,
 )
 # How pandas and numpy spell a missing value

@@ -123,7 +123,7 @@ class RowReader:
         given = Given(
             row.get(name) if name else query.id,
             None,
-            kept(row.data, self._used),
+            kept(row.data, self._used | {(name or "").partition(".")[0]}),
             tuple(kept(source.data, used) for source in sources),
         )
         return [given.answered(query, choice, response) for choice, response in responses]
@@ -143,7 +143,8 @@ class RowReader:
                 )
         if "id" in self.mapped and self._without_id:
             warn(f"{self._without_id} rows have no {self.mapped['id']!r}: the id is a hash of the conversation")
-        self._rubrics.weights.warn()
+        if not joined:  # else the weights are the queries'
+            self._rubrics.weights.warn()
 
     def _conversation(self, row: Fields) -> tuple[Messages, str | None]:
         self._found |= {role for role in self.mapped if role not in self._found and row.there(self.names[role])}
@@ -178,7 +179,7 @@ class RowReader:
             raise row.fail(name, "it must be the id of one of the queries")
         self._found |= {role for role in self.mapped if row.there(self.names[role])}
         prompt, answer = row.first(self.names["prompt"]), None
-        if prompt is not None and not is_rendered(row.get(prompt)):
+        if prompt is not None and not is_rendered(row.get(prompt)) and not row.has("prompt_token_ids"):
             messages, answer = read_conversation(row, self.names["prompt"], self.names["system"])
             if not _agree(messages, query.messages):
                 raise row.fail(prompt, f"it differs from the query {query.id!r}: {OWN_PART}")

@@ -13,6 +13,7 @@ GROUND_TRUTH, STYLE = "reward_model.ground_truth", "reward_model.style"  # an an
 NO_CRITERION = re.compile(
     r"[a-z]+(_[a-z0-9]+)+|weights?|points?|scores?|scale|min|max|total|threshold|version|id|index"
 )
+TEST_CASE = {"text", "name", "title"}  # may as well be fields of test cases
 SCALE = re.compile(r"score_?\d")
 ITEMS = ("rubrics", "rubric", "criteria", "items")  # of an object that holds the list
 # "does not ..." opening a criterion, after a title such as RaR's "Pitfall Criteria:"
@@ -39,6 +40,7 @@ class RubricReader:
             return [], []
         sources = self._items(row, name)
         self.found |= {role for role in self.mapped if any(source.there(self.names[role]) for source in sources)}
+        self.weights.refuse_lists(row, sources)
         items = [self._item(source) for source in sources]
         if sum(max(item.weight, 0.0) for item in items) <= 0:
             found = "no rubric item has a positive weight"
@@ -65,7 +67,7 @@ class RubricReader:
             return False
         items = [decoded(item) for item in value]
         return row.get(STYLE) == "rubric" or all(
-            isinstance(item, dict) and Fields("", "", item).there(self.names["criterion"]) for item in items
+            isinstance(item, dict) and set(item) & (set(self.names["criterion"]) - TEST_CASE) for item in items
         )
 
     def _items(self, row: Fields, name: str) -> list[Fields]:

@@ -36,25 +36,15 @@ SIGNS: dict[tuple[str, ...], frozenset[str]] = {
 SIGN_NAMES = tuple(dict.fromkeys(name for names in SIGNS for name in names))
 # Words in the name of a field that make it look like a weight.
 WEIGHTY = frozenset(
-    [
-        "weight",
-        "weights",
-        "weighting",
-        "weightage",
-        "point",
-        "points",
-        "pts",
-        "importance",
-        "important",
-        "priority",
-        "worth",
-        "penalty",
-        "mark",
-        "marks",
-        "coefficient",
-        "coef",
-    ]
+    (
+        *("weight", "weights", "weighting", "weightage", "point", "points", "pts", "importance", "important"),
+        *("priority", "worth", "penalty", "mark", "marks", "coefficient", "coef"),
+    )
 )
+# Words in the name of a field that make it a result.
+RESULTS = frozenset(("awarded", "earned", "achieved", "obtained", "received"))
+# A list of items beside the rubric
+BAD_ITEMS = re.compile(r"(negative|neg)_?(rubrics?|criteria|items)|pitfalls|penalties|deductions", re.IGNORECASE)
 NAME_PARTS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 HARMLESS = {"id", "index", "idx", "check"}  # fields of an item that say nothing about its weight
 
@@ -87,6 +77,18 @@ class WeightReader:
         if weight > 0 and self.polarity is None and not (self.mapped and there):
             _check_sign(item, label)
         return weight
+
+    def refuse_lists(self, row: Fields, items: list[Fields]) -> None:
+        """Raise ``UserError`` for weights that stand in a list of their own, or items in a second list for bad ones."""
+        for name, value in _with_inner(row.data):
+            if not isinstance(value, list) or not value:
+                continue
+            last = name.rpartition(".")[2]
+            if BAD_ITEMS.fullmatch(last):
+                raise row.fail(name, "it stands beside the rubric and would not be read: put all items into one list")
+            unweighted = not any(item.there(self.names) for item in items)
+            if unweighted and _is_weighty(last) and len(value) == len(items):
+                raise row.fail(name, "it may be the weights: give each item of the rubric its own")
 
     def warn(self) -> None:
         """Say once how many items had no weight, where that may not be meant."""
@@ -189,7 +191,7 @@ def _word(text: str) -> str | None:
 @lru_cache(maxsize=4096)
 def _is_weighty(name: str) -> bool:
     parts = {part.lower() for part in NAME_PARTS.findall(name)}
-    return bool(parts & WEIGHTY) or {"max", "score"} <= parts
+    return not parts & RESULTS and (bool(parts & WEIGHTY) or {"max", "score"} <= parts)
 
 
 def _with_inner(data: dict):
