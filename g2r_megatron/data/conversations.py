@@ -23,12 +23,13 @@ WITH_ANSWER = ("messages", "conversations", "conversation", "body.messages")
 # What a question may be about, in a field of its own.
 MATERIAL = (
     *("context", "contexts", "passage", "passages", "document", "documents", "article", "background", "story"),
-    *("options", "option_a", "opa", "choice_a", "source_text", "input_text"),
+    *("chat_history", "conversation_history", "options", "option_a", "opa", "choice_a", "source_text", "input_text"),
 )
 # Fields of a row or a message that a text model cannot read.
 OTHER_MEDIA = (
     *("tools", "functions", "images", "image", "videos", "video", "audios", "audio", "body.tools", "body.functions"),
-    *("extra_info.tools", "extra_info.tools_kwargs"),
+    *("image_url", "image_path", "multi_modal_data", "available_tools", "extra_info.tools", "extra_info.tools_kwargs"),
+    *("extra_info.images", "extra_info.image"),
 )
 NOTHING = ("", "none", "null", "n/a")  # texts that spell a missing value
 IN_MESSAGES = ("tool_calls", "function_call", "images", "image", "videos", "audio")
@@ -59,20 +60,23 @@ def read_conversation(
         raise row.nothing("conversation", names)
     messages = _messages(row, name)
     if name == "instruction":
-        messages = [*_history(row), *_with_input(row, messages)]
+        messages = _with_input(row, messages)
+    if name == "instruction" or (material and isinstance(decoded(row.get(name)), str)):
+        messages = [*_history(row), *messages]
     answer = None
     if messages[-1]["role"] == "assistant" and name in WITH_ANSWER and len(messages) > 1:
         answer = messages.pop()["content"]
     if messages[-1]["role"] != "user":
         found = f"{name}[{len(messages) - 1}] is of the role {messages[-1]['role']}"
         raise UserError(row.where, found, "the last message must be the user's: the response comes after it")
+    whole = [*_system(row, system, messages), *messages]
     for other in row.there(names)[1:]:
-        if not _says_the_same(decoded(row.get(other)), messages):
+        if not _says_the_same(row, other, whole):
             remedy = f"say which is the prompt with data.fields: {{prompt: {name}}} or {{prompt: {other}}}"
             raise row.fail(other, f"it differs from {name}: {remedy}")
     if isinstance(decoded(row.get(name)), str):
         _refuse_material(row, name, material, messages)
-    return (*_system(row, system, messages), *messages), answer
+    return tuple(whole), answer
 
 
 def is_rendered(value) -> bool:
@@ -146,6 +150,8 @@ def _message(message: Fields) -> dict:
 def _content(message: Fields, name: str, may_be_blank: bool) -> str:
     """A text, or a list of parts: their texts, one a line."""
     value = message.get(name)
+    if isinstance(parts := decoded(value), list) and parts and all(map(_is_part, parts)):
+        value = parts
     if not isinstance(value, list):
         return message.text(name, may_be_blank)
     texts = []
@@ -160,6 +166,10 @@ def _content(message: Fields, name: str, may_be_blank: bool) -> str:
     return text
 
 
+def _is_part(value) -> bool:
+    return isinstance(value, dict) and "type" in value and "text" in value
+
+
 def _with_input(row: Fields, messages: list[dict]) -> list[dict]:
     """An instruction with the material that it is about on the lines after it."""
     materials = [name for name in ("input", "context") if not _is_blank(row.get(name))]  # Alpaca, Dolly
@@ -172,8 +182,12 @@ def _is_blank(value) -> bool:
 
 
 def _history(row: Fields) -> list[dict]:
-    """Earlier [question, answer] pairs of an instruction."""
+    """Earlier turns: [question, answer] pairs or messages. A text beside a question is no history of a conversation."""
     pairs = decoded(row.get("history")) or []
+    if isinstance(pairs, str) and not row.has("instruction"):
+        return []
+    if isinstance(pairs, list) and all(map(_is_message, pairs)):
+        return [_message(row.element("history", i, message)) for i, message in enumerate(pairs)]
     if not isinstance(pairs, list) or not all(
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) and text.strip() for text in pair)
         for pair in pairs
@@ -203,17 +217,21 @@ def _system_text(row: Fields, name: str) -> str:
     return _content(row, name, may_be_blank=False)
 
 
-def _says_the_same(other, messages: list[dict]) -> bool:
-    """Whether another field repeats (a part of) the conversation: its last user message, or a text that is in one.
+def _says_the_same(row: Fields, name: str, messages: list[dict]) -> bool:
+    """Whether the field ``name`` repeats (a part of) the conversation, or goes on after it.
 
-    The text may be shorter than the message (a question in a template), never longer: then it is what was to be asked.
+    A text may be shorter than a message (a question in a template), never longer: then it is what was to be asked.
     """
+    other = decoded(row.get(name))
     if isinstance(other, dict):
         other = other.get("messages") or [other]
+    texts = [message["content"].strip() for message in messages]
     if isinstance(other, list):
-        texts = [decoded(turn) for turn in other]
-        texts = [turn.get("content", turn.get("value")) for turn in texts if isinstance(turn, dict)]
-        return any(text == message["content"] for text in texts for message in messages if message["role"] == "user")
+        if not other or not all(map(_is_message, other)):
+            return False
+        turns = [_message(row.element(name, i, turn))["content"].strip() for i, turn in enumerate(other)]
+        own = texts[messages[0]["role"] == "system" and texts[0] not in turns :]
+        return turns[: len(own)] == own or all(turn in texts for turn in turns)
     if not isinstance(other, str):
         return True  # no conversation, such as a number
-    return any(other.strip() in message["content"] for message in messages)
+    return any(other.strip() in text for text in texts)

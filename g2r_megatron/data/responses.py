@@ -26,6 +26,7 @@ NAMES = (
     "resps",
 )
 INNER = ("body", "choices", "outputs", "output", "message", "content", "text", "generated_text")
+FAILED = ("error", "abort")  # finish reasons
 KEPT_TEXT, KEPT_NUMBERS = 1000, 64  # what comes back: texts of so many characters, lists of so many numbers
 
 
@@ -92,6 +93,8 @@ def _texts_of_object(row: Fields, name: str, value: dict) -> list[Found]:
     if status not in (None, 200) or value.get("error"):
         problem = f"status {status}" if value.get("error") is None else shown(value["error"])
         _refuse(row, name, f"the request for this response failed ({problem}): make it again, or skip the row")
+    if value.get("finish_reason") in FAILED or (status is not None and value.get("body", value) is None):
+        _refuse(row, name, "the request for this response failed: make it again, or skip the row")
     if value.get("content") is None and isinstance(value.get("refusal"), str):
         return [(None, value["refusal"])]
     if not value.get("content") and (value.get("tool_calls") or value.get("function_call")):
@@ -101,6 +104,7 @@ def _texts_of_object(row: Fields, name: str, value: dict) -> list[Found]:
         _refuse(row, name, f"it must be a text, or an object with one of {', '.join(INNER)}")
     found = _texts(row, name, value[inner])
     index = value.get("index")
+    index = int(index) if isinstance(index, str) and index.isdecimal() else index
     return [(index, found[0][1])] if type(index) is int and len(found) == 1 else found
 
 

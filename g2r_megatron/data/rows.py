@@ -8,7 +8,7 @@ import hashlib
 import json
 
 from g2r_megatron.data.conversations import MATERIAL, Messages, is_rendered, read_conversation, refuse_other_media
-from g2r_megatron.data.fields import Fields, decoded
+from g2r_megatron.data.fields import MISSING, Fields, decoded
 from g2r_megatron.data.responses import NAMES as RESPONSE_NAMES
 from g2r_megatron.data.responses import kept, read_responses
 from g2r_megatron.data.rubrics import RubricReader
@@ -180,7 +180,7 @@ class RowReader:
         self._found |= {role for role in self.mapped if row.there(self.names[role])}
         prompt, answer = row.first(self.names["prompt"]), None
         if prompt is not None and not is_rendered(row.get(prompt)) and not row.has("prompt_token_ids"):
-            messages, answer = read_conversation(row, self.names["prompt"], self.names["system"])
+            messages, answer = read_conversation(row, self.names["prompt"], self.names["system"], self._material)
             if not _agree(messages, query.messages):
                 raise row.fail(prompt, f"it differs from the query {query.id!r}: {OWN_PART}")
         rubric, sources = self._rubrics.read(row, required=False)
@@ -209,7 +209,7 @@ class RowReader:
             value = row.get(name)
             if name == "reference" or "reference" in self.mapped:
                 return row.optional_text(name)
-            if isinstance(value, str) and value and not _is_structure(decoded(value)):
+            if isinstance(value, str) and value not in ("", *MISSING) and not _is_structure(decoded(value)):
                 return row.text(name, may_be_blank=True)
         return None
 

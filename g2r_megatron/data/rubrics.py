@@ -74,7 +74,10 @@ class RubricReader:
         criterion, weight = self.names["criterion"][0], self.names["weight"][0]
         value = decoded(row.get(name))
         if isinstance(value, dict):
-            inner = next((inner for inner in ITEMS if isinstance(decoded(value.get(inner)), list)), None)
+            lists = [inner for inner in ITEMS if isinstance(decoded(value.get(inner)), list) and decoded(value[inner])]
+            inner = lists[0] if lists else None
+            if len(lists) > 1 and decoded(value[lists[1]]) != decoded(value[lists[0]]):
+                raise row.fail(name, f"{lists[0]} and {lists[1]} differ: put all items into one list")
             if inner is not None:
                 name, value = f"{name}.{inner}", decoded(value[inner])
             elif self._is_item(value):

@@ -13,6 +13,11 @@ WORD = rf"({'|'.join([*WORDS, PITFALL])})s?(?:\s+criteri(?:a|on))?"
 WHOLE_WORD = re.compile(rf"\W*{WORD}\W*", re.IGNORECASE)
 # "Pitfall Criteria: ..." or "[Optional] ..." opening a criterion
 OPENING_WORD = re.compile(rf"\W*{WORD}[\s*_]*[:\])]", re.IGNORECASE)
+# "[+5] ...", "(3 points) ..." or "... (3 points)": points that stand in the text
+POINTS = (
+    r"[\[(]\s*(?:[+\-−]\s*\d+(?:\.\d+)?(?:\s*(?:points?|pts?|marks?))?|\d+(?:\.\d+)?\s*(?:points?|pts?|marks?))\s*[\])]"
+)
+POINTS_IN_TEXT = re.compile(rf"\W*{POINTS}|.*{POINTS}\W*\Z", re.IGNORECASE | re.DOTALL)
 SCORE = "score"  # a weight where nothing else is; beside a weight it is the result of an earlier judgement
 # Fields that may name one of the words.
 LABELS = ("title", "type", "category", "tags", "name", "priority", "level", "kind", "label", "group", "section")
@@ -60,6 +65,7 @@ class WeightReader:
         """``names``: see ``rows.NAMES``; ``mapped``: data.fields says which field is the weight."""
         self.names, self.polarity, self.mapped = names["weight"], polarity, mapped
         self._known = {*names["weight"], *names["criterion"], *names["tags"], *HARMLESS}
+        self._criteria = names["criterion"]
         self.items = self.without = 0
         self._example: list[str] = []  # fields of the first item without a weight
 
@@ -73,7 +79,7 @@ class WeightReader:
         elif label is not None:
             weight = self._of_word(item, *label)
         else:
-            weight = self._missing(item)
+            weight = self._missing(item, criterion)
         if weight > 0 and self.polarity is None and not (self.mapped and there):
             _check_sign(item, label)
         return weight
@@ -148,8 +154,11 @@ class WeightReader:
                 raise item.fail(name, f"it differs from {found[0][0]}: one item is of one kind")
         return found[0] if found else None
 
-    def _missing(self, item: Fields) -> float:
-        """1, unless a field that we do not know looks like a weight."""
+    def _missing(self, item: Fields, criterion: str) -> float:
+        """1, unless a field that we do not know looks like a weight, or the text holds points."""
+        if POINTS_IN_TEXT.match(criterion):
+            name = item.first(self._criteria) or "criterion"
+            raise item.fail(name, "it holds its points: give them in a field of their own, such as weight")
         self.without += 1
         self._example = self._example or list(item.data)
         for name, value in _with_inner(item.data):

@@ -75,6 +75,9 @@ NO_WEIGHT = {
     "underscore": ([{"criterion": "b", "weight": "1_0"}], "weight is '1_0'; it must be a finite number"),
     "names of fields": ({"max_score": 10, "min_score": 0}, "'max_score' is the name of a field and no criterion"),
     "a list of weights": ({"criteria": ["a", "b"], "weights": [3, 1]}, "rubric.weights is .*its own"),
+    "points in the text": (["[+5] a", "b"], r"rubric\[0\].criterion is '\[\+5\] a'; it holds its points"),
+    "points after the text": (["a (5 points)"], "it holds its points"),
+    "two lists": ({"criteria": ["a"], "items": ["b"]}, "criteria and items differ"),
     "a scale": ({"criteria": "a", "score1_description": "b"}, "list of criteria"),
 }
 
@@ -126,6 +129,7 @@ def test_mapped_criterion_and_texts(tmp_path):
 # ---- conversations --------------------------------------------------------------------------------------------------
 
 CHATML = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+TURNS = [*USER, {"role": "assistant", "content": "b"}]
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 REFUSED = {
     "a label before the question": ({"prompt": "math", "question": "Solve this math problem"}, "question is .*differs"),
@@ -133,6 +137,10 @@ REFUSED = {
     "system message nan": ({"prompt": "hi", "system": "nan"}, "system is 'nan'; .*missing value"),
     "system message None": ({"prompt": "hi", "system": "None"}, "system is 'None'; .*missing value"),
     "prompt nan": ({"prompt": "nan"}, "prompt is 'nan'; .*missing value"),
+    "the last turn beside all": ({"prompt": "c", "messages": [*TURNS, {"role": "user", "content": "c"}]}, "messages is .*differs"),
+    "system message in the second": ({"prompt": USER, "messages": [{"role": "system", "content": "S"}, *USER]}, "messages is .*differs"),
+    "chat history": ({"prompt": "c", "chat_history": TURNS}, "chat_history is .*stands beside prompt"),
+    "multi-modal data": ({"prompt": USER, "multi_modal_data": {"image": ["x"]}}, "multi_modal_data is .*not supported"),
     "tools": ({"messages": USER, "tools": TOOLS}, "tools is .*not supported"),
     "tools as JSON": ({"messages": USER, "tools": json.dumps(TOOLS)}, "tools is .*not supported"),
     "tools of a request": ({"body": {"messages": USER, "tools": TOOLS}}, "body.tools is .*not supported"),
@@ -172,6 +180,9 @@ CONVERSATIONS = {
     "the same system message twice": ({"prompt": "hi", "system": "S", "system_prompt": "S "}, "hi"),
     "markers in a question": ({"prompt": "What is <|im_start|>?"}, "What is <|im_start|>?"),
     "markers in a message": ({"messages": [{"role": "user", "content": CHATML}]}, CHATML),
+    "the first turn beside all": ({"prompt": "hi", "messages": [*TURNS, *USER]}, "hi"),
+    "parts as JSON": ({"messages": [{"role": "user", "content": '[{"type": "text", "text": "hi"}]'}]}, "hi"),
+    "a subject called history": ({"prompt": "hi", "history": "Rome"}, "hi"),
     "an array": ({"prompt": "array([1, 2]) in numpy?"}, "array([1, 2]) in numpy?"),
 }
 
@@ -180,6 +191,13 @@ CONVERSATIONS = {
 def test_conversations(tmp_path, row, text):
     (query,) = read(tmp_path, row | ITEMS)
     assert query.messages[-1]["content"] == text
+
+
+@pytest.mark.parametrize("history", [[["hi", "b"]], TURNS])
+def test_history(tmp_path, history):
+    """Earlier turns come before the question, as pairs or as messages."""
+    (query,) = read(tmp_path, {"question": "c", "history": history} | ITEMS)
+    assert query.messages == (*TURNS, {"role": "user", "content": "c"})
 
 
 def test_data_fields_leave_material_out(tmp_path):
@@ -237,6 +255,7 @@ def test_choices_have_their_own_numbers(tmp_path):
     assert numbers(1, 0) == [(0, "0"), (1, "1")]
     assert numbers(3, 1) == [(1, "1"), (3, "3")]
     assert numbers(0, 0) == [(0, "0"), (1, "0")]
+    assert numbers("1", "0") == [(0, "0"), (1, "1")]
     assert numbers(0) == [(None, "0")]
     assert numbers(2) == [(2, "2")]
 
@@ -274,6 +293,12 @@ def test_ids_of_results_have_their_own_name(tmp_path):
     """``fields`` may map the queries' id; batch results call it custom_id all the same."""
     (query,) = judged(tmp_path, {"custom_id": "q", "response": "x"}, fields={"id": "id"})
     assert (query.given.id, query.given.fields) == ("q", {})
+
+
+@pytest.mark.parametrize("choice", [{"text": "", "finish_reason": "error"}, {"status_code": 200, "body": None}])
+def test_failed_requests(tmp_path, choice):
+    with pytest.raises(UserError, match="failed"):
+        judged(tmp_path, {"id": "q", "response": choice})
 
 
 def test_a_tool_call_is_no_empty_response(tmp_path):
