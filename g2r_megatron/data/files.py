@@ -35,7 +35,7 @@ KINDS = ".jsonl, .json, .parquet, .csv, .tsv or .arrow, also with .gz or .zst"
 COMPRESSIONS = (".gz", ".zst")
 SAVED_DATASET, SAVED_SPLITS = "state.json", "dataset_dict.json"
 NOT_ROWS = {SAVED_DATASET, SAVED_SPLITS, "dataset_info.json", "dataset_infos.json"}
-SPLIT = re.compile(r"^(train|test|validation|valid|val|dev|eval)(?=[-_.])", re.IGNORECASE)
+SPLIT = re.compile(r"(?:^|[-_. ])(train|test|validation|valid|val|dev|eval)(?=[-_. ])", re.IGNORECASE)
 # First bytes of files that we read, whatever they are called, and of files that we do not read.
 SIGNATURES = {b"PAR1": ".parquet", b"ARROW1": ".arrow"}
 OTHER_FILES = {
@@ -125,9 +125,9 @@ def _files_of_directory(directory: Path) -> list[Path]:
         raise UserError(str(directory), found, f"give those that you mean, such as {directory}/{folders[-1]}")
     if not files:
         raise UserError(str(directory), "no such file in it", f"the directory must hold {KINDS} files")
-    splits = sorted({match[1] for file in files if (match := SPLIT.match(file.name))})
+    splits = sorted({match[1].lower() for file in files if (match := SPLIT.search(file.name))})
     if len(splits) > 1:
-        remedy = f"give those that you mean, such as {directory}/{splits[-1]}*"
+        remedy = f"give those that you mean, such as {directory}/*{splits[-1]}*"
         raise UserError(str(directory), f"it holds several splits: {', '.join(splits)}", remedy)
     if folders:
         warn(f"{directory}: files in its folders are not read ({', '.join(folders)})")
@@ -318,7 +318,7 @@ def _objects_of_text(path: Path, content: bytes, is_row: Callable[[dict], bool])
 
 def _values_of(text: str) -> list:
     """The JSON values of a text that follow one another, at least one. Raises ``ValueError``."""
-    decoder, values, end = json.JSONDecoder(), [], BLANKS.match(text).end()
+    decoder, values, end = json.JSONDecoder(object_pairs_hook=_object), [], BLANKS.match(text).end()
     while end < len(text) or not values:
         value, end = decoder.raw_decode(text, end)
         end = BLANKS.match(text, end).end()
@@ -349,7 +349,7 @@ def _json_lines(path: Path, file: Iterable[bytes]) -> Iterator[tuple[Place, RowO
 
 def _json_line(where: Place, line: bytes) -> RowOrError:
     try:
-        data = json.loads(line.decode("utf-8-sig"))
+        data = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         return UserError(where, f"not UTF-8 (byte {error.start})", "save the file as UTF-8")
     except (ValueError, RecursionError) as error:
@@ -357,6 +357,15 @@ def _json_line(where: Place, line: bytes) -> RowOrError:
             return UserError(where, "ends with a comma after its object", "each line must be one JSON object alone")
         return UserError(where, f"not JSON ({error})", "each line must be one JSON object")
     return data if isinstance(data, dict) else _not_an_object(where, data, "each line")
+
+
+def _object(pairs: list[tuple]) -> dict:
+    """A JSON object. Raises ``ValueError`` for a field that is there twice: readers differ in which one counts."""
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"field {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return data
 
 
 def _not_an_object(where: Place, data, what: str) -> UserError:
@@ -410,6 +419,11 @@ def _csv_rows(path: Path, file: BinaryIO, delimiter: str = ",") -> Iterator[tupl
         if len(reader.fieldnames or []) == 1 and re.search(r"[;\t|]", reader.fieldnames[0]):
             problem = f"its header {shown(reader.fieldnames[0])} is one column"
             raise UserError(str(path), problem, "separate columns with commas in .csv, with tabs in .tsv")
+        names = list(reader.fieldnames or [])
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise UserError(
+                str(path), f"its header has {', '.join(map(repr, twice))} twice", "give every column its own name"
+            )
         for number, row in enumerate(reader, 1):
             where = f"{path}:row {number}"
             if None in row or None in row.values():
