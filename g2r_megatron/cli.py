@@ -23,7 +23,7 @@ from g2r_megatron.config.options import (
     fill_from_preset,
     resolve_preset,
 )
-from g2r_megatron.errors import Preempted, RunError, UserError
+from g2r_megatron.errors import AlarmError, Preempted, RunError, UserError
 from g2r_megatron.parallel import preemption
 from g2r_megatron.records.failures import announce, is_announced
 
@@ -223,8 +223,8 @@ def main(argv: list[str] | None = None) -> int:
 def exit_code(command: Callable[[], int | None]) -> int:
     """Run ``command``; the exit code of the process.
 
-    Its own (0 for None); 2 and one line for bad input; 75 for a run that has saved and wants to be started again; 1 for
-    one that cannot go on; 130 for Ctrl-C. Any other exception is raised, with its traceback.
+    Its own (0 for None); 2 and one line for bad input; 75 for a run that has saved and wants to be started again; 3 for
+    one ended by an alarm; 1 for one that cannot go on; 130 for Ctrl-C. Any other exception is raised, with its traceback.
 
     torchrun answers 1 whatever code its ranks end with, and takes 75 for a failure, for which it ends the other ranks
     with a page of text. So with G2R_EXIT_CODES, a directory, each rank leaves its code there for the script that
@@ -245,7 +245,7 @@ def _exit_code(command: Callable[[], int | None]) -> int:
         code = preemption.EXIT_CODE
     except (UserError, RunError) as error:
         announce(error)
-        return 2 if isinstance(error, UserError) else 1
+        return 2 if isinstance(error, UserError) else 3 if isinstance(error, AlarmError) else 1
     except KeyboardInterrupt:
         return 130
     except Exception as error:

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from g2r_megatron.config.alarm_options import ALARMS
 from g2r_megatron.config.layout import check_layout
 from g2r_megatron.config.options import (
     PRESETS,
@@ -134,6 +135,20 @@ TRAIN_RANGES = {
     "optimizer.max_bad_steps": COUNT,
     "checkpoint.save_every": COUNT_OR_OFF,
     "checkpoint.keep_last": COUNT,
+    "alarms.window": COUNT,
+    "alarms.every": COUNT_OR_OFF,
+    "alarms.queries": COUNT,
+    "alarms.answer_mass": FRACTION,
+    "alarms.one_sided": FRACTION,
+    "alarms.flat": FRACTION,
+    "alarms.one_token": FRACTION,
+    "alarms.faithless": Range(-2, 2),
+    "alarms.master_keys": FRACTION,
+    "alarms.gold_agreement": FRACTION,
+    "alarms.exploitation": FRACTION,
+    "alarms.gold_down": NOT_NEGATIVE,
+    "alarms.length": Range(1),
+    "alarms.internalization": NOT_NEGATIVE,
     "log.samples_per_step": COUNT_OR_OFF,
     "log.samples_every": COUNT,
 }
@@ -154,6 +169,7 @@ def check_train_config(config: TrainConfig, world_size: int) -> None:
     _check_schedule(config)
     _check_evaluation(config, world_size)
     _check_verifier(config.verifier)
+    _check_alarms(config)
     warn_of_unused(config, resolve_preset(TrainConfig(grpo=GrpoConfig(preset=config.grpo.preset))))
     _warn_of_small_budget(config)
     check_packages(config.log)
@@ -401,6 +417,19 @@ def _check_evaluation(config: TrainConfig, world_size: int) -> None:
         warn(
             f"eval.judge.model {gold.model} is the judge that training learns from: what exploits it scores well there too"
         )
+
+
+def _check_alarms(config: TrainConfig) -> None:
+    for name in config.alarms.stop_on:
+        if name not in ("all", *ALARMS):
+            raise UserError("alarms.stop_on", f"{name!r} is no alarm", f"give all, or some of {', '.join(ALARMS)}")
+        if name != "all" and getattr(config.alarms, name) is None:
+            raise UserError(
+                "alarms.stop_on", f"{name}, but alarms.{name} is null", "give it a threshold, or leave it out"
+            )
+    if config.checkpoint.keep_best and not config.eval.data:
+        found = f"{config.checkpoint.keep_best} without eval.data"
+        raise UserError("checkpoint.keep_best", found, "it is a metric of evaluations: give eval.data files")
 
 
 def _check_verifier(verifier: VerifierConfig) -> None:

@@ -8,6 +8,8 @@ its ``--help`` text. An option whose default is ``None`` "follows the preset" ta
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
+from g2r_megatron.config.alarm_options import AlarmsConfig
+
 Attribution = Literal[
     "grad_x_embed", "l1", "l2", "contracted", "gate", "grad_norm_product", "null_token", "attention", "occlusion", "uniform"
 ]  # fmt: skip
@@ -379,6 +381,8 @@ class CheckpointConfig:
     """steps; 0 saves only at the end"""
     keep_last: int = 2
     """older checkpoints are deleted after a successful save"""
+    keep_best: str = ""
+    """name of a metric of evaluations, e.g. eval/gold_score: the step with its highest value so far is saved and kept too"""
     asynchronous: bool = True
     """training goes on while a checkpoint is written; takes a copy of the saved state in host memory"""
     export_hf: bool = True
@@ -425,6 +429,7 @@ class TrainConfig:
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import os
 import re
 import types
 from collections.abc import Hashable, Iterator
@@ -26,6 +27,7 @@ UNKNOWN_ARGUMENT = re.compile(r"unrecognized arguments: (?P<key>\S+)", re.S)
 UNKNOWN_KEY = re.compile(r"(?:Group '(?P<group>[\w.]+)' does not accept option|Option) '(?P<key>[^']+)'")
 NO_VALUE = re.compile(r"argument (?P<key>\S+): (?P<problem>expected .*)", re.S)
 SHOWN_VALUE = 60
+WRITTEN = {"output_dir", "output"}  # paths of ours; "~" is the home directory in those that are read, too
 
 
 def build_parser(config_class: type, prog: str) -> ArgumentParser:
@@ -57,6 +59,8 @@ def parse(config_class: type[Config], prog: str, argv: list[str]) -> Config:
         values = vars(parser.instantiate(parser.parse_args(argv)))
     except argparse.ArgumentError as error:
         raise explained(config_class, prog, str(error)) from error
+    for name in WRITTEN & values.keys():  # a YAML file knows no shell that would do it
+        values[name] = os.path.expanduser(values[name])
     return config_class(**{name: value for name, value in values.items() if name != "config"})
 
 

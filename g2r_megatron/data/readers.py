@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from g2r_megatron.data.fields import Fields
 from g2r_megatron.data.files import find_files, read_rows
 from g2r_megatron.data.rows import FORMATS, RowReader
-from g2r_megatron.data.rubrics import WrongPolarity
 from g2r_megatron.data.types import Query
+from g2r_megatron.data.weights import WrongPolarity
 from g2r_megatron.errors import UserError, warn
 
 MAX_SKIPPED = 0.05  # of the rows: more are a mistake in the options or the files, not in single rows
@@ -45,11 +45,11 @@ def read_queries(
     Raises ``UserError`` naming the first bad row and the number of bad rows; with ``on_bad_row`` "skip" up to 5% of the
     rows are left out with a warning instead.
     """
-    reader = RowReader(format, polarity, fields or {}, require_rubric, criterion)
+    reader = RowReader(format, polarity, fields or {}, require_rubric, responses=require_response, criterion=criterion)
     bad = BadRows(paths, on_bad_row)
     seen: dict[str, str] = {}
     result: list[Query] = []
-    for where, data in _all_rows(paths):
+    for where, data in _all_rows(paths, reader):
         bad.total += 1
         try:
             if isinstance(data, UserError):
@@ -68,6 +68,7 @@ def read_queries(
         except UserError as error:
             bad.add(where, data, reader, error)
     bad.settle()
+    reader.settle(joined=queries is not None)
     if reader.answers:
         warn(
             f"{reader.answers} conversations end with the assistant's answer: it is no part of the prompt, but its reference"
@@ -75,11 +76,11 @@ def read_queries(
     return result
 
 
-def _all_rows(paths: list[str]) -> Iterator[tuple[str, dict | UserError]]:
+def _all_rows(paths: list[str], reader: RowReader) -> Iterator[tuple[str, dict | UserError]]:
     for path in paths:
         rows = 0
         for file in find_files(path):
-            for row in read_rows(file):
+            for row in read_rows(file, reader.is_row):
                 rows += 1
                 yield row
         if not rows:

@@ -33,10 +33,9 @@ class Given:
     fields: dict = field(default_factory=dict)
     items: tuple[dict, ...] = ()
 
-    def answered(self, query: "Query", choice: int, response: str) -> "Query":
-        """``query`` with one of the row's responses."""
-        given = self if self.choice is None else replace(self, choice=choice)
-        return replace(query, response=response, given=given)
+    def answered(self, query: "Query", choice: int | None, response: str) -> "Query":
+        """``query`` with one of the row's responses, and its number where there are several."""
+        return replace(query, response=response, given=replace(self, choice=choice))
 
 
 @dataclass(frozen=True, slots=True)

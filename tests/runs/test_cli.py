@@ -87,6 +87,16 @@ def test_a_switch_needs_no_value_and_dashes_are_underscores(argv):
     assert parsing.parse(OfflineJudgeConfig, "g2r judge", argv).dump_inputs is True
 
 
+def test_what_is_written_can_be_in_the_home_directory(monkeypatch, tmp_path):
+    """A YAML file, or --name=~/x, meets no shell that would expand it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.yaml").write_text("output_dir: ~/runs/a")
+    assert (
+        parsing.parse(TrainConfig, "g2r train", ["--config", f"{tmp_path}/x.yaml"]).output_dir == f"{tmp_path}/runs/a"
+    )
+    assert parsing.parse(OfflineJudgeConfig, "g2r judge", ["--output=~/j.jsonl"]).output == f"{tmp_path}/j.jsonl"
+
+
 def test_every_number_has_a_range():
     """A new numeric option must be given its range; layouts have their own check."""
     classes = ((TrainConfig, TRAIN_RANGES), (OfflineJudgeConfig, OFFLINE_JUDGE_RANGES), (ProbeConfig, PROBE_RANGES))

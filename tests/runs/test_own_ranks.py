@@ -282,6 +282,7 @@ def test_the_judge_works_while_the_policy_samples(worlds, task, tmp_path):
     events = tmp_path / "events"
     events.mkdir()
     task = [*task, "--judge.ranks", "1", "--output_dir", str(tmp_path / "run"), "--checkpoint.export_hf", "false"]
+    task += ["--alarms.every", "0"]  # nothing else goes to the judge
     *policy, judge = worlds[3, 1].run(train_in_order, task, events)
     parts = PARTS * 4  # of two steps and the evaluations before and after them
     assert policy == [[f"sampled {n + 1}" for n in range(parts)]] * 2
