@@ -1,6 +1,7 @@
 """``g2r eval``: is this model better? Rows in, scored responses, a table and a page out (docs/eval.md)."""
 
 import gc
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,7 +96,10 @@ def newest_weights(config: EvalConfig) -> str:
     if not (run / CONFIG_FILE).is_file() or (run / "config.json").is_file():
         return config.policy.model
     trained = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
-    if config.judge.model in (trained["judge"]["model"] or trained["policy"]["model"],):
+    if not isinstance(trained, dict) or not {"judge", "policy"} <= trained.keys():
+        raise UserError("policy.model", f"{run / CONFIG_FILE} is not of a g2r train run", "give a model directory")
+    trained_by = trained["judge"]["model"] or trained["policy"]["model"]
+    if config.judge.model and os.path.realpath(config.judge.model) == os.path.realpath(trained_by):
         warn(f"judge.model {config.judge.model} has trained {run}: what exploits it scores well; give another judge")
     checkpoints = complete_checkpoints(run / "checkpoints")
     found = checkpoints[-1][1] if checkpoints else run / "hf"

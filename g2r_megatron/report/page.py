@@ -31,6 +31,8 @@ HEALTH_CHARTS = (
 TRAINING_CHARTS = (
     ("judge/gap", "Judge minus true score, training batches", "{:+z.3f}"),
     ("judge/agreement", "Judge agrees with the truth", "{:.3f}"),
+    ("eval/gold_score", "Score by the gold judge, held-out prompts", "{:.3f}"),
+    ("judge/verifier_agreement", "Judge agrees with the verifier", "{:.3f}"),
     ("response/length_mean", "Response length, tokens", "{:.1f}"),
     ("response/finished_share", "Finished responses", "{:.2f}"),
     ("group/zero_variance_share", "Groups without variance", "{:.2f}"),
