@@ -89,7 +89,7 @@ def read_inputs(config: TrainConfig) -> Inputs:
     judge = policy if config.judge.model is None else open_hf_model(config.judge.model, "judge.model")
     check_model("policy", policy, config.policy.layout, config.policy.precision, config.policy.spec)
     check_model("judge", judge, config.judge.layout, config.judge.precision, config.judge.spec)
-    if config.rollout.engine == "vllm":
+    if config.rollout.engine == "vllm" and config.rollout.vllm.mode == "colocated":
         check_engine(policy, config.rollout, config.policy.precision.dtype)
     tokenizer = load_model_tokenizer(policy)
     judge_tokenizer = tokenizer if judge is policy else load_model_tokenizer(judge)
@@ -172,13 +172,18 @@ def build_engine(config: TrainConfig, trainer: PolicyTrainer, stop_ids: set[int]
         return MegatronRolloutEngine(trainer.model, config.rollout, stop_ids)
     from g2r_megatron.rollout.vllm.canary import check_weights_arrive
     from g2r_megatron.rollout.vllm.engine import VLLMRolloutEngine
+    from g2r_megatron.rollout.vllm.servers import VLLMServersEngine
 
     def log_probs(ids: list[list[int]]) -> list[torch.Tensor]:
         sequences = [TokenSequence(sequence[:1], sequence[1:]) for sequence in ids]
         plan = trainer.plan(sequences, list(range(len(sequences))))
         return response_log_probs(trainer.model, sequences, plan, temperature=1.0, budget=trainer.budget)
 
-    engine = VLLMRolloutEngine(trainer.model, config.rollout, stop_ids, config.policy.precision.dtype)
+    engine: VLLMRolloutEngine | VLLMServersEngine
+    if config.rollout.vllm.mode == "servers":
+        engine = VLLMServersEngine(trainer.model, config.rollout, stop_ids, config.timeout_minutes)
+    else:
+        engine = VLLMRolloutEngine(trainer.model, config.rollout, stop_ids, config.policy.precision.dtype)
     check_weights_arrive(engine, log_probs)
     return engine
 

@@ -8,8 +8,10 @@ import math
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from g2r_megatron.config.layout import check_layout
 from g2r_megatron.config.options import (
@@ -21,6 +23,7 @@ from g2r_megatron.config.options import (
     ProbeConfig,
     RolloutConfig,
     TrainConfig,
+    VLLMConfig,
     fill_from_preset,
     resolve_preset,
 )
@@ -306,12 +309,47 @@ def _check_engine(rollout: RolloutConfig) -> None:
             f"{rollout.temperature:g} with rollout.engine vllm, top_p {rollout.top_p:g} and top_k {rollout.top_k}",
             "vLLM has no log-probs at this temperature without the filters: set temperature 1, or top_p 1 and top_k 0",
         )
-    if find_spec("vllm") is None:
+    if rollout.vllm.mode == "servers":
+        _check_urls(rollout.vllm)
+    elif find_spec("vllm") is None:
         raise UserError(
             "rollout.engine",
             "vllm, but the package vllm is not installed",
             "pip install 'g2r-megatron[vllm]' on a machine with a GPU, make vllm without one, or set it megatron",
         )
+
+
+def _check_urls(vllm: VLLMConfig) -> None:
+    option, example = "rollout.vllm.urls", 'give e.g. ["http://127.0.0.1:8000"]'
+    if not vllm.urls:
+        raise UserError(option, "none, with rollout.vllm.mode servers", example)
+    if len(set(vllm.urls)) < len(vllm.urls):
+        raise UserError(option, f"the same server twice in {vllm.urls}", "name each once")
+    if vllm.options:
+        raise UserError(
+            "rollout.vllm.options", f"{vllm.options} with rollout.vllm.mode servers", "give them to the servers"
+        )
+    for url in vllm.urls:
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname, parts.port
+        except ValueError as error:
+            raise UserError(option, f"{url} ({error})", example) from error
+        if parts.scheme not in ("http", "https") or not host or port == 0 or parts.path.strip("/") or parts.query:
+            raise UserError(option, url, example)
+        if not vllm.behind_proxy and not _is_loopback(host):
+            raise UserError(
+                option,
+                f"{url} is not on loopback: whoever reaches a server can replace its weights and call its workers",
+                "put it behind a proxy that lets in this job alone (docs/rollouts.md) and set rollout.vllm.behind_proxy true",
+            )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _check_schedule(config: TrainConfig) -> None:
