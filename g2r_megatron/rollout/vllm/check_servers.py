@@ -1,5 +1,6 @@
 """Are the servers of ``rollout.vllm.urls`` there, and can the policy sample on them? Asked before any work."""
 
+import os
 from typing import Any
 
 import httpx
@@ -21,9 +22,13 @@ SAME = (
 )
 
 
-def check_servers(policy: HFModel, rollout: RolloutConfig, dtype: str) -> None:
-    """Raise ``UserError`` naming the first server that is not there, or cannot sample for ``policy``."""
-    for url in rollout.vllm.urls:
+def check_servers(policy: HFModel, rollout: RolloutConfig, dtype: str, judge_ranks: int) -> None:
+    """Raise ``UserError`` naming a server that this rank will speak to and that is not there, or cannot sample for ``policy``.
+
+    The job's last ``judge_ranks`` speak to none.
+    """
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) - judge_ranks
+    for url in rollout.vllm.urls[rank::ranks] if rank < ranks else []:
         with httpx.Client(base_url=url, timeout=PATIENCE, trust_env=False) as http:
             description = _description(http, url)
             _check_model(url, description, policy)
