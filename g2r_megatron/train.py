@@ -58,6 +58,7 @@ def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run, 
                 mix=mix,
                 between_batches=leave_if_asked,
             )
+            workers.engine.rest()
         leave_if_asked()
         with workers.judge_on_device(times):
             with times("update"):

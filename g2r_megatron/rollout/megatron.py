@@ -48,6 +48,9 @@ class MegatronRolloutEngine:
         self.model, self.config, self.stop_ids = model, config, stop_ids
         self.block = cache_block(config.max_prompt_tokens + config.max_response_tokens)
 
+    def rest(self) -> None:
+        """Nothing to do: a cache lives as long as a batch, and the weights are the policy's."""
+
     def take_weights(self) -> None:
         """Nothing to do: it samples with the policy itself."""
 

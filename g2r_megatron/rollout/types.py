@@ -60,6 +60,10 @@ class Response:
 class RolloutEngine(Protocol):
     """Samples responses with the policy's weights as of the last ``take_weights``."""
 
+    def rest(self) -> None:
+        """Give back the memory of weights and caches until the next ``take_weights``: nothing is sampled before it."""
+        ...
+
     def take_weights(self) -> None:
         """Use the policy's weights as they are now: called at the start and after every update (collective)."""
         ...

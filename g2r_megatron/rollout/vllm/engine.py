@@ -35,18 +35,27 @@ class VLLMRolloutEngine:
         with alone(own):
             self._llm = LLM(**engine_options(model.hf, config, dtype), worker_extension_cls=RECEIVER)
 
+    def rest(self) -> None:
+        """Drop weights and cache; ``take_weights`` brings both back. On a CPU vLLM keeps what it has allocated."""
+        self._llm.sleep(level=2)
+
     @torch.no_grad()
     def take_weights(self) -> None:
         """Put the policy's weights into the engine, and forget what it has cached of prompts (collective).
 
         Raises ``RunError`` naming a tensor that did not come through as it was sent, or was not sent.
         """
+        resting = self._llm.llm_engine.is_sleeping()
+        if resting:
+            self._llm.wake_up(tags=["weights"])
         self._llm.collective_rpc("g2r_start")
         for bucket in all_buckets(self.model):
             self._llm.collective_rpc("g2r_load", args=(bucket,))
         self._llm.collective_rpc("g2r_finish")
         if not self._llm.reset_prefix_cache():
             raise RunError("weight synchronisation: vLLM did not reset its prefix cache")
+        if resting:  # the cache last: on a GPU the buckets above need memory too
+            self._llm.wake_up(tags=["kv_cache"])
         self.version += 1
 
     @torch.no_grad()

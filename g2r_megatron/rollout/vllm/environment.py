@@ -67,7 +67,11 @@ def engine_options(policy: HFModel, rollout: RolloutConfig, dtype: str) -> dict[
         raise UserError("rollout.vllm.options", f"{taken[0]} is set by g2r", "leave it out")
     length, geometry = rollout.max_prompt_tokens + rollout.max_response_tokens, policy.geometry
     defaults: dict[str, Any] = dict(
-        max_model_len=length, max_num_seqs=rollout.batch_size, enforce_eager=on_cpu(), use_tqdm_on_load=False
+        max_model_len=length,
+        max_num_seqs=rollout.batch_size,
+        enforce_eager=on_cpu(),
+        enable_sleep_mode=not on_cpu(),
+        use_tqdm_on_load=False,
     )
     if on_cpu():  # vLLM would take a share of the whole machine's memory in every rank
         a_token = 2 * geometry.layers * geometry.kv_heads * geometry.head_dim * (4 if dtype == "fp32" else 2)
@@ -102,7 +106,7 @@ def check_engine(policy: HFModel, rollout: RolloutConfig, dtype: str) -> None:
     if found is not None and not found.startswith(TESTED):
         warn(f"vLLM {found}: tested with {TESTED}x; how weights are replaced in it depends on the version")
     if not on_cpu():
-        warn("rollout.engine vllm has run on CPUs only; its memory is not given back while the policy trains")
+        warn("rollout.engine vllm has run on CPUs only so far")
     if on_cpu() and policy.geometry.head_dim not in HEAD_SIZES:
         raise UserError(
             "rollout.engine",

@@ -28,7 +28,8 @@ class WeightReceiver:
 
     def g2r_start(self: Any) -> None:
         """The model takes weights in the form of a checkpoint until ``g2r_finish``."""
-        initialize_layerwise_reload(self.get_model())
+        with set_current_vllm_config(self.vllm_config):
+            initialize_layerwise_reload(self.get_model())
 
     def g2r_load(self: Any, bucket: Bucket) -> None:
         """Load one bucket. Raises ``RunError`` naming a tensor whose content is not what was sent."""
@@ -44,6 +45,8 @@ class WeightReceiver:
             finalize_layerwise_reload(self.get_model(), self.model_config)
             if self.device.type == "cpu":
                 pack_what_reload_leaves(self.get_model())
+            else:  # copies to the device may still be on their way
+                torch.accelerator.synchronize()
 
     def g2r_receive(self: Any, host: str, port: int, token: str, timeout: float) -> None:
         """A whole update from the trainer that listens at ``host``; ``token`` shows it who connects.

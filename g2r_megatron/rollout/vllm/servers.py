@@ -43,6 +43,9 @@ class VLLMServersEngine:
         """What the servers call the weights that they have from us."""
         return f"g2r-{self._run}-{self.version}"
 
+    def rest(self) -> None:
+        """Nothing to do: the servers' memory is not the policy's."""
+
     @torch.no_grad()
     def take_weights(self) -> None:
         """Put the policy's weights into every server, and forget what it has cached of prompts (collective).
