@@ -103,7 +103,7 @@ def test_what_does_not_fit_is_refused(options, tmp_path):
         (["--policy.model", str(other)], ["another model", str(TASK / "model"), "vocab_size is 165 there"]),
         (["--policy.precision.dtype", "bf16"], ["dtype float32", "--dtype bfloat16"]),
         (
-            ["--rollout.max_response_tokens", str(LONGEST)],
+            ["--rollout.max_prompt_tokens", str(LONGEST)],
             [f"sequences of {LONGEST} tokens at most", "--max-model-len"],
         ),
         (["--rollout.top_p", "0.9", "--rollout.temperature", "1"], ["logprobs_mode", "--logprobs-mode raw_logprobs"]),

@@ -11,6 +11,9 @@ from g2r_megatron.errors import RunError
 from g2r_megatron.rollout.vllm.transfer import Bucket, send_bucket
 
 GENERATE = "/inference/v1/generate"  # token ids in, token ids out, with the version of the weights
+# A connection for each request: the server closes one that was idle or met an error, which looks as if it had died.
+# Proxies of the environment are for other hosts (trust_env).
+NOT_KEPT = httpx.Limits(max_connections=None, max_keepalive_connections=0)
 _LOOK_UP = 0.2  # seconds between looks at whether an awaited connection can still come
 
 
@@ -24,8 +27,7 @@ class Server:
     def __init__(self, url: str, timeout: float):
         """``timeout``: seconds for one answer."""
         self.url, self.timeout, self.lost = url.rstrip("/"), timeout, ""
-        # the environment's proxies are for other hosts
-        self._http = httpx.Client(base_url=self.url, timeout=timeout, trust_env=False)
+        self._http = httpx.Client(base_url=self.url, timeout=timeout, limits=NOT_KEPT, trust_env=False)
 
     def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """The JSON that the server answers. Raises ``ServerLost``, or ``RunError`` for a living server's refusal."""

@@ -16,7 +16,7 @@ from g2r_megatron.errors import RunError, warn
 from g2r_megatron.model.build import MegatronModel
 from g2r_megatron.rollout.types import Request, Sampled
 from g2r_megatron.rollout.vllm.requests import SCORING, by_length, sampling_fields
-from g2r_megatron.rollout.vllm.server import GENERATE, Server, ServerLost, WeightUpdate, described
+from g2r_megatron.rollout.vllm.server import GENERATE, NOT_KEPT, Server, ServerLost, WeightUpdate, described
 from g2r_megatron.rollout.vllm.transfer import Bucket
 from g2r_megatron.rollout.vllm.weights import all_buckets
 
@@ -135,7 +135,6 @@ class VLLMServersEngine:
         answers: dict[Server, dict[int, dict]] = {server: {} for server in self._mine()}
         places = {server: asyncio.Semaphore(self.config.batch_size) for server in answers}
         timeout = httpx.Timeout(next(iter(answers)).timeout if answers else None, pool=None)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
 
         async def ask(http: httpx.AsyncClient, server: Server, number: int) -> None:
             async with places[server]:
@@ -150,7 +149,7 @@ class VLLMServersEngine:
                 answers[server][number] = answer
                 on_progress(sum(map(len, answers.values())))
 
-        async with httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False) as http:
+        async with httpx.AsyncClient(timeout=timeout, limits=NOT_KEPT, trust_env=False) as http:
             try:
                 async with asyncio.TaskGroup() as tasks:
                     for place, server in enumerate(there):
