@@ -121,28 +121,27 @@ def canary_message(path: str, sabotaged: str) -> str:
     from g2r_megatron.errors import RunError
     from g2r_megatron.model.safetensors_files import SafetensorsReader
     from g2r_megatron.rollout.vllm import receiver
-    from g2r_megatron.rollout.vllm.weights import check_sum
+    from g2r_megatron.rollout.vllm.transfer import check_sum
     from g2r_megatron.workers import build_engine
 
     trainer, config = policy_of(Layout(), path)
-    receive, pack = receiver.Receiver.receive_weights, receiver.pack_what_reload_leaves
+    load, pack = receiver.WeightReceiver.g2r_load, receiver.pack_what_reload_leaves
     if sabotaged == "packing":
         receiver.pack_what_reload_leaves = lambda model: None
     else:
         start = SafetensorsReader(Path(path))
 
-        def receive_old(self, info):  # one tensor always has the content of the start weights, whose check sum it gets
-            content = [(n, start.read(n, None, None) if n == sabotaged else t) for n, t, _ in info.bucket]
-            info.bucket = [(n, t, check_sum(t)) for n, t in content]
-            receive(self, info)
+        def load_old(self, bucket):  # one tensor always has the content of the start weights, whose check sum it gets
+            content = [(n, start.read(n, None, None) if n == sabotaged else t) for n, t, _ in bucket]
+            load(self, [(n, t, check_sum(t)) for n, t in content])
 
-        receiver.Receiver.receive_weights = receive_old
+        receiver.WeightReceiver.g2r_load = load_old
     try:
         build_engine(config, trainer, {2})
     except RunError as error:
         return str(error)
     finally:
-        receiver.Receiver.receive_weights, receiver.pack_what_reload_leaves = receive, pack
+        receiver.WeightReceiver.g2r_load, receiver.pack_what_reload_leaves = load, pack
     return ""
 
 
