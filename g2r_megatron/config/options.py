@@ -361,7 +361,8 @@ class TrainConfig:
     eval_greedy: bool = False
     """evaluate greedily instead of with the rollout's sampling"""
     timeout_minutes: float = 30.0
-    """a rank that waits for longer than this for another one ends the run: it is dead or stuck"""
+    """a rank that waits for longer than this for another one ends the run: it is dead or stuck; so is a vLLM server, which is
+    given up"""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

@@ -1,7 +1,7 @@
 """``g2r train`` with ``rollout.vllm.mode servers``: two real vLLM servers (tools/vllm_server.sh), which are killed in the end.
 
 Both start once; the tests build on each other, in their order. vLLM is not imported in this process. Leaves out servers on
-GPUs, servers that are parallel themselves, and what a sampled token is (tests/parity/test_vllm.py: the workers are the same).
+GPUs, servers that are parallel themselves, and mixtures of experts (tests/parity/test_vllm.py: the workers are the same).
 """
 
 import os
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -18,12 +19,14 @@ from pathlib import Path
 import httpx
 import pytest
 
+from g2r_megatron.config.options import VLLMConfig
 from g2r_megatron.errors import RunError
 from g2r_megatron.model.safetensors_files import SafetensorsReader
 from g2r_megatron.rollout.vllm.server import Server, ServerLost, WeightUpdate
 from g2r_megatron.rollout.vllm.transfer import check_sum
 from real_runs import PATIENCE, ROOT, TASK, log_of, quickstart_options, records, send, start, wait_for
 from test_bad_input import assert_refused
+from test_vllm import UPDATES, by_transformers, updated_engine
 from test_vllm_training import in_another_process
 from tiny_models import build_tiny_hf
 
@@ -138,6 +141,20 @@ def test_updates_that_do_not_arrive(servers):
                 update.finish()
             update.close()
     assert server.is_healthy() and not server.lost
+
+
+def test_updated_servers_say_what_the_exported_weights_say(servers, worlds, tmp_path):
+    """Greedy, after three visible updates from tensor parallel ranks, a broken update before them and a filled prefix cache."""
+    export, vocab, urls = str(tmp_path / "export"), 165, [server.url for server in servers]
+    vllm = VLLMConfig(mode="servers", urls=urls)
+    results = worlds.on("tp2pp1sp", partial(updated_engine, vllm=vllm), str(TASK / "model"), export, vocab)
+    worlds.close()
+    expected = by_transformers(export, vocab)
+    for result in results:
+        assert result["greedy"] == expected
+        assert result["sampled"] == results[0]["sampled"] != expected
+        assert result["error"] < 1e-4
+        assert result["version"] >= UPDATES
 
 
 def test_a_server_that_hangs_is_lost_when_time_is_up(servers):
