@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import NoReturn
 
 from g2r_megatron.config import parsing
-from g2r_megatron.config.checks import check_judge_config, check_probe_config, check_train_config
+from g2r_megatron.config.checks import check_eval_config, check_judge_config, check_probe_config, check_train_config
 from g2r_megatron.config.options import (
     PRESETS,
+    EvalConfig,
     OfflineJudgeConfig,
     ProbeConfig,
     TrainConfig,
     fill_from_preset,
     resolve_preset,
 )
-from g2r_megatron.errors import Preempted, RunError, UserError
+from g2r_megatron.errors import AlarmError, Preempted, RunError, UserError
 from g2r_megatron.parallel import preemption
 from g2r_megatron.records.failures import announce, is_announced
 
@@ -32,6 +33,7 @@ commands:
   train   train a policy on its judge's gradients        g2r train --config FILE [--policy.layout.tp 2 ...]
   judge   judge responses of a file, token by token      g2r judge --judge.model DIR --input FILE --output FILE
   probe   is this judge's credit true?                   g2r probe --judge.model DIR --input FILE --output DIR
+  eval    is this model better? HealthBench and others   g2r eval --policy.model DIR --data FILE... --judge.model DIR --output DIR
   plan    memory and time of a job before it is queued   g2r plan --config FILE --nodes 2 [--suggest] [options of train]
   doctor  what is installed, and what is missing         g2r doctor
   report  compare runs: a table and a self-contained page  g2r report RUN_DIR [RUN_DIR ...] --output report.html
@@ -60,6 +62,11 @@ FIRST_STEPS = {
     "g2r probe": (
         "judge.model, input, output",
         "give them as in `g2r probe --judge.model DIR --input rows.jsonl --output probe` (g2r probe --help)",
+    ),
+    "g2r eval": (
+        "policy.model or responses, data, judge.model, output",
+        "give them as in `g2r eval --policy.model DIR --data rows.jsonl --judge.model DIR --output eval`, or compare two "
+        "evaluations with `g2r eval compare A B` (g2r eval --help)",
     ),
     "g2r plan": (
         "policy.model",
@@ -115,6 +122,38 @@ def probe_command(argv: list[str]) -> None:
     probe_judge(config)
 
 
+def compare_command(argv: list[str]) -> None:
+    """``g2r eval compare``."""
+    parser = OneLineParser(
+        "g2r eval compare",
+        description="Is B better than A on the same rows? Paired bootstrap, wins and losses, the rows that changed most. "
+        "Next: open the page, and read what changed.",
+    )
+    for name in ("A", "B"):
+        parser.add_argument(name, type=Path, help="output of g2r eval, or RUN/eval/step_... of a training")
+    parser.add_argument("--output", type=Path, default=Path("compare.html"), help="page to write (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1234, help="of the bootstrap (%(default)s)")
+    parser.add_argument("--most_changed", type=int, default=10, help="rows to show (%(default)s)")
+    arguments = parser.parse_args(argv)
+    from g2r_megatron.eval.compare import compare
+
+    compare(arguments.A, arguments.B, arguments.output, arguments.seed, arguments.most_changed)
+
+
+def eval_command(argv: list[str]) -> None:
+    """``g2r eval``."""
+    if argv[:1] == ["compare"]:
+        compare_command(argv[1:])
+        return
+    argv = parsing.with_lists(argv, ("data", "responses"))
+    config = _parsed(EvalConfig, "g2r eval", argv)
+    check_eval_config(config, _world_size())
+    _import_megatron()
+    from g2r_megatron.eval.command import evaluate_model
+
+    evaluate_model(config)
+
+
 def plan_command(argv: list[str]) -> int:
     """``g2r plan``."""
     from g2r_megatron.plan.config import PlanConfig
@@ -168,6 +207,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "train": train_command,
     "judge": judge_command,
     "probe": probe_command,
+    "eval": eval_command,
     "plan": plan_command,
     "doctor": doctor_command,
     "report": report_command,
@@ -183,8 +223,8 @@ def main(argv: list[str] | None = None) -> int:
 def exit_code(command: Callable[[], int | None]) -> int:
     """Run ``command``; the exit code of the process.
 
-    Its own (0 for None); 2 and one line for bad input; 75 for a run that has saved and wants to be started again; 1 for
-    one that cannot go on; 130 for Ctrl-C. Any other exception is raised, with its traceback.
+    Its own (0 for None); 2 and one line for bad input; 75 for a run that has saved and wants to be started again; 3 for
+    one ended by an alarm; 1 for one that cannot go on; 130 for Ctrl-C. Any other exception is raised, with its traceback.
 
     torchrun answers 1 whatever code its ranks end with, and takes 75 for a failure, for which it ends the other ranks
     with a page of text. So with G2R_EXIT_CODES, a directory, each rank leaves its code there for the script that
@@ -205,7 +245,7 @@ def _exit_code(command: Callable[[], int | None]) -> int:
         code = preemption.EXIT_CODE
     except (UserError, RunError) as error:
         announce(error)
-        return 2 if isinstance(error, UserError) else 1
+        return 2 if isinstance(error, UserError) else 3 if isinstance(error, AlarmError) else 1
     except KeyboardInterrupt:
         return 130
     except Exception as error:

@@ -23,6 +23,10 @@ class RunError(Exception):
     """A run that cannot go on though its input was good. One line, exit code 1."""
 
 
+class AlarmError(RunError):
+    """A run ended by an alarm of ``alarms.stop_on``. One line, exit code 3."""
+
+
 class Preempted(Exception):
     """All ranks have agreed to leave (parallel/preemption.py). The weights are those of the last finished step."""
 

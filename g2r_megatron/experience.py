@@ -25,7 +25,7 @@ from g2r_megatron.judge.stage import item_alphas
 from g2r_megatron.policy.log_probs import TokenSequence, UpdateLogProbs
 from g2r_megatron.rollout.thoughts import with_thoughts
 from g2r_megatron.rollout.types import Request, Response, RolloutEngine, Sampled
-from g2r_megatron.workers import Inputs, Workers
+from g2r_megatron.workers import Inputs, PolicyInputs, Workers
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,10 @@ def sample_and_submit(
         if not some:
             continue
         found = sample(workers.engine, inputs, some, group_size, key, temperature, between_batches)
-        workers.judge.submit(Part(some, group_size, found.bodies, found.keys, mix))
+        verified = None
+        if inputs.verifier is not None:
+            verified = inputs.verifier.verdicts(found.queries, [response.text for response in found.responses])
+        workers.judge.submit(Part(some, group_size, found.bodies, found.keys, mix, verified))
         sampled.append(found)
     return Rollouts(
         group_size,
@@ -119,15 +122,26 @@ def sample(
     """``group_size`` responses a query. ``key`` and the query's id seed the sampling, nothing else does (collective)."""
     repeated = [query for query in queries for _ in range(group_size)]
     keys = [f"{key}/{query.id}/{j}" for query in queries for j in range(group_size)]
-    prompts = [inputs.prompt_ids[query.id] for query in repeated]
-    requests = [Request(ids, k) for ids, k in zip(prompts, keys, strict=True)]
-    responses = []
-    for i, sampled in enumerate(engine.generate(requests, temperature, between_batches=between_batches)):
-        responses.append(_response(inputs, prompts[i], sampled))
+    responses = respond(engine, inputs, repeated, keys, temperature, between_batches)
     return Rollouts(group_size, repeated, responses, keys)
 
 
-def _response(inputs: Inputs, prompt: list[int], sampled: Sampled) -> Response:
+def respond(
+    engine: RolloutEngine,
+    inputs: PolicyInputs,
+    queries: list[Query],
+    keys: list[str],
+    temperature: float | None = None,
+    between_batches: Callable[[], None] = lambda: None,
+) -> list[Response]:
+    """A response to each of ``queries``; ``keys`` seed the sampling, nothing else does (collective)."""
+    prompts = [inputs.prompt_ids[query.id] for query in queries]
+    requests = [Request(ids, key) for ids, key in zip(prompts, keys, strict=True)]
+    sampled = engine.generate(requests, temperature, between_batches=between_batches)
+    return [_response(inputs, prompt, found) for prompt, found in zip(prompts, sampled, strict=True)]
+
+
+def _response(inputs: PolicyInputs, prompt: list[int], sampled: Sampled) -> Response:
     """What was sampled, divided into thought and answer."""
     ids, finished, log_probs = sampled
     body = ids[:-1] if finished else ids

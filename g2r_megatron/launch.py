@@ -47,8 +47,7 @@ def train(config: TrainConfig) -> None:
     check_same_run(config, output)
     check_wandb_session(config.log)
     inputs = read_inputs(config)
-    if config.rollout.engine == "vllm" and config.rollout.vllm.mode == "servers":
-        check_servers(inputs.policy, config.rollout, config.policy.precision.dtype, config.judge.ranks)
+    check_servers(inputs.policy, config.rollout, config.policy.precision.dtype, config.judge.ranks)
     heartbeat, ranks = Heartbeat(output, config.steps), config.judge.ranks
     with reported(heartbeat):
         heartbeat.beat(state="starting")

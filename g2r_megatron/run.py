@@ -1,5 +1,6 @@
 """A training run as it is seen from outside: what it shows, writes, saves and says of itself."""
 
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -9,16 +10,18 @@ import torch.distributed as dist
 import yaml
 
 from g2r_megatron import experience
+from g2r_megatron.alarms.watch import Watch
+from g2r_megatron.config.alarm_options import ALARMS
 from g2r_megatron.config.options import TrainConfig
 from g2r_megatron.credit.hazards import answer_mass_warning
-from g2r_megatron.errors import RunError
+from g2r_megatron.errors import AlarmError, RunError, UserError
 from g2r_megatron.experience import Experience
-from g2r_megatron.policy.checkpoint import Checkpointer
+from g2r_megatron.policy.checkpoint import Checkpointer, complete_checkpoints
 from g2r_megatron.policy.log_probs import UpdateLogProbs
 from g2r_megatron.records.bad_steps import DIRECTORY, write_bad_step
 from g2r_megatron.records.files import replace_text
 from g2r_megatron.records.heartbeat import Heartbeat
-from g2r_megatron.records.metrics_log import MetricsLog
+from g2r_megatron.records.metrics_log import METRICS_FILE, MetricsLog, read_metrics
 from g2r_megatron.records.progress_bar import Progress
 from g2r_megatron.runs_on import line_of, record, runs_on
 from g2r_megatron.workers import Inputs
@@ -44,6 +47,13 @@ class Run:
             self.records = MetricsLog(output, config.log, plain)
             replace_text(output / CONFIG_FILE, yaml.safe_dump(plain, sort_keys=False), sync=True)
             self.records.truncate_after(done if done else -1)
+        history = [read_metrics(output) if self.is_writer and (output / METRICS_FILE).exists() else []]
+        dist.broadcast_object_list(history, src=0)  # all ranks act on alarms alike
+        self.watch = Watch(config.alarms, history[0])
+        scores = [(self._measured(record), -record["step"]) for record in history[0]]  # of equals the first
+        self._best, first = max(scores, default=(-math.inf, 0))
+        self._best_step = -first
+        self._kept = {self._best_step}  # checkpoints that are not deleted
 
     def __enter__(self) -> "Run":
         self.progress.__enter__()
@@ -79,6 +89,10 @@ class Run:
             self.records.log(step, metrics | self._save_times)
         self._save_times = {}
         self.progress.step(step, metrics)
+        for alarm in self.watch.observe(step, metrics):
+            self.progress.message(f"warning: {alarm.text}")
+            if self.records is not None:
+                self.records.alarm(alarm.record)
         self.done = step
         self.heartbeat.beat(step=step)
         self.finish_save(wait=False)
@@ -107,13 +121,46 @@ class Run:
         for group in batch.groups[: self.config.log.samples_per_step]:
             self.records.sample(experience.sample_record(batch, inputs, group.start, step))
 
+    def stop_on_alarm(self) -> None:
+        """Raise ``AlarmError`` on every rank if an alarm of ``alarms.stop_on`` is on; what was being saved is finished first."""
+        wanted = ALARMS if "all" in self.config.alarms.stop_on else self.config.alarms.stop_on
+        alarms = [self.watch.on[name] for name in wanted if name in self.watch.on]
+        if not alarms:
+            return
+        self.finish_save(wait=True)
+        good = [step for step, _ in complete_checkpoints(self.checkpointer.directory) if step < alarms[0].step]
+        last = f"the last checkpoint before it is of step {good[-1]}" if good else "there is no checkpoint before it"
+        raise AlarmError(f"alarms.stop_on: {alarms[0].text}; {last} (in {self.checkpointer.directory})")
+
     # ---- checkpoints (collective) ----------------------------------------------------------------------------------
+
+    def wants_checkpoint(self, step: int, metrics: dict[str, float]) -> bool:
+        """Whether ``step`` is to be saved: its turn, or the best evaluation so far by ``checkpoint.keep_best``."""
+        every, value = self.config.checkpoint.save_every, self._measured(metrics)
+        if value > self._best:
+            self._best, self._best_step = value, step
+            self._kept.add(step)  # the best one before is kept until this one is there
+            return True
+        return bool(every) and step % every == 0
+
+    def check_keep_best(self, metrics: dict[str, float]) -> None:
+        """Raise ``UserError`` unless ``metrics``, of the evaluation before training, have what ``checkpoint.keep_best`` names."""
+        name = self.config.checkpoint.keep_best
+        if name and name not in metrics:
+            known = ", ".join(sorted(name for name in metrics if name.startswith("eval/")))
+            raise UserError(
+                "checkpoint.keep_best", f"{name!r} is not measured by this run's evaluations", f"give one of {known}"
+            )
+
+    def _measured(self, metrics: dict) -> float:
+        value = metrics.get(self.config.checkpoint.keep_best)
+        return -math.inf if value is None else value
 
     def save(self) -> None:
         """A checkpoint of the last finished step, in the background if so configured."""
         self.phase("save")
         in_background, start = self.config.checkpoint.asynchronous, time.perf_counter()
-        earlier = self.checkpointer.begin(self.done, in_background)
+        earlier = self.checkpointer.begin(self.done, in_background, self._kept)
         if earlier is not None or not in_background:
             self._has_saved(earlier if in_background else self.done)
         self._waited_since(start)
@@ -137,6 +184,8 @@ class Run:
 
     def _has_saved(self, step: int) -> None:
         self.saved = step
+        if step == self._best_step:
+            self._kept = {step}
         self.heartbeat.beat(saved_step=step)
         if self.config.checkpoint.asynchronous and self.checkpointer.background_seconds:
             self._save_times["time/save_background"] = self.checkpointer.background_seconds[-1]

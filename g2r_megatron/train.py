@@ -6,6 +6,7 @@ Every rank of the policy runs this same code. What is sharded, and over which ra
 
 import torch
 
+from g2r_megatron.alarms.checks import alarm_checks
 from g2r_megatron.config.options import TrainConfig
 from g2r_megatron.credit.advantages import mix_at
 from g2r_megatron.data.order import epoch_batch
@@ -23,16 +24,19 @@ def take_steps(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run) 
     """Take the steps that are left, and save their checkpoints."""
     leave_if_asked()
     if run.done == 0:
-        run.log(0, evaluate(config, inputs, workers, run, between_batches=leave_if_asked))
+        metrics = evaluate(config, inputs, workers, run, 0, between_batches=leave_if_asked)
+        run.check_keep_best(metrics)
+        run.log(0, metrics)
     for step in range(run.done + 1, config.steps + 1):
         leave_if_asked()
         metrics = train_step(config, inputs, workers, run, step)
-        if step == config.steps or (config.eval_every and step % config.eval_every == 0):
-            metrics |= evaluate(config, inputs, workers, run)
+        if step == config.steps or (config.eval.every and step % config.eval.every == 0):
+            metrics |= evaluate(config, inputs, workers, run, step)
         run.log(step, metrics)
+        run.stop_on_alarm()
         if workers.trainer.bad_in_a_row >= config.optimizer.max_bad_steps:
             run.stop_after_bad_steps(workers.trainer.bad_in_a_row)
-        if step == config.steps or (config.checkpoint.save_every and step % config.checkpoint.save_every == 0):
+        if step == config.steps or run.wants_checkpoint(step, metrics):
             run.save()
     run.finish_save(wait=True)
 
@@ -45,6 +49,7 @@ def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run, 
     """
     times = PhaseTimes(run.phase)
     mix = mix_at(config.grpo.mix, config.grpo.mix_anneal, (step - 1) / config.steps)
+    mix = 0.0 if run.watch.uses_sequence_credit else mix
     order = (config.rollout.prompts_per_step, step - 1, config.seed, config.data.shuffle)
     with times("step", shown=False):
         with times("sample"):
@@ -67,6 +72,8 @@ def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run, 
             with times("judge"):
                 judgements, judge_metrics = workers.judge.judge_submitted()
                 batch = assign_credit(rollouts, judgements, prompt=inputs.prompt, config=config, mix=mix)
+            with times("alarms", shown=False):
+                checked = alarm_checks(config, inputs, workers, rollouts, step)
         leave_if_asked()
         with times("update"):
             metrics = workers.trainer.update(
@@ -81,7 +88,7 @@ def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run, 
             workers.engine.take_weights()
         if step == run.first:
             check_first_ratio(metrics, workers.trainer.model.config.params_dtype)
-        metrics |= correction.metrics if correction else {}
+        metrics |= checked | (correction.metrics if correction else {})
         metrics |= judge_metrics | step_metrics(batch, inputs, config.judge.flat_threshold) | {"attribution/mix": mix}
     metrics |= times.metrics()
     if config.judge.ranks:

@@ -1,6 +1,6 @@
 """Everything a training run is made of, built from its config in the order that finds mistakes first."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -8,12 +8,21 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerFast
 
-from g2r_megatron.config.options import TrainConfig
+from g2r_megatron.config.options import (
+    JudgeConfig,
+    PolicyConfig,
+    RolloutConfig,
+    SampledPolicyConfig,
+    TrainConfig,
+    VerdictJudgeConfig,
+    VerifierConfig,
+)
+from g2r_megatron.credit.judgements import JudgementRow
 from g2r_megatron.data.chat_template import check_template_options, with_system_prompt
 from g2r_megatron.data.order import epoch_batch
 from g2r_megatron.data.prompts import Prompts
 from g2r_megatron.data.readers import read_queries
-from g2r_megatron.data.tokenizer import stop_token_ids
+from g2r_megatron.data.tokenizer import encode_text, stop_token_ids
 from g2r_megatron.data.types import Query
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.frozen import FrozenJudge
@@ -27,30 +36,39 @@ from g2r_megatron.model.build import MegatronModel, build_model, check_model
 from g2r_megatron.model.hf import HFModel, load_model_tokenizer, open_hf_model
 from g2r_megatron.model.offload import HostWeights
 from g2r_megatron.parallel.groups import ModelGroups, build_groups
-from g2r_megatron.policy.log_probs import TokenSequence, response_log_probs
+from g2r_megatron.policy.log_probs import TokenSequence, plan_micro_batches, response_log_probs
 from g2r_megatron.policy.trainer import PolicyTrainer
 from g2r_megatron.records.phase_times import PhaseTimes
 from g2r_megatron.rollout.megatron import MegatronRolloutEngine
 from g2r_megatron.rollout.thoughts import ThoughtEnd, thought_end
 from g2r_megatron.rollout.types import RolloutEngine
 from g2r_megatron.rollout.vllm.environment import check_engine
+from g2r_megatron.verify.verifier import Verifier
 
 POLICY_LENGTH = "rollout.max_prompt_tokens + rollout.max_response_tokens"
 
 
-@dataclass
-class Inputs:
-    """What is read before any process group or weight exists."""
+@dataclass(kw_only=True)
+class PolicyInputs:
+    """What sampling from a policy needs besides its weights."""
 
     policy: HFModel
-    judge: HFModel
     tokenizer: PreTrainedTokenizerFast
-    prompt: JudgePrompt | RewardPrompt
     stop_ids: set[int]
     thought_end: ThoughtEnd | None
+    prompt_ids: Prompts  # by query id
+
+
+@dataclass(kw_only=True)
+class Inputs(PolicyInputs):
+    """What is read before any process group or weight exists."""
+
+    judge: HFModel
+    prompt: JudgePrompt | RewardPrompt
     train: list[Query]
     eval: list[Query]
-    prompt_ids: Prompts  # by query id
+    gold: "VerdictJudge | None"  # eval.judge
+    verifier: Verifier | None  # where rows have an answer
 
 
 @dataclass
@@ -66,6 +84,7 @@ class Workers:
     judge: SharedRanks | OwnRanks
     reference: MegatronModel | None
     host_weights: HostWeights | None
+    gold: "GoldJudge | None"
 
     @contextmanager
     def judge_on_device(self, times: PhaseTimes | None = None) -> Iterator[None]:
@@ -79,28 +98,44 @@ class Workers:
         self.host_weights.release()
 
 
-def read_inputs(config: TrainConfig) -> Inputs:
-    """Read and check models' configs, tokenizers and data. Raises ``UserError``; writes nothing."""
-    policy = open_hf_model(config.policy.model, "policy.model")
+def read_policy(section: PolicyConfig | SampledPolicyConfig, rollout: RolloutConfig) -> PolicyInputs:
+    """Read and check the policy's config and tokenizer, and the options of sampling. Raises ``UserError``."""
+    policy = open_hf_model(section.model, "policy.model")
     if policy.geometry.is_reward_model:
         raise UserError(
-            "policy.model", f"{config.policy.model} is a reward model ({policy.architecture})", "give a language model"
+            "policy.model", f"{section.model} is a reward model ({policy.architecture})", "give a language model"
         )
-    judge = policy if config.judge.model is None else open_hf_model(config.judge.model, "judge.model")
-    check_model("policy", policy, config.policy.layout, config.policy.precision, config.policy.spec)
-    check_model("judge", judge, config.judge.layout, config.judge.precision, config.judge.spec)
-    if config.rollout.engine == "vllm" and config.rollout.vllm.mode == "colocated":
-        check_engine(policy, config.rollout, config.policy.precision.dtype)
+    check_model("policy", policy, section.layout, section.precision, section.spec)
+    if rollout.engine == "vllm" and rollout.vllm.mode == "colocated":
+        check_engine(policy, rollout, section.precision.dtype)
     tokenizer = load_model_tokenizer(policy)
+    check_template_options(tokenizer, rollout.template_options, "rollout.template_options", rollout.chat_template)
+    policy.check_positions(rollout.max_prompt_tokens + rollout.max_response_tokens, POLICY_LENGTH)
+    return PolicyInputs(
+        policy=policy,
+        tokenizer=tokenizer,
+        stop_ids=stop_token_ids(tokenizer, rollout.stop, rollout.template_options),
+        thought_end=thought_end(tokenizer, rollout),
+        prompt_ids=Prompts(tokenizer, rollout.chat_template, rollout.max_prompt_tokens, rollout.template_options),
+    )
+
+
+def read_inputs(config: TrainConfig) -> Inputs:
+    """Read and check models' configs, tokenizers and data. Raises ``UserError``; writes nothing."""
+    of_policy, rollout = read_policy(config.policy, config.rollout), config.rollout
+    policy, tokenizer, prompts = of_policy.policy, of_policy.tokenizer, of_policy.prompt_ids
+    gold = read_verdict_judge(config.eval.judge, "eval.judge") if config.eval.judge.model else None
+    judge = policy if config.judge.model is None else open_hf_model(config.judge.model, "judge.model")
+    check_model("judge", judge, config.judge.layout, config.judge.precision, config.judge.spec)
     judge_tokenizer = tokenizer if judge is policy else load_model_tokenizer(judge)
     # a judge that has every token of the policy, under the same id, reads its ids; any other one reads its text
     reads_ids = tokenizer.get_vocab().items() <= judge_tokenizer.get_vocab().items()
     reads_ids = reads_ids and policy.geometry.vocab <= judge.geometry.vocab
     prompt = judge_prompt(judge, judge_tokenizer, config.judge, None if reads_ids else tokenizer)
-    rollout = config.rollout
-    check_template_options(tokenizer, rollout.template_options, "rollout.template_options", rollout.chat_template)
-    stop_ids = stop_token_ids(tokenizer, rollout.stop, rollout.template_options)
-    prompts = Prompts(tokenizer, rollout.chat_template, rollout.max_prompt_tokens, rollout.template_options)
+
+    if config.data.format == "verifiable" and not prompt.needs_rubric:
+        found = "a reward model with data.format verifiable"
+        raise UserError("judge.model", found, "give a language model: its verdicts are compared with the verifier's")
 
     def with_system(query: Query) -> Query:
         return replace(query, messages=with_system_prompt(query.messages, config.data.system_prompt))
@@ -114,19 +149,93 @@ def read_inputs(config: TrainConfig) -> Inputs:
             *(paths, config.data.format, config.data.polarity),
             fields=config.data.fields,
             on_bad_row=config.data.on_bad_row,
-            require_rubric=prompt.needs_rubric,
+            require_rubric=prompt.needs_rubric or (gold is not None and paths is config.eval.data),
             check=check,
+            criterion=config.verifier.criterion if prompt.needs_rubric else None,
         )
-        for paths in (config.data.train, config.data.eval)
+        for paths in (config.data.train, config.eval.data)
     )
     train, held_out = ([with_system(query) for query in queries] for queries in (train, held_out))
     _check_ids(train, held_out)
     epoch_batch(len(train), config.rollout.prompts_per_step, 0, config.seed, config.data.shuffle)  # enough queries?
     prompts.add([*held_out, *train])
-    policy.check_positions(rollout.max_prompt_tokens + rollout.max_response_tokens, POLICY_LENGTH)
     check_judge_positions(judge, config.judge, ((q, rollout.max_response_tokens) for q in [*held_out, *train]))
-    end = thought_end(tokenizer, rollout)
-    return Inputs(policy, judge, tokenizer, prompt, stop_ids, end, train, held_out, prompts)
+    if gold is not None:
+        gold.check(held_out, rollout.max_response_tokens)
+    verifier = verifier_for(config.verifier, [*train, *held_out])
+    return Inputs(
+        **vars(of_policy),
+        judge=judge,
+        prompt=prompt,
+        train=train,
+        eval=held_out,
+        gold=gold,
+        verifier=verifier,
+    )
+
+
+def verifier_for(config: VerifierConfig, queries: Sequence[Query]) -> Verifier | None:
+    """What decides on the rows with an answer, None if there are none. Raises ``UserError`` for answers that cannot work."""
+    if not any(query.answer is not None for query in queries):
+        return None
+    verifier = Verifier(config)
+    for query in queries:
+        verifier.check(query)
+    return verifier
+
+
+@dataclass
+class VerdictJudge:
+    """A judge that only scores: its model, and how it is asked. ``option``: where its options are ("judge", "eval.judge")."""
+
+    option: str
+    config: JudgeConfig
+    hf: HFModel
+    prompt: JudgePrompt
+
+    def check(self, queries: list[Query], response_tokens: int) -> None:
+        """Raise ``UserError`` for a judge input that is too long, with responses of so many of the judge's tokens."""
+        for query in queries:
+            self.prompt.check_query(query, response_tokens)
+        check_judge_positions(self.hf, self.config, ((query, response_tokens) for query in queries))
+
+    def load(self) -> JudgeStage:
+        """Its weights on the ranks of this world (collective)."""
+        return build_judge_stage(self.config, self.hf, self.prompt)
+
+
+class GoldJudge:
+    """A judge that only scores held-out responses. Its weights are in host memory but while it does."""
+
+    def __init__(self, judge: VerdictJudge):
+        """Load it (collective)."""
+        self._stage = judge.load()
+        self._weights = HostWeights(self._stage.judge.model)
+
+    def judge(self, queries: Sequence[Query], texts: Sequence[str]) -> list[JudgementRow]:
+        """As ``judge_texts``."""
+        self._weights.load()
+        rows = judge_texts(self._stage, queries, texts)
+        self._weights.release()
+        return rows
+
+
+def judge_texts(stage: JudgeStage, queries: Sequence[Query], texts: Sequence[str]) -> list[JudgementRow]:
+    """The verdicts on a response to each of ``queries`` (collective). The judge's own tokenizer reads ``texts``."""
+    inputs = stage.inputs(queries, [encode_text(stage.prompt.tokenizer, text) for text in texts])
+    return list(stage.verdicts(inputs, [""] * len(inputs), attributed=False))
+
+
+def read_verdict_judge(section: VerdictJudgeConfig, option: str) -> VerdictJudge:
+    """Read and check config and tokenizer of a judge that only scores. Raises ``UserError``."""
+    assert section.model is not None
+    config, hf = section.without_credit(), open_hf_model(section.model, f"{option}.model")
+    if hf.geometry.is_reward_model:
+        raise UserError(f"{option}.model", "a reward model has no verdicts", "give a language model as the judge")
+    check_model(option, hf, config.layout, config.precision, config.spec)
+    prompt = judge_prompt(hf, load_model_tokenizer(hf), config)
+    assert isinstance(prompt, JudgePrompt)
+    return VerdictJudge(option, config, hf, prompt)
 
 
 def _check_ids(train: list[Query], held_out: list[Query]) -> None:
@@ -135,7 +244,7 @@ def _check_ids(train: list[Query], held_out: list[Query]) -> None:
     for query in held_out:
         if messages.get(query.id, query.messages) != query.messages:
             problem = f"id {query.id!r} has another prompt than in data.train"
-            raise UserError("data.eval", problem, "give every prompt an id of its own")
+            raise UserError("eval.data", problem, "give every prompt an id of its own")
 
 
 def build_workers(config: TrainConfig, inputs: Inputs, own_ranks: OwnRanks | None = None) -> Workers:
@@ -160,40 +269,63 @@ def build_workers(config: TrainConfig, inputs: Inputs, own_ranks: OwnRanks | Non
     policy = build_model("policy", inputs.policy, policy_groups, p.precision, p.recompute, p.spec)
     trainer = PolicyTrainer(policy, config)
     engine = build_engine(config, trainer, inputs.stop_ids)
+    gold = GoldJudge(inputs.gold) if inputs.gold is not None and inputs.eval else None
     dist.barrier()
     if own_ranks is not None:
         own_ranks.wait_until_ready()
-    return Workers(trainer, engine, judge, reference, host_weights)
+    return Workers(trainer, engine, judge, reference, host_weights, gold)
 
 
 def build_engine(config: TrainConfig, trainer: PolicyTrainer, stop_ids: set[int]) -> RolloutEngine:
-    """The engine that samples (collective); a vLLM engine has shown that every weight of the policy reaches it."""
-    if config.rollout.engine == "megatron":
-        return MegatronRolloutEngine(trainer.model, config.rollout, stop_ids)
+    """The engine that samples with the trained policy (collective)."""
+    dtype = config.policy.precision.dtype
+    return start_engine(trainer.model, config.rollout, dtype, stop_ids, trainer.budget, config.timeout_minutes)
+
+
+def start_engine(
+    model: MegatronModel,
+    rollout: RolloutConfig,
+    dtype: str,
+    stop_ids: set[int],
+    budget: int,
+    timeout_minutes: float = 30.0,
+) -> RolloutEngine:
+    """The engine that samples (collective); a vLLM engine has shown that every weight of the policy reaches it.
+
+    ``dtype``: of the policy; ``budget``: tokens of a row that the policy itself runs; ``timeout_minutes``: for an answer
+    of a vLLM server.
+    """
+    if rollout.engine == "megatron":
+        return MegatronRolloutEngine(model, rollout, stop_ids)
     from g2r_megatron.rollout.vllm.canary import check_weights_arrive
     from g2r_megatron.rollout.vllm.engine import VLLMRolloutEngine
     from g2r_megatron.rollout.vllm.servers import VLLMServersEngine
 
     def log_probs(ids: list[list[int]]) -> list[torch.Tensor]:
         sequences = [TokenSequence(sequence[:1], sequence[1:]) for sequence in ids]
-        plan = trainer.plan(sequences, list(range(len(sequences))))
-        return response_log_probs(trainer.model, sequences, plan, temperature=1.0, budget=trainer.budget)
+        plan = plan_micro_batches(model, sequences, list(range(len(sequences))), budget)
+        return response_log_probs(model, sequences, plan, temperature=1.0, budget=budget)
 
     engine: VLLMRolloutEngine | VLLMServersEngine
-    if config.rollout.vllm.mode == "servers":
-        engine = VLLMServersEngine(trainer.model, config.rollout, stop_ids, config.timeout_minutes)
+    if rollout.vllm.mode == "servers":
+        engine = VLLMServersEngine(model, rollout, stop_ids, timeout_minutes)
     else:
-        engine = VLLMRolloutEngine(trainer.model, config.rollout, stop_ids, config.policy.precision.dtype)
+        engine = VLLMRolloutEngine(model, rollout, stop_ids, dtype)
     check_weights_arrive(engine, log_probs)
     return engine
 
 
 def build_judge(config: TrainConfig, inputs: Inputs, groups: ModelGroups | None = None) -> JudgeStage:
     """Load the judge on this world's ranks (collective). ``groups``: of its layout, if there are any yet."""
-    c = config.judge
+    return build_judge_stage(config.judge, inputs.judge, inputs.prompt, groups)
+
+
+def build_judge_stage(
+    c: JudgeConfig, hf: HFModel, prompt: JudgePrompt | RewardPrompt, groups: ModelGroups | None = None
+) -> JudgeStage:
+    """The judge ``hf`` with its weights (collective). ``groups``: of its layout, if there are any yet."""
     groups = groups or build_groups("judge", c.layout)
-    model = build_model("judge", inputs.judge, groups, c.precision, c.recompute, c.spec)
-    prompt = inputs.prompt
+    model = build_model("judge", hf, groups, c.precision, c.recompute, c.spec)
     return JudgeStage(FrozenJudge(model, c, prompt.true_ids, prompt.false_ids, prompt.null_id), prompt, c)
 
 

@@ -98,9 +98,11 @@ wait_for_step() {
     if [ -n "${again-}" ]; then kill "$again" 2>/dev/null; fi
 }
 
-# What becomes of the job, from its code and those of its ranks: 2 is bad input, 75 has left and wants to come back.
+# What becomes of the job, from its code and those of its ranks: 2 is bad input, 3 was ended by an alarm, 75 has left and
+# wants to come back.
 finish() {
     if grep -qsx 2 "$LOG"/exit_codes/*; then stop "bad input (see the error above): not started again" 2; fi
+    if grep -qsx 3 "$LOG"/exit_codes/*; then stop "ended by an alarm (see the error above): not started again" 3; fi
     case $(fate) in
         "RUNNING "*) ;;
         *" TimeLimit") leaving=1 ;;

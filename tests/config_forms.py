@@ -57,6 +57,7 @@ QWEN2 = dict(
     vocab_size=152064,
 )
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+CHUNKS = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
 JS = {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}}
 MORE_FORMS = {
     "SmolLM2-360M": LLAMA
@@ -84,6 +85,9 @@ MORE_FORMS = {
     ),
     "llama-dynamic": LLAMA | dict(rope_scaling={"factor": 2.0, "type": "dynamic"}, rope_theta=1000000),
     "R1-Distill-Qwen": QWEN2 | dict(use_mrope=False),
+    "Qwen2.5-1M": QWEN2
+    | dict(dual_chunk_attention_config=CHUNKS, max_position_embeddings=1010000, sliding_window=None)
+    | dict(is_causal=True, qkv_bias=True, attention_bias=True, activation_function="silu", rotary_pct=1.0),
     "Qwen2.5-YaRN": QWEN2 | dict(rope_scaling={**YARN, "type": "yarn"}, max_position_embeddings=32768),
     "Qwen3-of-transformers-5": {
         **{k: v for k, v in QWEN2.items() if k not in ("rope_theta", "torch_dtype", "max_window_layers")},
@@ -110,7 +114,7 @@ MORE_FORMS = {
 
 
 def published_forms() -> dict[str, dict]:
-    """Name -> the fields of its config.json, 21 in all."""
+    """Name -> the fields of its config.json, 22 in all."""
     files = {path.stem: json.loads(path.read_text()) for path in sorted(CONFIGS.glob("*.json"))}
     return files | json.loads(json.dumps(MORE_FORMS))
 

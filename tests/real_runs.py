@@ -25,8 +25,8 @@ def quickstart_options(data: Path) -> list[str]:
         (data / f"{name}.jsonl").write_text("".join(lines[:rows]))
     return [
         *("--config", str(TASK / "config.yaml"), "--policy.model", str(TASK / "model")),
-        *("--data.train", f'["{data}/train.jsonl"]', "--data.eval", f'["{data}/eval.jsonl"]'),
-        *("--steps", str(STEPS), "--eval_every", "3", "--checkpoint.save_every", str(SAVE_EVERY)),
+        *("--data.train", f'["{data}/train.jsonl"]', "--eval.data", f'["{data}/eval.jsonl"]'),
+        *("--steps", str(STEPS), "--eval.every", "3", "--checkpoint.save_every", str(SAVE_EVERY)),
         *("--checkpoint.keep_last", "2", "--log.samples_every", "1", "--log.tensorboard", "false"),
         *("--rollout.prompts_per_step", "2", "--rollout.responses_per_prompt", "4"),
         *("--rollout.max_response_tokens", "20", "--grpo.preset", "paper"),

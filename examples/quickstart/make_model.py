@@ -130,6 +130,10 @@ class Lessons:
         near = self.rng.sample(near, min(len(near), len(own) // 2))
         return met + near + self.rng.sample(self.items, len(own) - len(met) - len(near))
 
+    def verdicts(self, items: list[RubricItem], note: str) -> list[bool]:
+        """What the judge is to say."""
+        return task.truths(items, note)
+
     def judge_row(self, longest: int) -> tuple[list[int], list[int], list[int], list[int]]:
         """Ids, labels, block numbers (0: the shared prefix) and positions [s] of one note under ten criteria."""
         case = task.sample_case(self.rng, held_out=False)
@@ -137,7 +141,7 @@ class Lessons:
         text = self.tokenizer.decode(note)
         items = self.criteria(case, text)
         ids, labels, blocks, positions = [], [], [], []
-        for number, (item, true) in enumerate(zip(items, task.truths(items, text)), start=1):
+        for number, (item, true) in enumerate(zip(items, self.verdicts(items, text)), start=1):
             built = self.prompt.build(query, item, note)
             prefix, block = built.input_ids[: built.response_end], built.input_ids[built.response_end :]
             if not ids:

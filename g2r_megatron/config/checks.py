@@ -8,14 +8,14 @@ import math
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+from g2r_megatron.config.alarm_options import ALARMS
 from g2r_megatron.config.layout import check_layout
 from g2r_megatron.config.options import (
     PRESETS,
+    EvalConfig,
     GrpoConfig,
     JudgeConfig,
     LogConfig,
@@ -23,10 +23,12 @@ from g2r_megatron.config.options import (
     ProbeConfig,
     RolloutConfig,
     TrainConfig,
-    VLLMConfig,
+    VerdictJudgeConfig,
+    VerifierConfig,
     fill_from_preset,
     resolve_preset,
 )
+from g2r_megatron.config.server_urls import check_urls
 from g2r_megatron.config.trackers import check_wandb_login
 from g2r_megatron.config.unused import warn_of_unused
 from g2r_megatron.errors import UserError, warn
@@ -83,22 +85,38 @@ OFFLINE_JUDGE_RANGES = {
     "shard": NOT_NEGATIVE,
 }
 PROBE_RANGES = {**JUDGE_RANGES, "sample": COUNT, "false_sample": COUNT_OR_OFF, "seed": SEED}
-TRAIN_RANGES = {
-    **JUDGE_RANGES,
-    "steps": COUNT,
-    "seed": SEED,
-    "eval_every": COUNT_OR_OFF,
-    "eval_responses": COUNT,
-    "timeout_minutes": POSITIVE,
-    "policy.micro_batch_tokens": COUNT,
-    "rollout.prompts_per_step": COUNT,
-    "rollout.responses_per_prompt": COUNT,
+VERIFIER_RANGES = {"verifier.timeout_seconds": POSITIVE, "verifier.memory_mib": Range(64)}
+SAMPLING_RANGES = {
     "rollout.temperature": NOT_NEGATIVE,
     "rollout.top_p": POSITIVE_FRACTION,
     "rollout.top_k": COUNT_OR_OFF,
     "rollout.max_prompt_tokens": COUNT,
     "rollout.max_response_tokens": COUNT,
     "rollout.batch_size": COUNT,
+}
+EVAL_RANGES = {
+    **SAMPLING_RANGES,
+    **VERIFIER_RANGES,
+    "samples": COUNT,
+    "batch_rows": COUNT,
+    "seed": SEED,
+    "judge.micro_batch_tokens": COUNT,
+    "judge.max_length": COUNT,
+}
+TRAIN_RANGES = {
+    **JUDGE_RANGES,
+    **SAMPLING_RANGES,
+    **VERIFIER_RANGES,
+    "steps": COUNT,
+    "seed": SEED,
+    "eval.every": COUNT_OR_OFF,
+    "eval.samples": COUNT,
+    "eval.judge.micro_batch_tokens": COUNT,
+    "eval.judge.max_length": COUNT,
+    "timeout_minutes": POSITIVE,
+    "policy.micro_batch_tokens": COUNT,
+    "rollout.prompts_per_step": COUNT,
+    "rollout.responses_per_prompt": COUNT,
     "grpo.mix": FRACTION,
     "grpo.mix_anneal": FRACTION,
     "grpo.top_items": POSITIVE_FRACTION,
@@ -118,6 +136,20 @@ TRAIN_RANGES = {
     "optimizer.max_bad_steps": COUNT,
     "checkpoint.save_every": COUNT_OR_OFF,
     "checkpoint.keep_last": COUNT,
+    "alarms.window": COUNT,
+    "alarms.every": COUNT_OR_OFF,
+    "alarms.queries": COUNT,
+    "alarms.answer_mass": FRACTION,
+    "alarms.one_sided": FRACTION,
+    "alarms.flat": FRACTION,
+    "alarms.one_token": FRACTION,
+    "alarms.faithless": Range(-2, 2),
+    "alarms.master_keys": FRACTION,
+    "alarms.gold_agreement": FRACTION,
+    "alarms.exploitation": FRACTION,
+    "alarms.gold_down": NOT_NEGATIVE,
+    "alarms.length": Range(1),
+    "alarms.internalization": NOT_NEGATIVE,
     "log.samples_per_step": COUNT_OR_OFF,
     "log.samples_every": COUNT,
 }
@@ -136,7 +168,9 @@ def check_train_config(config: TrainConfig, world_size: int) -> None:
     _check_grpo(config.grpo, config.rollout)
     _check_engine(config.rollout)
     _check_schedule(config)
-    _check_evaluation(config)
+    _check_evaluation(config, world_size)
+    _check_verifier(config.verifier)
+    _check_alarms(config)
     warn_of_unused(config, resolve_preset(TrainConfig(grpo=GrpoConfig(preset=config.grpo.preset))))
     _warn_of_small_budget(config)
     check_packages(config.log)
@@ -188,12 +222,45 @@ def check_probe_config(config: ProbeConfig, world_size: int) -> None:
     _check_directory("output", config.output)
 
 
+def check_eval_config(config: EvalConfig, world_size: int) -> None:
+    """Raise ``UserError`` for the first thing in ``config`` that cannot work on ``world_size`` ranks."""
+    _require_given("output", config.output, "give the directory to write to")
+    if bool(config.policy.model) == bool(config.responses):
+        found = "given, and responses too" if config.responses else "missing"
+        raise UserError("policy.model", found, "give either a model to sample from, or responses in files")
+    if config.policy.model:
+        _require_given("data", config.data, "give at least one file of rows (.jsonl, .parquet, ...)")
+        check_layout("policy", config.policy.layout, world_size)
+        _require_given(
+            "rollout.think_end", config.rollout.think_end, "give auto, none, or the text that ends a thought"
+        )
+    _check_ranges(config, EVAL_RANGES)
+    _check_samples(config.samples, config.greedy, "")
+    for option in ("prompts_per_step", "responses_per_prompt", "correction", "correction_bounds"):
+        if (value := getattr(config.rollout, option)) != getattr(RolloutConfig(), option):
+            raise UserError(f"rollout.{option}", f"{value} in g2r eval", "leave it out: it is of training")
+    _check_engine(config.rollout)
+    _check_verdicts("judge", config.judge, world_size)
+    _check_verifier(config.verifier)
+    _check_directory("output", config.output)
+
+
+def _check_samples(samples: int, greedy: bool, section: str) -> None:
+    if greedy and samples > 1:
+        found = f"{samples} with {section}greedy"
+        raise UserError(
+            f"{section}samples", found, "greedy responses of a prompt are all the same: set it to 1, or sample"
+        )
+
+
 def _require_given(option: str, value: object, remedy: str) -> None:
     if not value:
         raise UserError(option, "missing", remedy)
 
 
-def _check_ranges(config: TrainConfig | OfflineJudgeConfig | ProbeConfig, ranges: dict[str, Range]) -> None:
+def _check_ranges(
+    config: TrainConfig | OfflineJudgeConfig | ProbeConfig | EvalConfig, ranges: dict[str, Range]
+) -> None:
     for option, allowed in ranges.items():
         value: Any = config
         for name in option.split("."):
@@ -222,14 +289,22 @@ def _check_judge_place(judge: JudgeConfig, rollout: RolloutConfig, world_size: i
         )
 
 
-def _check_judge(judge: JudgeConfig, world_size: int) -> None:
-    check_layout("judge", judge.layout, world_size, judge.ranks)
-    check_template(judge.template)
-    _require_given("judge.true_words", judge.true_words, "give at least one spelling of a positive verdict")
-    _require_given("judge.false_words", judge.false_words, "give at least one spelling of a negative verdict")
+def _check_verdicts(
+    section: str, judge: JudgeConfig | VerdictJudgeConfig, world_size: int, judge_ranks: int = 0
+) -> None:
+    check_layout(section, judge.layout, world_size, judge_ranks)
+    check_template(judge.template, section)
+    _require_given(f"{section}.true_words", judge.true_words, "give at least one spelling of a positive verdict")
+    _require_given(f"{section}.false_words", judge.false_words, "give at least one spelling of a negative verdict")
     shared = sorted(set(judge.true_words) & set(judge.false_words))
     if shared:
-        raise UserError("judge.true_words", f"{shared} also in judge.false_words", "give spellings that differ")
+        raise UserError(
+            f"{section}.true_words", f"{shared} also in {section}.false_words", "give spellings that differ"
+        )
+
+
+def _check_judge(judge: JudgeConfig, world_size: int) -> None:
+    _check_verdicts("judge", judge, world_size, judge.ranks)
     if judge.credit == "per_response" and judge.template.index("{criterion}") < judge.template.index("{response}"):
         raise UserError(
             "judge.credit",
@@ -277,7 +352,7 @@ def _check_grpo(grpo: GrpoConfig, rollout: RolloutConfig) -> None:
         raise UserError(
             option,
             f"{rollout.top_k if rollout.top_k == 1 else 0} makes the responses of a prompt all the same",
-            "training learns from their differences: sample (eval_greedy evaluates greedily)",
+            "training learns from their differences: sample (eval.greedy evaluates greedily)",
         )
     responses = rollout.prompts_per_step * group
     if responses % grpo.mini_batches:
@@ -310,46 +385,13 @@ def _check_engine(rollout: RolloutConfig) -> None:
             "vLLM has no log-probs at this temperature without the filters: set temperature 1, or top_p 1 and top_k 0",
         )
     if rollout.vllm.mode == "servers":
-        _check_urls(rollout.vllm)
+        check_urls(rollout.vllm)
     elif find_spec("vllm") is None:
         raise UserError(
             "rollout.engine",
             "vllm, but the package vllm is not installed",
             "pip install 'g2r-megatron[vllm]' on a machine with a GPU, make vllm without one, or set it megatron",
         )
-
-
-def _check_urls(vllm: VLLMConfig) -> None:
-    option, example = "rollout.vllm.urls", 'give e.g. ["http://127.0.0.1:8000"]'
-    if not vllm.urls:
-        raise UserError(option, "none, with rollout.vllm.mode servers", example)
-    if len(set(vllm.urls)) < len(vllm.urls):
-        raise UserError(option, f"the same server twice in {vllm.urls}", "name each once")
-    if vllm.options:
-        raise UserError(
-            "rollout.vllm.options", f"{vllm.options} with rollout.vllm.mode servers", "give them to the servers"
-        )
-    for url in vllm.urls:
-        try:
-            parts = urlsplit(url)
-            host, port = parts.hostname, parts.port
-        except ValueError as error:
-            raise UserError(option, f"{url} ({error})", example) from error
-        if parts.scheme not in ("http", "https") or not host or port == 0 or parts.path.strip("/") or parts.query:
-            raise UserError(option, url, example)
-        if not vllm.behind_proxy and not _is_loopback(host):
-            raise UserError(
-                option,
-                f"{url} is not on loopback: whoever reaches a server can replace its weights and call its workers",
-                "put it behind a proxy that lets in this job alone (docs/rollouts.md) and set rollout.vllm.behind_proxy true",
-            )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _check_schedule(config: TrainConfig) -> None:
@@ -362,14 +404,43 @@ def _check_schedule(config: TrainConfig) -> None:
         raise UserError("optimizer.min_lr", str(optimizer.min_lr), f"must be at most optimizer.lr {optimizer.lr}")
 
 
-def _check_evaluation(config: TrainConfig) -> None:
-    if config.eval_every and not config.data.eval:
-        raise UserError("eval_every", f"{config.eval_every} without data.eval", "give data.eval files or set it to 0")
-    if config.eval_greedy and config.eval_responses > 1:
-        found = f"{config.eval_responses} with eval_greedy"
-        raise UserError(
-            "eval_responses", found, "greedy responses of a prompt are all the same: set it to 1, or sample"
+def _check_evaluation(config: TrainConfig, world_size: int) -> None:
+    held_out = config.eval
+    if held_out.every and not held_out.data:
+        raise UserError("eval.every", f"{held_out.every} without eval.data", "give eval.data files or set it to 0")
+    _check_samples(held_out.samples, held_out.greedy, "eval.")
+    gold = held_out.judge
+    if gold.model is None:
+        if gold != VerdictJudgeConfig():
+            raise UserError("eval.judge", "options without eval.judge.model", "give it a model, or leave them out")
+        return
+    _check_verdicts("eval.judge", gold, world_size, config.judge.ranks)
+    own = config.judge.model or config.policy.model
+    if own and os.path.realpath(gold.model) == os.path.realpath(own):
+        warn(
+            f"eval.judge.model {gold.model} is the judge that training learns from: what exploits it scores well there too"
         )
+
+
+def _check_alarms(config: TrainConfig) -> None:
+    for name in config.alarms.stop_on:
+        if name not in ("all", *ALARMS):
+            raise UserError("alarms.stop_on", f"{name!r} is no alarm", f"give all, or some of {', '.join(ALARMS)}")
+        if name != "all" and getattr(config.alarms, name) is None:
+            raise UserError(
+                "alarms.stop_on", f"{name}, but alarms.{name} is null", "give it a threshold, or leave it out"
+            )
+    if config.checkpoint.keep_best and not config.eval.data:
+        found = f"{config.checkpoint.keep_best} without eval.data"
+        raise UserError("checkpoint.keep_best", found, "it is a metric of evaluations: give eval.data files")
+
+
+def _check_verifier(verifier: VerifierConfig) -> None:
+    if verifier.kind == "command" and not verifier.command:
+        raise UserError("verifier.command", "missing with verifier.kind command", "give the program that decides")
+    if verifier.kind != "command" and verifier.command:
+        raise UserError("verifier.command", f"given with verifier.kind {verifier.kind}", "set the kind to command")
+    _require_given("verifier.criterion", verifier.criterion, "give what the judge is asked")
 
 
 def _warn_of_small_budget(config: TrainConfig) -> None:
@@ -395,13 +466,13 @@ def check_packages(log: LogConfig) -> None:
         check_wandb_login()
 
 
-def check_template(template: str) -> None:
+def check_template(template: str, section: str = "judge") -> None:
     """Raise ``UserError`` unless each field of the judge's template is there exactly once."""
     counts = {name: template.count("{" + name + "}") for name in TEMPLATE_FIELDS}
     wrong = [f"{{{name}}} {count} times" for name, count in counts.items() if count != 1]
     if wrong:
         raise UserError(
-            "judge.template",
+            f"{section}.template",
             f"has {', '.join(wrong)}",
             "each of {conversation}, {response}, {criterion} must be there once",
         )

@@ -20,10 +20,10 @@ TRAIN_OPTIONS = (
     "policy.model",
     "judge.model",
     "data.train",
-    "data.eval",
+    "eval.data",
     "grpo.preset",
     "steps",
-    "eval_every",
+    "eval.every",
     "rollout.prompts_per_step",
     "rollout.responses_per_prompt",
     "rollout.max_response_tokens",
@@ -59,6 +59,19 @@ GUIDES = {
         "Several ranks:     torchrun --nproc-per-node N -m g2r_megatron.cli probe ...\n"
         "Look at it:        OUTPUT/probe.html; what the numbers mean: docs/probe.md",
         ("judge.model", "input", "output", "sample", "false_sample", "attributions", "seed", "format", "judge.template"),
+    ),
+    "g2r eval": Guide(
+        "g2r eval --policy.model DIR --data FILE... --judge.model DIR --output DIR [--option VALUE ...]",
+        "Is this model better? Responses to held-out rows, judged and scored as their data sets define it.\n"
+        "Rows:              HealthBench, RaR, ResearchQA or your own, in any format of data.format\n"
+        "Of a file:         g2r eval --responses FILE... [--data FILE...] --judge.model DIR --output DIR\n"
+        "Two of them:       g2r eval compare OUTPUT_A OUTPUT_B\n"
+        "Several ranks:     torchrun --nproc-per-node N -m g2r_megatron.cli eval ...\n"
+        "Look at it:        OUTPUT/eval.html; what the numbers mean: docs/eval.md",
+        (
+            *("policy.model", "data", "responses", "judge.model", "output", "samples", "greedy", "seed"),
+            *("rollout.max_response_tokens", "rollout.engine", "judge.template"),
+        ),
     ),
     "g2r plan": Guide(
         "g2r plan --config FILE --nodes N [--suggest] [--option VALUE ...]",

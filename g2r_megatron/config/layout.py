@@ -31,7 +31,7 @@ def check_layout(name: str, layout: Layout, world_size: int, judge_ranks: int = 
         size = getattr(layout, option)
         if size < 1:
             raise UserError(f"{where}.{option}", str(size), "must be at least 1")
-    if layout.cp != 1 and name != "judge":
+    if layout.cp != 1 and name == "policy":
         raise UserError(
             f"{where}.cp",
             str(layout.cp),

@@ -8,6 +8,8 @@ its ``--help`` text. An option whose default is ``None`` "follows the preset" ta
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
+from g2r_megatron.config.alarm_options import AlarmsConfig
+
 Attribution = Literal[
     "grad_x_embed", "l1", "l2", "contracted", "gate", "grad_norm_product", "null_token", "attention", "occlusion", "uniform"
 ]  # fmt: skip
@@ -160,6 +162,39 @@ class JudgeConfig:
     """a response with ESS/T above this counts as flat in the metrics"""
 
 
+@dataclass
+class VerdictJudgeConfig:
+    """A judge that gives verdicts and no credit. Options as of `judge` in g2r train."""
+
+    model: str | None = None
+    """Hugging Face directory of the judge, a language model"""
+    layout: Layout = field(default_factory=Layout)
+    precision: Precision = field(default_factory=Precision)
+    micro_batch_tokens: int = 8192
+    """as judge.micro_batch_tokens"""
+    spec: Literal["auto", "torch", "te"] = "auto"
+    """as judge.spec"""
+    template: str = DEFAULT_JUDGE_TEMPLATE
+    """as judge.template"""
+    chat_template: bool = True
+    """as judge.chat_template"""
+    template_options: dict[str, Any] = field(default_factory=dict)
+    """as judge.template_options"""
+    think: Literal["close", "refuse"] = "close"
+    """as judge.think"""
+    true_words: list[str] = field(default_factory=lambda: ["True", "true", "TRUE"])
+    """as judge.true_words"""
+    false_words: list[str] = field(default_factory=lambda: ["False", "false", "FALSE"])
+    """as judge.false_words"""
+    max_length: int = 32768
+    """as judge.max_length"""
+
+    def without_credit(self) -> JudgeConfig:
+        """As the judge's own code takes it, with no attribution."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return fill_from_preset(JudgeConfig(**own, attribution="uniform"), PRESETS["grpo"]["judge"])
+
+
 def gated_queries(judge: JudgeConfig, is_reward_model: bool = False) -> str | None:
     """What ``judge.gate_queries`` means: None without gates; a reward model may read its score where the response ends."""
     if judge.attribution != "gate":
@@ -294,13 +329,11 @@ class DataConfig:
 
     train: list[str] = field(default_factory=list)
     """training queries: files (jsonl, json, parquet, csv, tsv, arrow; also .gz, .zst), directories, glob patterns"""
-    eval: list[str] = field(default_factory=list)
-    """held-out queries, as data.train"""
-    format: Literal["auto", "g2r", "healthbench", "rar", "researchqa"] = "auto"
+    format: Literal["auto", "g2r", "healthbench", "rar", "researchqa", "verifiable"] = "auto"
     """auto knows the field names of many projects; others take the names of one data set only"""
     fields: dict[str, str] = field(default_factory=dict)
     """other field names, dotted where nested, e.g. {prompt: meta.task, weight: importance}; of prompt, system, rubric,
-    criterion, weight, tags, id, reference"""
+    criterion, weight, tags, id, reference, answer"""
     polarity: Literal["raw", "flip_negated"] | None = None
     """negative-weight items phrased "does not ..." (met is good, RaR-Science): raw keeps the sign, flip_negated makes them
     positive; not given: as raw, but items weighted "Pitfall" without a number are refused"""
@@ -313,6 +346,40 @@ class DataConfig:
 
 
 @dataclass
+class VerifierConfig:
+    """What decides whether a response to a row with an `answer` is right, which is its reward."""
+
+    kind: Literal["math", "choice", "exact", "regex", "command"] = "math"
+    """compares the final answer, in \\boxed{} or after ####: as mathematics (math-verify), as a letter, as text, as a match
+    of the regular expression `answer`; or command"""
+    command: list[str] = field(default_factory=list)
+    """a program and its arguments, for kind=command: reads {id, messages, response, answer} as JSON, exits with 0 for right"""
+    timeout_seconds: float = 10.0
+    """a decision may take; then the answer is wrong"""
+    memory_mib: int = 2048
+    """address space of the program"""
+    criterion: str = "The solution is correct and its final answer is right."
+    """what the judge is asked, for credit: its gradient counts where its verdict agrees with the verifier's. {answer} stands
+    for the row's answer"""
+
+
+@dataclass
+class HeldOutConfig:
+    """Evaluations of a training, on rows that it does not train on."""
+
+    data: list[str] = field(default_factory=list)
+    """held-out queries, as data.train"""
+    every: int = 0
+    """steps between evaluations; 0: only before and after training"""
+    samples: int = 1
+    """responses a prompt"""
+    greedy: bool = False
+    """sample greedily instead of as the rollout"""
+    judge: VerdictJudgeConfig = field(default_factory=VerdictJudgeConfig)
+    """the gold judge: another model than the judge that training learns from, so that what exploits that one shows"""
+
+
+@dataclass
 class CheckpointConfig:
     """What is saved, and how often."""
 
@@ -320,6 +387,8 @@ class CheckpointConfig:
     """steps; 0 saves only at the end"""
     keep_last: int = 2
     """older checkpoints are deleted after a successful save"""
+    keep_best: str = ""
+    """name of a metric of evaluations, e.g. eval/gold_score: the step with its highest value so far is saved and kept too"""
     asynchronous: bool = True
     """training goes on while a checkpoint is written; takes a copy of the saved state in host memory"""
     export_hf: bool = True
@@ -354,12 +423,6 @@ class TrainConfig:
     """of the order of the data, the sampling and the sampled verdicts"""
     deterministic: bool = False
     """the same job gives the same bits on a GPU too, with slower kernels (on a CPU it does anyway)"""
-    eval_every: int = 0
-    """steps between evaluations on data.eval; 0: only before and after training"""
-    eval_responses: int = 1
-    """responses a held-out prompt"""
-    eval_greedy: bool = False
-    """evaluate greedily instead of with the rollout's sampling"""
     timeout_minutes: float = 30.0
     """a rank that waits for longer than this for another one ends the run: it is dead or stuck; so is a vLLM server, which is
     given up"""
@@ -369,8 +432,11 @@ class TrainConfig:
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    eval: HeldOutConfig = field(default_factory=HeldOutConfig)
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
 
 
 @dataclass
@@ -442,6 +508,52 @@ class ProbeConfig:
     on_bad_row: Literal["refuse", "skip"] = "refuse"
     """as data.on_bad_row"""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
+
+
+@dataclass
+class SampledPolicyConfig:
+    """The model that is evaluated."""
+
+    model: str = ""
+    """Hugging Face directory, Megatron checkpoint, or output_dir of a g2r train run (its newest checkpoint)"""
+    layout: Layout = field(default_factory=Layout)
+    precision: Precision = field(default_factory=Precision)
+    spec: Literal["auto", "torch", "te"] = "auto"
+    """as policy.spec of g2r train"""
+
+
+@dataclass
+class EvalConfig:
+    """Everything `g2r eval` reads."""
+
+    data: list[str] = field(default_factory=list)
+    """rows to evaluate on: files, directories or glob patterns, as data.train"""
+    responses: list[str] = field(default_factory=list)
+    """responses to judge instead of those of a policy: rows as the input of g2r judge; with data, their ids are enough"""
+    output: str = ""
+    """directory of the results; the same command goes on with an evaluation that was stopped"""
+    samples: int = 1
+    """responses a prompt"""
+    greedy: bool = False
+    """sample greedily instead of at rollout.temperature"""
+    batch_rows: int = 64
+    """responses judged and written at a time"""
+    seed: int = 1234
+    """of the sampling and of the bootstrap"""
+    format: Literal["auto", "g2r", "healthbench", "rar", "researchqa", "verifiable"] = "auto"
+    """as data.format"""
+    fields: dict[str, str] = field(default_factory=dict)
+    """as data.fields, and of response"""
+    polarity: Literal["raw", "flip_negated"] | None = None
+    """as data.polarity"""
+    on_bad_row: Literal["refuse", "skip"] = "refuse"
+    """as data.on_bad_row"""
+    system_prompt: str = ""
+    """as data.system_prompt"""
+    policy: SampledPolicyConfig = field(default_factory=SampledPolicyConfig)
+    judge: VerdictJudgeConfig = field(default_factory=VerdictJudgeConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
 
 
 OWN_RANKS_PARTS = 4  # default of judge.parts with judge.ranks

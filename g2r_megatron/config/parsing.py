@@ -2,6 +2,8 @@
 
 import argparse
 import difflib
+import json
+import os
 import re
 import types
 from collections.abc import Hashable, Iterator
@@ -25,6 +27,7 @@ UNKNOWN_ARGUMENT = re.compile(r"unrecognized arguments: (?P<key>\S+)", re.S)
 UNKNOWN_KEY = re.compile(r"(?:Group '(?P<group>[\w.]+)' does not accept option|Option) '(?P<key>[^']+)'")
 NO_VALUE = re.compile(r"argument (?P<key>\S+): (?P<problem>expected .*)", re.S)
 SHOWN_VALUE = 60
+WRITTEN = {"output_dir", "output"}  # paths of ours; "~" is the home directory in those that are read, too
 
 
 def build_parser(config_class: type, prog: str) -> ArgumentParser:
@@ -56,7 +59,35 @@ def parse(config_class: type[Config], prog: str, argv: list[str]) -> Config:
         values = vars(parser.instantiate(parser.parse_args(argv)))
     except argparse.ArgumentError as error:
         raise explained(config_class, prog, str(error)) from error
+    for name in WRITTEN & values.keys():  # a YAML file knows no shell that would do it
+        values[name] = os.path.expanduser(values[name])
     return config_class(**{name: value for name, value in values.items() if name != "config"})
+
+
+def with_lists(argv: list[str], options: tuple[str, ...]) -> list[str]:
+    """``argv`` in which several plain values after one of ``options`` are one list, as the shell expands a pattern."""
+    result: list[str] = []
+    values: list[str] = []
+
+    def close() -> None:
+        if values:
+            whole = len(values) == 1 and values[0].startswith("[")
+            result.append(values[0] if whole else json.dumps(values))
+            values.clear()
+
+    collecting = False
+    for argument in argv:
+        if argument.startswith("--"):
+            close()
+            name, equals, value = argument[2:].partition("=")
+            collecting = name in options and not equals
+            if name in options and equals and not value.startswith("["):
+                argument = f"--{name}={json.dumps([value])}"
+            result.append(argument)
+        else:
+            (values if collecting else result).append(argument)
+    close()
+    return result
 
 
 def _with_underscores(argument: str) -> str:

@@ -10,6 +10,10 @@ import yaml
 # old option -> (new option, {old value: new value})
 RENAMED: dict[str, tuple[str, dict[str, str]]] = {
     "judge.pool": ("judge.smoothing", {}),
+    "data.eval": ("eval.data", {}),
+    "eval_every": ("eval.every", {}),
+    "eval_responses": ("eval.samples", {}),
+    "eval_greedy": ("eval.greedy", {}),
     "judge.pooling": ("judge.credit", {"item": "per_item", "response": "per_response"}),
 }
 # options without a successor -> what holds now
@@ -62,7 +66,7 @@ def _file_with_new_names(path: str, found: dict[str, str]) -> str:
             found[name] = ""
             continue
         if (section := _section(content, new, make=True)) is not None:
-            section[new.rpartition(".")[2]] = values.get(value, value)
+            section[new.rpartition(".")[2]] = values.get(value, value) if isinstance(value, str) else value
         found[name] = new
     return yaml.safe_dump(content, default_flow_style=True, width=sys.maxsize) if old else path
 

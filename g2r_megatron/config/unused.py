@@ -41,8 +41,9 @@ OF_TRAINING: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rollout.vllm.options": (lambda c: c.rollout.engine == "vllm", "rollout.engine=vllm"),
     "rollout.vllm.urls": (lambda c: _on_servers(c), "rollout.engine=vllm and rollout.vllm.mode=servers"),
     "rollout.vllm.behind_proxy": (lambda c: _on_servers(c), "rollout.engine=vllm and rollout.vllm.mode=servers"),
-    "eval_responses": (lambda c: bool(c.data.eval), "data.eval"),
-    "eval_greedy": (lambda c: bool(c.data.eval), "data.eval"),
+    "eval.samples": (lambda c: bool(c.eval.data), "eval.data"),
+    "eval.greedy": (lambda c: bool(c.eval.data), "eval.data"),
+    "eval.judge.model": (lambda c: bool(c.eval.data), "eval.data"),
     "log.wandb_project": (lambda c: c.log.wandb, "log.wandb"),
     "log.samples_every": (lambda c: c.log.samples_per_step > 0, "log.samples_per_step more than 0"),
 }

@@ -199,6 +199,10 @@ class ItemJudgement:
         truths = [true_verdicts(query, text) for query, text in zip(queries, texts, strict=True)]
         mass = fmean(item.answer_mass for row in rows for item in _items(row))
         metrics = judge_metrics(verdicts, truths, [ItemJudgement.weights(query) for query in queries])
+        answered = [_items(row)[0] for query, row in zip(queries, rows, strict=True) if query.answer is not None]
+        if answered:  # their verdict is the verifier's, their probabilities are the judge's
+            same = fmean((item.p_true > item.p_false) == item.verdict for item in answered)
+            metrics["judge/verifier_agreement"] = same
         return metrics | {"judge/answer_mass": mass}
 
     @staticmethod

@@ -11,10 +11,14 @@ from typing import Any
 from g2r_megatron.data.files import shown
 from g2r_megatron.errors import UserError
 
-# What a conversation or a rubric looks like when it was written into a text; also a text that was cut short.
+# What a conversation or a rubric looks like when it was written into a text (JSON, Python, numpy); also one cut short.
 STRUCTURE_IN_TEXT = re.compile(
-    r"""\s*\[?\s*\{\s*['"](role|from|content|value|messages|criterion|description)['"]\s*:"""
+    r"""\s*(?:array\(|\[|\(|\s)*\{\s*(?=['"])(?=.*['"](?:role|from|content|value|messages|criterion|description)['"]\s*:)"""
+    r"""|\s*\[?\s*[A-Z]\w*\((?:role|content)=""",
+    re.DOTALL,
 )
+# How pandas and numpy spell a missing value
+MISSING = ("nan", "NaN", "<NA>", "NaT")
 
 
 def decoded(value):
@@ -98,6 +102,8 @@ class Fields:
         value = self.data[name] if name in self.data else lookup(self.data, name)
         if not isinstance(value, str) or not (may_be_blank or value.strip()):
             raise self.fail(name, "it must be a text" if may_be_blank else "it must be a text that is not empty")
+        if value in MISSING and not may_be_blank:
+            raise self.fail(name, "it is how pandas writes a missing value: leave it empty or null")
         return self.valid(name, value)
 
     def valid(self, name: str, text: str) -> str:
@@ -116,7 +122,7 @@ class Fields:
         value = self.get(name)
         if isinstance(value, str):
             try:
-                value = float(value)
+                value = float(value.replace("_", " "))  # Python reads "1_0" as 10
             except ValueError:
                 raise self.fail(name, "it must be a finite number") from None
         if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:  # NaN compares false

@@ -37,9 +37,10 @@ class Prompts:
         return self._ids(id)
 
     def _render(self, id: str) -> list[int]:
-        return self._tokens(self._queries[id])
+        return self.render(self._queries[id])
 
-    def _tokens(self, query: Query) -> list[int]:
+    def render(self, query: Query) -> list[int]:
+        """The token ids of a prompt of any length, not kept."""
         where = f"query {query.id!r}"
         return render_prompt(self._tokenizer, query.messages, self._chat_template, where, self._options)
 
@@ -48,7 +49,7 @@ class Prompts:
         limit = self._max_tokens
         if most_tokens(self._tokenizer, self._texts(query)) <= limit:
             return
-        tokens = len(self._tokens(query))
+        tokens = len(self.render(query))
         if tokens > limit:
             raise UserError(
                 "rollout.max_prompt_tokens",

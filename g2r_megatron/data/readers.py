@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from g2r_megatron.data.fields import Fields
 from g2r_megatron.data.files import find_files, read_rows
 from g2r_megatron.data.rows import FORMATS, RowReader
-from g2r_megatron.data.rubrics import WrongPolarity
 from g2r_megatron.data.types import Query
+from g2r_megatron.data.weights import WrongPolarity
 from g2r_megatron.errors import UserError, warn
 
 MAX_SKIPPED = 0.05  # of the rows: more are a mistake in the options or the files, not in single rows
@@ -27,6 +27,7 @@ def read_queries(
     on_bad_row: str = "refuse",
     check: Callable[[Query], None] | None = None,
     queries: dict[str, Query] | None = None,
+    criterion: str | None = None,
 ) -> list[Query]:
     """All queries of the files, in order.
 
@@ -38,16 +39,17 @@ def read_queries(
     ``require_response``: rows to be judged, one query for each response; ids and responses may recur, and rows may name
     one of ``queries`` (by id) instead of holding a conversation. Otherwise an id may be there once.
     ``require_rubric``: else rows may lack it (``Query.rubric`` is then empty). ``check`` may raise ``UserError`` for a
-    query. An id is the row's own, else a hash of its conversation.
+    query. An id is the row's own, else a hash of its conversation. ``criterion``: rows with an answer and no rubric are
+    taken, with this as their rubric's only item.
 
     Raises ``UserError`` naming the first bad row and the number of bad rows; with ``on_bad_row`` "skip" up to 5% of the
     rows are left out with a warning instead.
     """
-    reader = RowReader(format, polarity, fields or {}, require_rubric)
+    reader = RowReader(format, polarity, fields or {}, require_rubric, responses=require_response, criterion=criterion)
     bad = BadRows(paths, on_bad_row)
     seen: dict[str, str] = {}
     result: list[Query] = []
-    for where, data in _all_rows(paths):
+    for where, data in _all_rows(paths, reader):
         bad.total += 1
         try:
             if isinstance(data, UserError):
@@ -66,6 +68,7 @@ def read_queries(
         except UserError as error:
             bad.add(where, data, reader, error)
     bad.settle()
+    reader.settle(joined=queries is not None)
     if reader.answers:
         warn(
             f"{reader.answers} conversations end with the assistant's answer: it is no part of the prompt, but its reference"
@@ -73,11 +76,11 @@ def read_queries(
     return result
 
 
-def _all_rows(paths: list[str]) -> Iterator[tuple[str, dict | UserError]]:
+def _all_rows(paths: list[str], reader: RowReader) -> Iterator[tuple[str, dict | UserError]]:
     for path in paths:
         rows = 0
         for file in find_files(path):
-            for row in read_rows(file):
+            for row in read_rows(file, reader.is_row):
                 rows += 1
                 yield row
         if not rows:
@@ -86,12 +89,12 @@ def _all_rows(paths: list[str]) -> Iterator[tuple[str, dict | UserError]]:
 
 def _check_format(row: Fields, format: str, reader: RowReader, has_prompt: bool) -> None:
     """The fields must not be those of another format than the one that was named."""
-    if format == "auto" or not has_prompt:
+    if format in ("auto", "verifiable") or not has_prompt:
         return
     wanted = ["prompt", "rubric"] if reader.require_rubric else ["prompt"]
     if all(row.first(reader.names[role]) for role in wanted):
         return
-    other = next((name for name, f in FORMATS.items() if all(row.first(f[role]) for role in wanted)), None)
+    other = next((name for name, f in FORMATS.items() if all(row.first(f.get(role, ())) for role in wanted)), None)
     if other not in (None, format):
         raise UserError(
             row.where, f"data.format is {format}, but the fields are {other}'s", f"set it to auto or {other}"

@@ -26,11 +26,16 @@ NAMES = (
     "resps",
 )
 INNER = ("body", "choices", "outputs", "output", "message", "content", "text", "generated_text")
+FAILED = ("error", "abort")  # finish reasons
 KEPT_TEXT, KEPT_NUMBERS = 1000, 64  # what comes back: texts of so many characters, lists of so many numbers
 
 
-def read_responses(row: Fields, names: tuple[str, ...], answer: str | None) -> list[str]:
-    """All responses of a row, at least one; "" for one without text.
+# The number that a tool gave a response (None if it gave none), and its text.
+Found = tuple[int | None, str]
+
+
+def read_responses(row: Fields, names: tuple[str, ...], answer: str | None) -> list[Found]:
+    """All responses of a row with their numbers, at least one; "" for one without text.
 
     ``names``: fields that may hold them; ``answer``: the last message of the conversation, for a row without such a
     field. Raises ``UserError`` where there is none, or a request that failed.
@@ -47,43 +52,60 @@ def read_responses(row: Fields, names: tuple[str, ...], answer: str | None) -> l
     if not there:
         if answer is None:
             raise row.nothing("response", names)
-        return [answer]
-    texts = _texts(row, there[0], row.get(there[0]))
-    if not texts:
+        return [(None, answer)]
+    found = _texts(row, there[0], row.get(there[0]))
+    if not found:
         raise row.fail(there[0], "it must hold at least one response")
-    return [row.valid(there[0], text) for text in texts]
+    return _numbered([(index, row.valid(there[0], text)) for index, text in found])
 
 
-def _texts(row: Fields, name: str, value) -> list[str]:
+def _numbered(found: list[Found]) -> list[Found]:
+    """Responses in the order of their own numbers where each has another one, else numbered as they stand."""
+    numbers = [index for index, _ in found if index is not None]
+    if len(found) == 1:
+        return [(index or None, text) for index, text in found]  # the first of several, or the only one
+    if len(set(numbers)) == len(found):
+        return sorted(found, key=lambda response: response[0] or 0)
+    return [(place, text) for place, (_, text) in enumerate(found)]
+
+
+def _texts(row: Fields, name: str, value) -> list[Found]:
     if value is None:
-        return [""]
+        return [(None, "")]
     if isinstance(value, str):
-        return [value]
+        return [(None, value)]
     if isinstance(value, list):
         if value and all(isinstance(part, dict) and "role" in part for part in value):
             value = [value[-1]] if len(value) == 1 else _refuse(row, name, "it must be one message, the assistant's")
         if value and all(isinstance(part, dict) and "text" in part and "type" in part for part in value):
-            return ["".join(part["text"] or "" for part in value)]
+            return [(None, "".join(part["text"] or "" for part in value))]
         if value and all(isinstance(part, dict) and "type" in part for part in value):  # of OpenAI's Responses
             messages = [part for part in value if part["type"] == "message"]
-            return [text for part in messages for text in _texts(row, name, part.get("content"))] or [""]
+            return [text for part in messages for text in _texts(row, name, part.get("content"))] or [(None, "")]
         return [text for part in value for text in _texts(row, name, part)]
     if isinstance(value, dict):
         return _texts_of_object(row, name, value)
     raise row.fail(name, "it must be a text, a list of texts, or the result of a request")
 
 
-def _texts_of_object(row: Fields, name: str, value: dict) -> list[str]:
+def _texts_of_object(row: Fields, name: str, value: dict) -> list[Found]:
     status = value.get("status_code")
     if status not in (None, 200) or value.get("error"):
         problem = f"status {status}" if value.get("error") is None else shown(value["error"])
         _refuse(row, name, f"the request for this response failed ({problem}): make it again, or skip the row")
+    if value.get("finish_reason") in FAILED or (status is not None and value.get("body", value) is None):
+        _refuse(row, name, "the request for this response failed: make it again, or skip the row")
     if value.get("content") is None and isinstance(value.get("refusal"), str):
-        return [value["refusal"]]
+        return [(None, value["refusal"])]
+    if not value.get("content") and (value.get("tool_calls") or value.get("function_call")):
+        _refuse(row, name, "it is a tool call and no text: leave the row out")
     inner = next((inner for inner in INNER if inner in value), None)
     if inner is None:
         _refuse(row, name, f"it must be a text, or an object with one of {', '.join(INNER)}")
-    return _texts(row, name, value[inner])
+    found = _texts(row, name, value[inner])
+    index = value.get("index")
+    index = int(index) if isinstance(index, str) and index.isdecimal() else index
+    return [(index, found[0][1])] if type(index) is int and len(found) == 1 else found
 
 
 def _refuse(row: Fields, name: str, remedy: str):

@@ -6,14 +6,16 @@ looked for. ``data.format`` fixes the names of one data set, ``data.fields`` tho
 
 import hashlib
 import json
+from collections.abc import Sequence
+from typing import cast
 
-from g2r_megatron.data.conversations import Messages, read_conversation
-from g2r_megatron.data.fields import Fields
+from g2r_megatron.data.conversations import MATERIAL, Messages, is_rendered, read_conversation, refuse_other_media
+from g2r_megatron.data.fields import MISSING, Fields, decoded
 from g2r_megatron.data.responses import NAMES as RESPONSE_NAMES
 from g2r_megatron.data.responses import kept, read_responses
-from g2r_megatron.data.rubrics import RubricReader
-from g2r_megatron.data.types import Given, Query
-from g2r_megatron.errors import UserError
+from g2r_megatron.data.rubrics import RubricReader, read_tags
+from g2r_megatron.data.types import Dataset, Given, Query, RubricItem
+from g2r_megatron.errors import UserError, warn
 
 # Where each role is looked for; a dot leads into an object. Names of a rubric's items are those inside an item.
 NAMES: dict[str, tuple[str, ...]] = {
@@ -31,7 +33,19 @@ NAMES: dict[str, tuple[str, ...]] = {
         *("criterion", "description", "rubric_item", "criteria", "requirement", "criterion_description", "text"),
         *("expected_outcome", "content.property.description", "title", "name"),
     ),
-    "weight": ("points", "weight", "criterion_weight", "importance", "score"),
+    "weight": (
+        *(
+            "points",
+            "weight",
+            "criterion_weight",
+            "importance",
+            "max_points",
+            "max_score",
+            "point_value",
+            "rubric_weight",
+        ),
+        *("item_weight", "weightage", "score"),
+    ),
     "tags": ("tags", "title", "type", "category", "name"),
     "id": (
         *("custom_id", "id", "prompt_id", "question_id", "uid", "uuid", "example_id", "task_id", "extra_info.id"),
@@ -40,8 +54,10 @@ NAMES: dict[str, tuple[str, ...]] = {
     "reference": (
         *("reference", "reference_answer", "ideal_completions_data.ideal_completion", "reward_model.ground_truth"),
     ),
+    "answer": ("answer", "final_answer", "expected_answer", "reward_model.ground_truth"),
     "response": RESPONSE_NAMES,
 }
+OWN_PART = "leave it out of the row, or judge the rows as they are, without `queries`"
 # The names of one data set, for data.format.
 FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
     "g2r": {"prompt": ("prompt",), "rubric": ("rubric",), "criterion": ("criterion",), "weight": ("weight",)},
@@ -53,7 +69,22 @@ FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "rar": {"prompt": ("question",), "rubric": ("rubric",), "criterion": ("description",), "weight": ("weight",)},
     "researchqa": {"prompt": ("query",), "rubric": ("rubric",), "criterion": ("rubric_item",)},
+    "verifiable": {},
 }
+
+
+# Tags of the row as a whole, and the field of a rubric's items that tells a data set.
+EXAMPLE_TAGS = ("example_tags", "extra_info.example_tags")
+DATASET_FIELDS: dict[Dataset, str] = {"healthbench": "points", "rar": "description", "researchqa": "rubric_item"}
+
+
+def dataset_of(row: Fields, items: Sequence[Fields]) -> Dataset:
+    """Which published data set has such field names; "g2r" for any other row."""
+    prompt = {"rar": "question", "researchqa": "query"}
+    for dataset, name in DATASET_FIELDS.items():
+        if items and items[0].has(name) and (dataset not in prompt or row.has(prompt[dataset])):
+            return dataset
+    return "g2r"
 
 
 def names_of(format: str, fields: dict[str, str]) -> dict[str, tuple[str, ...]]:
@@ -67,23 +98,82 @@ def names_of(format: str, fields: dict[str, str]) -> dict[str, tuple[str, ...]]:
 class RowReader:
     """Turns rows into queries, with the names and the polarity that were chosen."""
 
-    def __init__(self, format: str, polarity: str | None, fields: dict[str, str], require_rubric: bool):
-        """``require_rubric``: else rows may lack it (``Query.rubric`` is then empty)."""
+    def __init__(
+        self,
+        format: str,
+        polarity: str | None,
+        fields: dict[str, str],
+        require_rubric: bool,
+        responses: bool = False,
+        criterion: str | None = None,
+    ):
+        """``require_rubric``: else rows may lack it (``Query.rubric`` is then empty). ``responses``: of rows to be judged.
+        ``criterion``: what a judge is asked of a row with an answer and no rubric (``verifier.criterion``); None where answers
+        mean nothing."""
         self.names = names_of(format, fields)
+        self.dataset = cast(Dataset, format) if format in DATASET_FIELDS else None
+        self.mapped, self.responses = dict(fields), responses
+        self._found: set[str] = set()  # roles of data.fields that some row has
+        self._without_id = 0
+        self._material = () if "prompt" in fields else MATERIAL if responses else (*MATERIAL, "choices")
         self.require_rubric = require_rubric
+        self.criterion, self.verifiable = criterion, format == "verifiable"
         self.answers = 0  # training rows that ended with an answer
-        self._rubrics = RubricReader(self.names, polarity)
+        self._rubrics = RubricReader(self.names, polarity, self.mapped)
         # top-level fields that a row may be read from: they do not come back beside a judgement
-        roles = ("prompt", "system", "rubric", "id", "reference", "response")
+        roles = ["prompt", "system", "rubric", "id", "reference", "response"]
+        roles += ["answer"] if criterion is not None else []
         self._used = {name.partition(".")[0] for role in roles for name in self.names[role]} | {"input", "history"}
+
+    def is_row(self, data: dict) -> bool:
+        """Whether an object is a row, and does not only hold rows: it has a conversation, a rubric or a response."""
+        row = Fields("", "", data)
+        roles = ("prompt", "rubric", "response")
+        return any(not self._are_rows(row.get(name)) for role in roles for name in row.there(self.names[role]))
+
+    def _are_rows(self, value) -> bool:
+        """Whether a field of a row's name is a list of whole rows."""
+        is_list = isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+        return is_list and bool(Fields("", "", value[0]).there(self.names["prompt"]))
 
     def query(self, row: Fields) -> Query:
         """The query of a training row. An answer after the user's last message is its reference."""
-        messages, answer = read_conversation(row, self.names["prompt"], self.names["system"])
-        rubric, _ = self._rubrics.read(row, self.require_rubric)
+        messages, answer = self._conversation(row)
+        rubric, sources = self._read_rubric(row)
         reference = self._reference(row) or answer
         self.answers += answer is not None
-        return Query(self._id(row, messages), messages, tuple(rubric), reference)
+        return self._query(row, messages, rubric, sources, reference)
+
+    def _query(
+        self, row: Fields, messages: Messages, rubric: list[RubricItem], sources: list[Fields], reference: str | None
+    ) -> Query:
+        tags, answer = read_tags(row, EXAMPLE_TAGS), self._answer(row)
+        dataset = self.dataset or dataset_of(row, sources)
+        if answer is not None and self.criterion is not None:
+            rubric, dataset = [RubricItem(self.criterion.replace("{answer}", answer), 1.0)], "verifiable"
+        id = self._id(row, messages)
+        return Query(id, messages, tuple(rubric), reference, tags=tags, dataset=dataset, answer=answer)
+
+    def _read_rubric(self, row: Fields) -> tuple[list[RubricItem], list[Fields]]:
+        if self._answer(row) is not None:
+            return [], []
+        if self.criterion is not None and self.require_rubric and not self._rubrics.has_rubric(row):
+            raise row.nothing("rubric or answer", (*self.names["rubric"], *self.names["answer"]))
+        return self._rubrics.read(row, self.require_rubric)
+
+    def _answer(self, row: Fields) -> str | None:
+        """A text or a number, of a row that is scored by it: with ``data.format`` verifiable, or without a rubric."""
+        if self.criterion is None or not (self.verifiable or not self._rubrics.has_rubric(row)):
+            return None
+        for name in row.there(self.names["answer"]):
+            value = row.get(name)
+            if type(value) in (int, float):
+                return str(value)
+            if isinstance(value, str) and value.strip():
+                return row.text(name)
+        if self.verifiable:
+            raise row.nothing("answer", self.names["answer"])
+        return None
 
     def judged(self, row: Fields, queries: dict[str, Query] | None) -> list[Query]:
         """A query for every response of a row to be judged.
@@ -92,29 +182,52 @@ class RowReader:
         """
         if queries is None:
             messages, answer = self._own_conversation(row)
-            rubric, sources = self._rubrics.read(row, self.require_rubric)
+            rubric, sources = self._read_rubric(row)
             reference = self._reference(row) or answer
-            query = Query(self._id(row, messages), messages, tuple(rubric), reference)
+            query = self._query(row, messages, rubric, sources, reference)
             self.answers += answer is not None and bool(row.there(self.names["response"]))
         else:
-            query, answer, sources = self._known(row, queries), None, []
+            query, answer, sources = self._known(row, queries)
         responses = read_responses(row, self.names["response"], answer)
-        name = row.first(self.names["id"])
+        name = row.first(self._id_names)
         used = self._used | set(self._used_item_names())
         given = Given(
             row.get(name) if name else query.id,
-            None if len(responses) == 1 else 0,
-            kept(row.data, self._used),
+            None,
+            kept(row.data, self._used | {(name or "").partition(".")[0]}),
             tuple(kept(source.data, used) for source in sources),
         )
-        return [given.answered(query, i, response) for i, response in enumerate(responses)]
+        return [given.answered(query, choice, response) for choice, response in responses]
+
+    def settle(self, joined: bool) -> None:
+        """Raise ``UserError`` for a role of ``data.fields`` that no row has, and say what many rows lack.
+
+        ``joined``: the rows were joined with queries, which hold everything but the response.
+        """
+        roles = {"response"} if joined else set(NAMES) - (set() if self.responses else {"response"})
+        for role, path in self.mapped.items():
+            if role in roles and role not in self._found | self._rubrics.found:
+                raise UserError(
+                    "data.fields",
+                    f"{role} is mapped to {path!r}, which no row has",
+                    "correct its name, or leave it out",
+                )
+        if "id" in self.mapped and self._without_id:
+            warn(f"{self._without_id} rows have no {self.mapped['id']!r}: the id is a hash of the conversation")
+        if not joined:  # else the weights are the queries'
+            self._rubrics.weights.warn()
+
+    def _conversation(self, row: Fields) -> tuple[Messages, str | None]:
+        self._found |= {role for role in self.mapped if role not in self._found and row.there(self.names[role])}
+        refuse_other_media(row)
+        return read_conversation(row, self.names["prompt"], self.names["system"], self._material)
 
     def _own_conversation(self, row: Fields) -> tuple[Messages, str | None]:
         if not row.there(self.names["prompt"]) and row.has("custom_id"):
             found = f"fields {list(row.data)} hold no conversation"
             remedy = "these are results of a batch: give the prompts and rubrics with `queries` (ids are custom_ids)"
             raise UserError(row.where, found, remedy)
-        return read_conversation(row, self.names["prompt"], self.names["system"])
+        return self._conversation(row)
 
     def _used_item_names(self) -> list[str]:
         roles = ("criterion", "tags")
@@ -122,28 +235,65 @@ class RowReader:
             name for name in self.names["weight"] if name != "score"
         ]
 
-    def _known(self, row: Fields, queries: dict[str, Query]) -> Query:
-        name = row.first(self.names["id"])
+    @property
+    def _id_names(self) -> tuple[str, ...]:
+        """Of rows to be judged: the id of a batch result has its own name, whatever the queries call theirs."""
+        return tuple(dict.fromkeys((*self.names["id"], *NAMES["id"])))
+
+    def _known(self, row: Fields, queries: dict[str, Query]) -> tuple[Query, str | None, list[Fields]]:
+        """The query that a row answers, and the row's own answer and rubric items; what it repeats must be the query's."""
+        name = row.first(self._id_names)
         if name is None:
-            raise row.fail("custom_id", "a row without its conversation needs the id of one of the queries")
+            raise row.nothing("id", self._id_names)
         query = queries.get(str(row.get(name)))
         if query is None:
             raise row.fail(name, "it must be the id of one of the queries")
-        return query
+        self._found |= {role for role in self.mapped if row.there(self.names[role])}
+        prompt, answer = row.first(self.names["prompt"]), None
+        if prompt is not None and not is_rendered(row.get(prompt)) and not row.has("prompt_token_ids"):
+            messages, answer = read_conversation(row, self.names["prompt"], self.names["system"], self._material)
+            if not _agree(messages, query.messages):
+                raise row.fail(prompt, f"it differs from the query {query.id!r}: {OWN_PART}")
+        rubric, sources = self._rubrics.read(row, required=False)
+        theirs = [
+            (item.criterion, item.weight if source.there(self.names["weight"]) else known.weight)
+            for item, source, known in zip(rubric, sources, query.rubric)
+        ]
+        if rubric and (len(rubric), theirs) != (len(query.rubric), [(i.criterion, i.weight) for i in query.rubric]):
+            raise row.fail(
+                row.first(self.names["rubric"]), f"it differs from that of the query {query.id!r}: {OWN_PART}"
+            )
+        return query, answer, sources
 
     def _id(self, row: Fields, messages: Messages) -> str:
         """The row's own id (a whole number counts), else a hash of its conversation."""
         name = row.first(self.names["id"])
         value = row.get(name) if name else None
-        if value is None or value == "":
+        if value is None or value == "" or value != value:  # NaN: pandas' missing value
+            self._without_id += 1
             return hashlib.sha1(json.dumps(messages, sort_keys=True).encode()).hexdigest()[:16]
         return row.text(name) if isinstance(value, str) or type(value) not in (int, float) else str(value)
 
     def _reference(self, row: Fields) -> str | None:
-        """A text; only under our own name anything else is a mistake, as "ground truth" can be a number or a list."""
-        name = row.first(self.names["reference"])
-        if name is None or row.get(name) == "":
-            return None
-        if name == "reference" or isinstance(row.get(name), str):
-            return row.optional_text(name) if name == "reference" else row.text(name, may_be_blank=True)
+        """A text; only under our own or a mapped name anything else is a mistake: "ground truth" can be of any type."""
+        for name in row.there(self.names["reference"]):
+            value = row.get(name)
+            if name == "reference" or "reference" in self.mapped:
+                return row.optional_text(name)
+            if isinstance(value, str) and value not in ("", *MISSING) and not _is_structure(decoded(value)):
+                return row.text(name, may_be_blank=True)
         return None
+
+
+def _is_structure(value) -> bool:
+    """Whether a value is no answer in words or numbers, but a rubric, test cases or a list of accepted answers."""
+    if isinstance(value, list):
+        return any(isinstance(part, dict | list | str) for part in value)
+    return isinstance(value, dict)
+
+
+def _agree(ours: Messages, theirs: Messages) -> bool:
+    """Whether two conversations are the same; a system message may be in one of them only."""
+    if not (ours[0]["role"] == theirs[0]["role"] == "system"):
+        ours, theirs = (tuple(m for m in messages if m["role"] != "system") for messages in (ours, theirs))
+    return ours == theirs

@@ -1,6 +1,9 @@
 """What a training query is: a conversation and the rubric its answer is judged by."""
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
+
+Dataset = Literal["g2r", "healthbench", "rar", "researchqa", "verifiable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,17 +33,19 @@ class Given:
     fields: dict = field(default_factory=dict)
     items: tuple[dict, ...] = ()
 
-    def answered(self, query: "Query", choice: int, response: str) -> "Query":
-        """``query`` with one of the row's responses."""
-        given = self if self.choice is None else replace(self, choice=choice)
-        return replace(query, response=response, given=given)
+    def answered(self, query: "Query", choice: int | None, response: str) -> "Query":
+        """``query`` with one of the row's responses, and its number where there are several."""
+        return replace(query, response=response, given=replace(self, choice=choice))
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
     """A conversation (``messages`` as ``{"role", "content"}``) with its rubric, which may be empty for a reward model.
 
-    ``response`` and ``given`` are set only in files of responses to be judged (``g2r judge``).
+    ``response`` and ``given`` are set only in files of responses to be judged (``g2r judge``). ``tags``: of the row as a
+    whole (HealthBench's ``example_tags``). ``dataset``: what the row's field names say it is of; it decides how scores
+    are averaged (eval/scoring.py). ``answer``: of a row whose reward a verifier decides; its rubric is then one item, what
+    the judge is asked.
     """
 
     id: str
@@ -49,6 +54,9 @@ class Query:
     reference: str | None = None
     response: str | None = None
     given: Given | None = None
+    tags: tuple[str, ...] = ()
+    dataset: Dataset = "g2r"
+    answer: str | None = None
 
     @property
     def positive_weight(self) -> float:

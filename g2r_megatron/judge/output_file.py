@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from g2r_megatron.config.options import OfflineJudgeConfig, ProbeConfig
+from g2r_megatron.config.options import EvalConfig, OfflineJudgeConfig, ProbeConfig
 from g2r_megatron.data.types import Query
 from g2r_megatron.errors import UserError
 
@@ -37,7 +37,9 @@ def parts_directory(output: Path) -> Path:
     return output.with_name(output.name + ".parts")
 
 
-def job_key(config: OfflineJudgeConfig | ProbeConfig, queries: Sequence[Query], free: Collection[str] = FREE) -> str:
+def job_key(
+    config: OfflineJudgeConfig | ProbeConfig | EvalConfig, queries: Sequence[Query], free: Collection[str] = FREE
+) -> str:
     """A digest of everything that decides what the file holds: the options, but for ``free``, and the rows themselves."""
     options = {name: value for name, value in asdict(config).items() if name not in free}
     described = json.dumps([options, [asdict(query) for query in queries]], sort_keys=True)

@@ -7,11 +7,12 @@ on the same parts, so that their results have the same bits.
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import cast
 
 import torch
 
 from g2r_megatron.config.options import GrpoConfig
-from g2r_megatron.credit.judgements import JudgementRow, backward_passes, from_values, kind_of
+from g2r_megatron.credit.judgements import ItemJudgement, JudgementRow, backward_passes, from_values, kind_of
 from g2r_megatron.data.types import Query, RubricItem
 from g2r_megatron.judge.stage import JudgeStage
 
@@ -21,7 +22,8 @@ class Part:
     """Responses to judge: ``group_size`` of each query, one group after the other.
 
     ``bodies``: token ids without the stop token; ``keys`` seed sampled verdicts. ``mix``: weight of the attribution in this
-    step (credit/advantages.py); None asks for verdicts only.
+    step (credit/advantages.py); None asks for verdicts only. ``verified``: of each response the verifier's verdict, None for
+    a query without an answer; it takes the place of the judge's, whose credit counts where both agree.
     """
 
     queries: list[Query]
@@ -29,6 +31,7 @@ class Part:
     bodies: list[list[int]]
     keys: list[str]
     mix: float | None
+    verified: list[bool | None] | None = None
 
     def plain(self) -> dict:
         """As JSON."""
@@ -42,7 +45,8 @@ class Part:
 
 def _query(plain: dict) -> Query:
     rubric = tuple(RubricItem(**item | {"tags": tuple(item["tags"])}) for item in plain["rubric"])
-    return Query(**plain | {"messages": tuple(plain["messages"]), "rubric": rubric})
+    lists = {"messages": tuple(plain["messages"]), "tags": tuple(plain["tags"]), "rubric": rubric}
+    return Query(**plain | lists)
 
 
 @dataclass
@@ -89,15 +93,27 @@ def judge_part(stage: JudgeStage, part: Part, grpo: GrpoConfig) -> Judged:
     inputs = stage.inputs(queries, part.bodies)
     attributed = bool(part.mix) and grpo.advantage != "sequence"
     judgements = stage.verdicts(inputs, part.keys, attributed)
+    agreed = take_verified(judgements, part.verified or [None] * len(judgements))
     judged = time.perf_counter()
     if part.mix is not None:
         needed: list[list[bool]] = []
         for number, query in enumerate(part.queries):
             group = judgements[number * part.group_size : (number + 1) * part.group_size]
             needed += kind_of(group[0]).needing_attribution(query, group, grpo, part.mix)
+        needed = [[mark and same for mark in marks] for marks, same in zip(needed, agreed, strict=True)]
         weights = [kind_of(row).weights(query) for query, row in zip(queries, judgements, strict=True)]
         stage.attribute(inputs, judgements, needed, weights)
     return Judged(judgements, judged - start, time.perf_counter() - judged)
+
+
+def take_verified(judgements: Sequence[JudgementRow], verified: Sequence[bool | None]) -> list[bool]:
+    """Put the verifier's verdicts in the place of the judge's; whether both agreed on each response (True without one)."""
+    agreed = []
+    for row, verdict in zip(judgements, verified, strict=True):
+        agreed.append(verdict is None or row[0].verdict == verdict)
+        if verdict is not None:
+            cast(ItemJudgement, row[0]).verdict = verdict
+    return agreed
 
 
 class SharedRanks:

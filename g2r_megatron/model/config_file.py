@@ -1,14 +1,13 @@
 """config.json of a language model: which fields are used, which are ignored with one warning, which are refused.
 
 What a config class of transformers declares is read as transformers reads it. Another field is refused if it is set and
-its name suggests that it changes what a layer computes: transformers would ignore it, but the model's own code uses it.
-All others (notes of trainers, savers and vendors, generation options) are ignored.
+its name suggests that it changes what a layer computes (undeclared_fields.py). All others (notes of trainers, savers and
+vendors, generation options) are ignored.
 """
 
 import copy
 import dataclasses
 import json
-import re
 from pathlib import Path
 
 from transformers import GenerationConfig, PretrainedConfig
@@ -18,8 +17,11 @@ from g2r_megatron.data.stand_ins import check_stand_ins
 from g2r_megatron.errors import UserError, warn
 from g2r_megatron.model.families import FAMILIES, Family
 from g2r_megatron.model.rope_fields import check_rope
+from g2r_megatron.model.safetensors_format import INDEX, SINGLE
+from g2r_megatron.model.undeclared_fields import contradicts, says_the_same, speaks_of_function
 
 ADAPTER = "adapter_config.json"
+NO_FIELDS = {"architectures", "transformers_version", "dtype", "torch_dtype"}  # read elsewhere, or by nobody
 # Fields that change what the model computes in a way that we do not support, with the values that change nothing.
 NEUTRAL = {
     "hidden_act": ("silu", "swish"),
@@ -30,6 +32,7 @@ NEUTRAL = {
     "use_mrope": (False,),
     "partial_rotary_factor": (1.0,),
 }
+DUAL_CHUNKS = "dual_chunk_attention_config"  # changes attention beyond its lengths alone: HFModel.positions
 # Fields that transformers reads although its config classes do not declare them (any more), or that have no effect.
 UNDECLARED = {
     "model_type",
@@ -40,6 +43,7 @@ UNDECLARED = {
     "max_window_layers",
     "_name_or_path",
     "num_labels",
+    DUAL_CHUNKS,
 }
 # Nothing here depends on them, and transformers refuses some spellings of them that are around.
 NOT_READ = {
@@ -49,19 +53,6 @@ NOT_READ = {
     "initializer_range",
     *GenerationConfig._get_default_generation_params(),
 }
-# Beginnings of words in the names of fields that change what a layer computes.
-FUNCTION_WORDS = (
-    *("rope", "rotary", "yarn", "ntk", "alibi", "norm", "rmsnorm", "layernorm", "qk", "scal", "multipl", "softcap"),
-    *("logit", "clip", "attn", "attention", "act", "expert", "moe", "rout", "bias", "window", "sliding", "sink", "mup"),
-    *("residual", "layer", "head", "mlp", "ffn", "lora", "mla", "tie", "quant", "sparse", "mamba", "ssm", "conv"),
-)
-# Words for training, for the choice of a kernel, or for printing. A name with one of them is ignored.
-NOTES = re.compile(
-    r"dropout|pdrop|layerdrop|init|loss|implementation|flash|sdpa|xformers|eager|output_|lora_(alpha|r)$"
-)
-OTHER_SENSES = re.compile(
-    r"vision|visual|image|video|audio|speech|sound|multi_?modal|multimodal|projector|^mm_|processor|text_config$"
-)
 AT_LEAST_ONE = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
     *("num_key_value_heads", "max_position_embeddings", "sliding_window", "moe_intermediate_size"),
@@ -84,7 +75,7 @@ def read_json(file: Path) -> dict:
     """The object in a JSON file. Raises ``UserError`` naming a file that is unreadable or holds something else."""
     check_stand_ins(file)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(str(file), f"not readable as JSON ({error})", "restore the file") from error
     if not isinstance(content, dict):
@@ -105,16 +96,18 @@ def read_config(directory: Path, option: str) -> ModelConfig:
     family = _family(file, fields)
     is_reward_model = _is_reward_model(file, fields, family)
     config = _as_transformers_reads(file, fields)
-    aside = _left_aside(file, fields, config)
+    aside = _left_aside(file, fields, config, family)
     if not whole:
-        aside |= _left_aside(file, {k: v for k, v in raw.items() if k not in fields}, None)
+        aside |= _around_it(file, {k: v for k, v in raw.items() if k not in fields})
     _check_values(file, fields, config)
     if aside:
         warn(f"{file}: fields that nothing here reads are left aside: {', '.join(sorted(aside))}")
     if is_reward_model and config.num_labels != 1:
         raise UserError(
             f"{file} id2label",
-            f"{config.num_labels} labels" if "id2label" in fields else "missing, which means 2 labels",
+            f"{config.num_labels} labels"
+            if {"id2label", "num_labels"} & fields.keys()
+            else "missing, which means 2 labels",
             "a reward model has one label, its score: this one is a classifier",
         )
     return ModelConfig(config, family, is_reward_model, fields, whole)
@@ -162,7 +155,9 @@ def _family(file: Path, fields: dict) -> Family:
         raise UserError(f"{file} model_type", repr(model_type), f"must be one of {sorted(FAMILIES)}")
     if fields.get("quantization_config"):
         raise UserError(
-            f"{file} quantization_config", "set", "quantized checkpoints cannot be loaded; dequantize it first"
+            f"{file} quantization_config",
+            json.dumps(fields["quantization_config"])[:60],
+            "quantized checkpoints cannot be loaded; dequantize it first",
         )
     return FAMILIES[model_type]
 
@@ -170,18 +165,18 @@ def _family(file: Path, fields: dict) -> Family:
 def _is_reward_model(file: Path, fields: dict, family: Family) -> bool:
     """By ``architectures``; a model saved without its output layer's class counts as a language model."""
     names = fields.get("architectures") or [family.architecture]
-    language = [family.architecture], [family.architecture.replace("ForCausalLM", "Model")]
-    if names not in (*language, [family.reward_architecture]):
-        raise UserError(
-            f"{file} architectures",
-            repr(names),
-            f"must be {language[0]}, or of a reward model {[family.reward_architecture]}",
-        )
-    return names == [family.reward_architecture]
+    known = (family.architecture, family.architecture.replace("ForCausalLM", "Model"), family.reward_architecture)
+    # PyTorch's fully_shard puts FSDP before a class's name; early Llama has "LLaMA".
+    plain = [str(name).removeprefix("FSDP").casefold() for name in names] if isinstance(names, list) else names
+    if plain not in [[name.casefold()] for name in known]:
+        remedy = f"must be {[family.architecture]}, or of a reward model {[family.reward_architecture]}"
+        raise UserError(f"{file} architectures", repr(names), remedy)
+    return plain == [family.reward_architecture.casefold()]
 
 
 def _as_transformers_reads(file: Path, fields: dict) -> PretrainedConfig:
     check_rope(file, fields)
+    _check_dual_chunks(file, fields.get(DUAL_CHUNKS))
     config_class = CONFIG_MAPPING[fields["model_type"]]
     declared = _declared(config_class)
     read = {
@@ -190,10 +185,8 @@ def _as_transformers_reads(file: Path, fields: dict) -> PretrainedConfig:
         if name in declared | UNDECLARED | NEUTRAL.keys() and name not in NOT_READ
         if value is not None or name in declared
     }
-    for name in AT_LEAST_ONE:
-        value = read.get(name)
-        if value is not None and (type(value) is not int or value < 1):
-            raise UserError(f"{file} {name}", repr(value), "must be a whole number of at least 1")
+    for name, value in read.items():
+        read[name] = _of_its_type(file, name, value, config_class)
     try:
         return config_class.from_dict(read)
     except Exception as error:  # its validators raise classes of their own
@@ -209,36 +202,66 @@ def _declared(config_class: type[PretrainedConfig]) -> set[str]:
     return names | set(config_class.attribute_map) | set(config_class.attribute_map.values())
 
 
-def _left_aside(file: Path, fields: dict, config: PretrainedConfig | None) -> set[str]:
-    """Names of set fields that nothing reads. Raises ``UserError`` for one that may change what the model computes.
+def _of_its_type(file: Path, name: str, value, config_class: type[PretrainedConfig]):
+    """A value as transformers wants it: 0 and 1 for a switch, 4096.0 and "SiLU" are other spellings."""
+    if value is None:
+        return value
+    if name in AT_LEAST_ONE:
+        if type(value) is float and value.is_integer():
+            value = int(value)
+        if type(value) is not int or value < 1:
+            raise UserError(f"{file} {name}", repr(value), "must be a whole number of at least 1")
+    if name in ("rope_scaling", "rope_parameters") and isinstance(value, dict):
+        return {key: inner for key, inner in value.items() if inner is not None}
+    if name == "hidden_act" and isinstance(value, str) and value.lower() in NEUTRAL["hidden_act"]:
+        return value.lower()
+    is_switch = any(f.name == name and type(f.default) is bool for f in dataclasses.fields(config_class))
+    return bool(value) if is_switch and type(value) is int and value in (0, 1) else value
 
-    ``config``: what declares the other fields; None for those beside a language model in a larger model's file.
-    """
-    known = (
-        _declared(type(config)) | UNDECLARED | NEUTRAL.keys() | NOT_READ if config else {"architectures", "model_type"}
-    )
+
+def _left_aside(file: Path, fields: dict, config: PretrainedConfig, family: Family) -> set[str]:
+    """Names of set fields that nothing reads. Raises ``UserError`` for one that may change what the model computes."""
+    known = _declared(type(config)) | UNDECLARED | NEUTRAL.keys() | NOT_READ | NO_FIELDS
     aside = set()
-    for name in sorted(fields.keys() - known - {"transformers_version", "dtype", "torch_dtype"}):
+    for name in sorted(fields.keys() - known):
         value = fields[name]
-        if not value:  # null, false, 0, empty
+        if contradicts(name, value):
+            raise UserError(f"{file} {name}", json.dumps(value), "is not supported; must be true")
+        if not value or says_the_same(name, value, config, family):  # null, false, 0, empty; or nothing new
             continue
-        if speaks_of_function(name):
-            about = f"is not a field of {type(config).__name__}" if config else "is not part of the language model"
-            raise UserError(
-                f"{file} {name}",
-                f"{json.dumps(value)[:60]} {about}",
-                "it may change what the model computes; remove it if it does not",
-            )
+        if name == "transformers_weights" and value in (SINGLE, INDEX):
+            continue
+        if speaks_of_function(name) or name == "transformers_weights":
+            raise _refused(file, name, value, f"is not a field of {type(config).__name__}")
         aside.add(name)
     return aside
 
 
-def speaks_of_function(name: str) -> bool:
-    """Whether the name of a field that we do not know says that it is about what the model computes."""
-    if NOTES.search(name) or OTHER_SENSES.search(name):
-        return False
-    words = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower()
-    return any(word.startswith(FUNCTION_WORDS) for word in re.split(r"[^a-z0-9]+", words))
+def _around_it(file: Path, fields: dict) -> set[str]:
+    """As ``_left_aside``, of the fields beside a language model in a larger model's file."""
+    aside = {name for name in fields.keys() - NO_FIELDS - {"text_config", "model_type"} if fields[name]}
+    for name in sorted(filter(speaks_of_function, aside)):
+        raise _refused(file, name, fields[name], "is not part of the language model")
+    return aside
+
+
+def _refused(file: Path, name: str, value, about: str) -> UserError:
+    remedy = "it may change what the model computes; remove it if it does not"
+    return UserError(f"{file} {name}", f"{json.dumps(value)[:60]} {about}", remedy)
+
+
+def _check_dual_chunks(file: Path, chunks) -> None:
+    """Raise ``UserError`` unless ``dual_chunk_attention_config`` is null or says up to where attention is plain."""
+    if not chunks:
+        return
+    where = f"{file} {DUAL_CHUNKS}"
+    sizes = ("chunk_size", "local_size")
+    if not isinstance(chunks, dict) or any(type(chunks.get(name)) is not int for name in sizes):
+        raise UserError(where, json.dumps(chunks)[:60], f"must be null or an object with {' and '.join(sizes)}")
+    if not 0 < chunks["local_size"] < chunks["chunk_size"]:
+        raise UserError(where, json.dumps(chunks)[:60], "local_size must be above 0 and below chunk_size")
+    if other := [name for name in chunks.keys() - {*sizes, "original_max_position_embeddings"} if chunks[name]]:
+        raise UserError(f"{where}.{other[0]}", json.dumps(chunks[other[0]])[:60], "is not supported; must be null")
 
 
 def _check_values(file: Path, fields: dict, config: PretrainedConfig) -> None:
@@ -249,7 +272,8 @@ def _check_values(file: Path, fields: dict, config: PretrainedConfig) -> None:
 
     for field, neutral in NEUTRAL.items():
         value = getattr(config, field, None)
-        if value is not None and value not in neutral:
+        always_has_it = field == "attention_bias" and FAMILIES[config.model_type].qkv_bias  # and reads no field of it
+        if value is not None and value not in neutral and not always_has_it:
             refuse(field, value, repr(neutral[0]))
     types = getattr(config, "layer_types", None)
     if types is not None:
@@ -257,8 +281,8 @@ def _check_values(file: Path, fields: dict, config: PretrainedConfig) -> None:
             refuse("layer_types", unknown[0], "full_attention or sliding_attention")
         if len(types) != config.num_hidden_layers:
             refuse("layer_types", f"{len(types)} entries", f"one for each of {config.num_hidden_layers} layers")
-    if config.model_type in ("mistral", "mixtral") and fields.get("layer_types"):
-        refuse("layer_types", fields["layer_types"], f"absent: {type(config).__name__} does not read it")
+        if "sliding_attention" in types and getattr(config, "sliding_window", None) is None:
+            refuse("layer_types", "sliding_attention", "full_attention in a model without a sliding window")
     heads = config.num_attention_heads
     if config.hidden_size % heads and not getattr(config, "head_dim", None):
         refuse("num_attention_heads", heads, f"a divisor of hidden_size {config.hidden_size}")

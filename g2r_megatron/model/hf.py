@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from g2r_megatron.data.tokenizer_files import has_tokenizer, hide_tokens, load_tokenizer, vocabulary_size
 from g2r_megatron.errors import UserError, warn
-from g2r_megatron.model.config_file import read_config, read_json
+from g2r_megatron.model.config_file import DUAL_CHUNKS, read_config, read_json
 from g2r_megatron.model.families import Family
 from g2r_megatron.model.hub_cache import find_directory
 from g2r_megatron.model.safetensors_files import SafetensorsReader
@@ -102,24 +102,35 @@ class HFModel:
 
     @property
     def positions(self) -> int:
-        """Tokens of the longest sequence that the model was made for, after YaRN's extension."""
+        """Tokens of the longest sequence that the model was made for, after YaRN's extension.
+
+        Dual chunk attention (Qwen2.5-1M) is plain attention up to the size of a chunk, and that counts.
+        """
         rope, stated = self.config.rope_parameters, self.config.max_position_embeddings
-        if rope["rope_type"] != "yarn" or not rope.get("factor"):
-            return stated
-        return max(stated, int(rope["factor"] * rope["original_max_position_embeddings"]))
+        if rope["rope_type"] == "yarn" and rope.get("factor"):
+            stated = max(stated, int(rope["factor"] * rope["original_max_position_embeddings"]))
+        return min(stated, self._chunk) if self._chunk else stated
+
+    @property
+    def _chunk(self) -> int:
+        """Tokens up to which dual chunk attention is plain attention; 0 for a model without it."""
+        chunks = getattr(self.config, DUAL_CHUNKS, None)
+        return chunks["chunk_size"] - chunks["local_size"] if chunks else 0
 
     @property
     def ends_at_positions(self) -> bool:
-        """Whether longer sequences than ``positions`` are refused: dynamic NTK would change all angles then."""
-        return self.config.rope_parameters["rope_type"] == "dynamic"
+        """Whether longer sequences than ``positions`` are refused: dynamic NTK and dual chunks would change all angles."""
+        return self.config.rope_parameters["rope_type"] == "dynamic" or bool(self._chunk)
 
     def check_positions(self, tokens: int, what: str) -> None:
-        """Warn when ``what`` (options or a row) allows sequences longer than the model's; refuse under dynamic NTK."""
+        """Warn when ``what`` (options or a row) allows sequences longer than the model's; refuse if it ends there."""
         if tokens <= self.positions:
             return
-        found = f"allows {tokens} tokens, while {self.option} was made for {self.positions} (max_position_embeddings)"
+        of = DUAL_CHUNKS if self._chunk == self.positions else "max_position_embeddings"
+        found = f"allows {tokens} tokens, while {self.option} was made for {self.positions} ({of})"
         if self.ends_at_positions:
-            remedy = "its rope type dynamic changes all angles beyond them, which is not supported: allow fewer"
+            which = DUAL_CHUNKS if self._chunk else "rope type dynamic"
+            remedy = f"its {which} changes all angles beyond them, which is not supported: allow fewer"
             raise UserError(what, found, remedy)
         warn(f"{what} {found}: what it computes beyond them is untrained")
 

@@ -24,6 +24,7 @@ ROPE_TYPES = {
 }
 OF_ALL = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 NOTES = {"finetuned"}  # of the first YaRN checkpoints
+FACTORS = {"factor", "attn_factor", "extrapolation_factor"}  # 1 changes nothing, also where a type does not read it
 
 
 def check_rope(file: Path, fields: dict) -> None:
@@ -36,8 +37,10 @@ def check_rope(file: Path, fields: dict) -> None:
     where = f"{file} {where}"
     if not isinstance(table, dict):
         raise UserError(where, repr(table), "must be null or an object with rope_type")
-    kind = table.get("rope_type", table.get("type"))
-    if kind is None and set(table) <= OF_ALL:
+    kind = table.get("rope_type", table.get("type"))  # transformers stops at rope_type null beside a type
+    table = {name: value for name, value in table.items() if value is not None}
+    scaling = {name for name, value in table.items() if name not in OF_ALL and not _is_one(name, value)}
+    if kind is None and not scaling:
         kind = "default"
     if kind is None:
         raise UserError(where, f"has no rope_type, but {sorted(table)}", f"give rope_type: one of {list(ROPE_TYPES)}")
@@ -54,13 +57,17 @@ def check_rope(file: Path, fields: dict) -> None:
         _check_number(f"{where}.{name}", table.get(name), needed=True)
     for name in ("rope_theta", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"):
         _check_number(f"{where}.{name}", table.get(name), needed=False)
-    unknown = [name for name in sorted(table.keys() - OF_ALL - NOTES - {*numbers, *others}) if table[name]]
+    unknown = [name for name in sorted(scaling - NOTES - {*numbers, *others}) if table[name]]
     if unknown:
         raise UserError(
             f"{where}.{unknown[0]}",
             f"{table[unknown[0]]!r} is not read by rope type {kind}",
             "remove it if the model does not need it",
         )
+
+
+def _is_one(name: str, value) -> bool:
+    return name in FACTORS and type(value) in (int, float) and value == 1
 
 
 def _check_number(where: str, value, needed: bool) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import stat
 from collections import Counter
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ OTHER_DTYPES = {
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SUFFIX = ".safetensors"
+OF_TRAINING = re.compile(r"global_step\d+$|pytorch_model_fsdp_\d+$|zero_to_fp32\.py$|__\d+_\d+\.distcp$")
 PICKLES = (".bin", ".pt", ".pth")
 LONGEST_HEADER = 100_000_000  # bytes; the safetensors library refuses longer ones
 NAME_OF = {dtype: name for name, dtype in {**OTHER_DTYPES, **DTYPES}.items()}
@@ -270,11 +272,14 @@ def _refuse_without_weights(directory: Path, present: set[str]) -> None:
     pickles = sorted(name for name in present if name.endswith(PICKLES))
     safetensors = sorted(name for name in present if name.endswith(SUFFIX))
     if safetensors:
-        remedy = f"restore {INDEX}; an adapter must be merged into its model first"
+        remedy = f"restore {INDEX}, or call an only file {SINGLE}; an adapter must be merged into its model first"
         raise UserError(str(directory), f"has {safetensors[0]}, but neither {SINGLE} nor {INDEX}", remedy)
     if pickles:
         remedy = "weights must be safetensors files; save the model with safe_serialization=True"
         raise UserError(str(directory), f"has only pickle files ({pickles[0]})", remedy)
+    if others := sorted(name for name in present if name.endswith(".gguf") or OF_TRAINING.match(name)):
+        remedy = "write the model in Hugging Face's format (safetensors) with the tool that made it"
+        raise UserError(str(directory), f"has {others[0]}, but neither {SINGLE} nor {INDEX}", remedy)
     raise UserError(str(directory), f"has neither {SINGLE} nor {INDEX}", "must hold a model's safetensors files")
 
 

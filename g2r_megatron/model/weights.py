@@ -29,6 +29,7 @@ LEADING_WRAPPERS = re.compile(r"^(?:(?:model|language_model|text_model|module|ba
 INNER_WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 BUFFERS = ("rotary_emb.inv_freq", ".position_ids", "rotary_emb.cos_cached", "rotary_emb.sin_cached", ".masked_bias")
 SAID_NOTHING = BUFFERS[:1]  # every early Llama checkpoint has them
+QUANTIZED = (".qweight", ".weight_packed", ".absmax", ".weight_scale")  # of GPTQ, AWQ, compressed tensors, bitsandbytes
 OTHER_HEADS = {"lm_head", "score", "v_head", "value_head", "classifier", "reward_head"}
 OTHER_SENSES = {
     *("vision_tower", "vision_model", "visual", "vision_embed_tokens", "image_newline", "multi_modal_projector"),
@@ -273,7 +274,9 @@ def _remedy(missing: list[str], reader: SafetensorsReader) -> str:
         return (
             "the weights must match config.json; if the output layer is the embedding, set tie_word_embeddings to true"
         )
-    if any("lora_" in name for name in reader.names):
+    if any(name.endswith(QUANTIZED) for name in reader.names):
+        return "the files hold a quantized model, which cannot be loaded: dequantize it first"
+    if any("lora_" in name or ".base_layer." in name for name in reader.names):
         return "the files are an adapter's: merge it into its model first (merge_and_unload of peft)"
     return "the weights must match config.json"
 

@@ -34,8 +34,9 @@ def check_config(config: PlanConfig, problems: Problems) -> tuple[HFModel | None
     if problems:
         return None, None
     # a file that is missing so far is no mistake in a plan (``missing_files``)
-    data = replace(config.data, train=config.data.train or ["-"], eval=config.data.eval or ["-"])
-    checked = replace(config, data=data, output_dir=config.output_dir or ".")
+    data = replace(config.data, train=config.data.train or ["-"])
+    held_out = replace(config.eval, data=config.eval.data or ["-"])
+    checked = replace(config, data=data, eval=held_out, output_dir=config.output_dir or ".")
     problems.catch(check_train_config, checked, world)
     if not config.policy.model:
         return None, None
@@ -78,7 +79,7 @@ def missing_files(config: PlanConfig) -> list[str]:
         lines.append("output_dir is not given")
     if not config.data.train:
         lines.append("data.train is not given")
-    lines += [f"data file {file} is not there" for file in (*config.data.train, *config.data.eval) if not _there(file)]
+    lines += [f"data file {file} is not there" for file in (*config.data.train, *config.eval.data) if not _there(file)]
     for option, path in {"policy.model": config.policy.model, "judge.model": config.judge.model}.items():
         if path is None:
             continue
@@ -110,4 +111,7 @@ def check_inputs(config: PlanConfig, models: Iterable[HFModel], problems: Proble
     plain = Precision()
     policy = replace(config.policy, precision=replace(plain, dtype=config.policy.precision.dtype), spec="torch")
     judge = replace(config.judge, precision=replace(plain, dtype=config.judge.precision.dtype), spec="torch")
-    problems.catch(read_inputs, replace(config, policy=policy, judge=judge))
+    gold = config.eval.judge
+    gold = replace(gold, precision=replace(plain, dtype=gold.precision.dtype), spec="torch")
+    held_out = replace(config.eval, judge=gold)
+    problems.catch(read_inputs, replace(config, policy=policy, judge=judge, eval=held_out))

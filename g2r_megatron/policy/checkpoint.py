@@ -9,7 +9,7 @@ import io
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -63,6 +63,7 @@ class Checkpointer:
 
     def __init__(self, trainer: PolicyTrainer, directory: Path, keep_last: int):
         self.trainer, self.directory, self.keep_last = trainer, directory, keep_last
+        self._kept: frozenset[int] = frozenset()  # steps whose checkpoints are not deleted
         self.damaged: list[tuple[str, str]] = []  # what ``load_latest`` could not use, and why
         self.background_seconds: list[float] = []  # this rank's writing, of the saves that are done
         self._writing: int | None = None  # the step whose save has begun
@@ -100,13 +101,15 @@ class Checkpointer:
         """
         self.begin(step, in_background=False)
 
-    def begin(self, step: int, in_background: bool = True) -> int | None:
+    def begin(self, step: int, in_background: bool = True, kept: Collection[int] = ()) -> int | None:
         """Copy the state of ``step`` and begin to write it; ``finish`` completes the checkpoint.
 
-        Without ``in_background`` the checkpoint is complete when this returns. Waits for an earlier save, and returns
+        Without ``in_background`` the checkpoint is complete when this returns. ``kept``: steps whose checkpoints are not
+        deleted then, beside the last ones. Waits for an earlier save, and returns
         the step of that one if it was not finished.
         """
         earlier = self.finish(wait=True)
+        self._kept = frozenset(kept)
         temporary = self._path(step, ".incomplete")
         with raised_by_all(), self._refusals(step):
             if dist.get_rank() == 0:
@@ -168,7 +171,8 @@ class Checkpointer:
                 self._set_aside(final)
                 os.rename(temporary, final)
                 sync_directory(self.directory)
-                older = [path for other, path in complete_checkpoints(self.directory) if other <= step]
+                done = [(other, path) for other, path in complete_checkpoints(self.directory) if other <= step]
+                older = [path for other, path in done if other not in self._kept]
                 for path in older[: -self.keep_last]:
                     doomed = path.rename(
                         path.with_name(path.name + ".incomplete")

@@ -12,6 +12,7 @@ from g2r_megatron.records.wandb_run import WandbRun
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+ALARMS_FILE = "alarms.jsonl"
 
 
 class MetricsLog:
@@ -46,12 +47,16 @@ class MetricsLog:
         """Append one judged response (a dict with ``step``, see the report) to samples.jsonl."""
         _append(self.output_dir / SAMPLES_FILE, record)
 
+    def alarm(self, record: dict) -> None:
+        """Append an alarm that went on (a dict with ``step``, see the report) to alarms.jsonl."""
+        _append(self.output_dir / ALARMS_FILE, record)
+
     def truncate_after(self, step: int) -> None:
         """Forget what was recorded after ``step``: call it when training resumes from the checkpoint of ``step``.
 
         Each file is replaced atomically; -1 empties them. A torn last line goes too.
         """
-        for name in (METRICS_FILE, SAMPLES_FILE):
+        for name in (METRICS_FILE, SAMPLES_FILE, ALARMS_FILE):
             path = self.output_dir / name
             if path.exists():
                 kept = [record for record in read_jsonl(path) if record["step"] <= step]
@@ -88,6 +93,12 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
 def read_samples(run_dir: str | Path) -> list[dict]:
     """The lines of a run's samples.jsonl in file order; none when it logged no samples."""
     path = Path(run_dir) / SAMPLES_FILE
+    return read_jsonl(path) if path.exists() else []
+
+
+def read_alarms(run_dir: str | Path) -> list[dict]:
+    """The lines of a run's alarms.jsonl in file order; none when no alarm went on."""
+    path = Path(run_dir) / ALARMS_FILE
     return read_jsonl(path) if path.exists() else []
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from g2r_megatron.errors import UserError
+from g2r_megatron.report.alarms import alarm_charts, alarm_list
 from g2r_megatron.report.assets import CSS, SCRIPT
 from g2r_megatron.report.charts import Chart, Curve, line_chart, slot_class
 from g2r_megatron.report.hazards import HAZARDS
@@ -61,7 +62,7 @@ def render_page(groups: list[Group]) -> str:
     rows = summary_rows(groups, score)
     sections = (
         _table(groups, rows, score), _learning(groups), _heat_maps(groups), _attribution(groups), _positions(groups),
-        _training(groups), _phases(groups), _first_and_last(groups), _configs(groups),
+        _alarms(groups), _training(groups), _phases(groups), _first_and_last(groups), _configs(groups),
     )  # fmt: skip
     return document("g2r report", _swatches(groups), _headline(rows), "".join(sections))
 
@@ -260,6 +261,16 @@ def _positions(groups: list[Group]) -> str:
     ) + line_chart(Chart("First tenth minus last tenth", "step", 350, 260, "{:+z.3f}", y_range=level), ramps)
     note = "Advantage by place in the response. A level line teaches content; a slope teaches length, whatever is said."
     return section("Position ramp", note, charts)
+
+
+def _alarms(groups: list[Group]) -> str:
+    charts = alarm_charts(groups)
+    note = "What a run said when something looked wrong: each alarm once, when it went on (docs/alarms.md)."
+    return (
+        section("Alarms", note, f'{alarm_list(groups)}<div class="charts">{charts}</div>', charts=False)
+        if charts
+        else ""
+    )
 
 
 def _training(groups: list[Group]) -> str:

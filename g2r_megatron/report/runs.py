@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from g2r_megatron.errors import UserError
-from g2r_megatron.records.metrics_log import SAMPLES_FILE, read_metrics, read_samples
+from g2r_megatron.records.metrics_log import ALARMS_FILE, SAMPLES_FILE, read_alarms, read_metrics, read_samples
 
 CONFIG_FILE = "config.yaml"
 TARGET_SCORE = 0.65  # "steps to 0.65": the level the quickstart task is compared at
@@ -18,7 +18,7 @@ WINDOW = 3  # steps of the trailing mean that smooths training batches
 # A preset has the same colour in every report; variants and others take the next free ones.
 SLOT_OF_PRESET = {"grpo": 0, "paper": 1, "robust": 2}
 # Options that do not change what is learned: runs that differ only here are seeds of one group.
-NOT_IN_GROUP = {"seed", "output_dir", "log", "checkpoint", "timeout_minutes"}
+NOT_IN_GROUP = {"seed", "output_dir", "log", "checkpoint", "alarms", "timeout_minutes"}
 SAMPLE_FIELDS = {
     "query_id",
     "prompt",
@@ -30,6 +30,7 @@ SAMPLE_FIELDS = {
     "token_rewards",
     "items",
 }
+ALARM_FIELDS = {"step", "alarm", "curve", "text"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Run:
     config: dict
     rows: list[dict[str, float]]
     samples: list[dict] = field(repr=False)
+    alarms: list[dict] = field(default_factory=list)
 
     @property
     def preset(self) -> str:
@@ -172,7 +174,11 @@ def load_run(path: Path) -> Run:
     for number, sample in enumerate(samples, 1):
         if missing := sorted(SAMPLE_FIELDS - sample.keys()):
             raise UserError(f"{path / SAMPLES_FILE}:{number}", f"no {', '.join(missing)}", "delete the line")
-    return Run(path, _read_config(path / CONFIG_FILE), [rows[step] for step in sorted(rows)], samples)
+    alarms = read_alarms(path)
+    for number, alarm in enumerate(alarms, 1):
+        if missing := sorted(ALARM_FIELDS - alarm.keys()):
+            raise UserError(f"{path / ALARMS_FILE}:{number}", f"no {', '.join(missing)}", "delete the line")
+    return Run(path, _read_config(path / CONFIG_FILE), [rows[step] for step in sorted(rows)], samples, alarms)
 
 
 def load_groups(run_dirs: list[Path]) -> list[Group]:

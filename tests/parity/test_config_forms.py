@@ -1,4 +1,4 @@
-"""Every field of 21 published forms of config.json, changed: logits equal transformers', or it is refused by name.
+"""Every field of 22 published forms of config.json, changed: logits equal transformers', or it is refused by name.
 
 A changed field is set where it was not, toggled, raised by one, emptied or left out. transformers' model of the changed
 config, with weights that depend on their names and shapes alone, is the reference, on tiny sizes, to 1e-5 of the norm.

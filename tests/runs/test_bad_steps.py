@@ -125,7 +125,7 @@ def test_the_run_stops_with_one_line_and_keeps_the_batches(worlds, tmp_path):
     options += [
         "--grpo.mini_batches",
         "1",
-        "--eval_every",
+        "--eval.every",
         "0",
         "--checkpoint.save_every",
         "1",

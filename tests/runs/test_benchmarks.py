@@ -39,7 +39,7 @@ WITH_PROCESSES = {  # they start processes themselves
     "benchmarks/convert.py": (["--small", "--processes", "1"], "."),
     "benchmarks/credit_study.py": (["--steps", "1", "--seeds", "1", "--variants", "grpo"], "table-1.md"),
     "examples/quickstart/run.py": (
-        ["--presets", "robust", "--ranks", "1", "--steps", "1", "--eval_every", "0", "--data.eval", "[]"],
+        ["--presets", "robust", "--ranks", "1", "--steps", "1", "--eval.every", "0", "--eval.data", "[]"],
         "report.html",
     ),
 }

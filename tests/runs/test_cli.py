@@ -87,6 +87,16 @@ def test_a_switch_needs_no_value_and_dashes_are_underscores(argv):
     assert parsing.parse(OfflineJudgeConfig, "g2r judge", argv).dump_inputs is True
 
 
+def test_what_is_written_can_be_in_the_home_directory(monkeypatch, tmp_path):
+    """A YAML file, or --name=~/x, meets no shell that would expand it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.yaml").write_text("output_dir: ~/runs/a")
+    assert (
+        parsing.parse(TrainConfig, "g2r train", ["--config", f"{tmp_path}/x.yaml"]).output_dir == f"{tmp_path}/runs/a"
+    )
+    assert parsing.parse(OfflineJudgeConfig, "g2r judge", ["--output=~/j.jsonl"]).output == f"{tmp_path}/j.jsonl"
+
+
 def test_every_number_has_a_range():
     """A new numeric option must be given its range; layouts have their own check."""
     classes = ((TrainConfig, TRAIN_RANGES), (OfflineJudgeConfig, OFFLINE_JUDGE_RANGES), (ProbeConfig, PROBE_RANGES))
@@ -195,6 +205,11 @@ def test_old_names_of_options_are_accepted_with_one_warning_each(tmp_path, capsy
         "warning: judge.pool is called judge.smoothing now",
         "warning: judge.pooling is called judge.credit now",
     ]
+    file.write_text("eval_every: 5\neval_greedy: true\ndata: {train: [a], eval: [b, c]}\n")
+    config = parsing.parse(TrainConfig, "g2r train", ["--config", str(file), "--eval_responses", "3"])
+    held_out = config.eval
+    assert (held_out.every, held_out.greedy, held_out.data, held_out.samples) == (5, True, ["b", "c"], 3)
+    assert config.data.train == ["a"] and capsys.readouterr().err.count("is called eval.") == 4
     file.write_text("judge: {sentence_delimiters: '.', tau: 0.5}\nsteps: 3\n")
     config = parsing.parse(
         TrainConfig, "g2r train", ["--config", str(file), "--judge.sentence_delimiters", ";", "--steps", "4"]

@@ -173,8 +173,8 @@ def task(tmp_path_factory) -> list[str]:
         (data / f"{name}.jsonl").write_text("".join(lines[:count]))
     return [
         *("--config", str(TASK / "config.yaml"), "--policy.model", str(TASK / "model")),
-        *("--data.train", f'["{data}/train.jsonl"]', "--data.eval", f'["{data}/eval.jsonl"]'),
-        *("--steps", "2", "--eval_every", "0", "--log.tensorboard", "false", "--log.samples_every", "1"),
+        *("--data.train", f'["{data}/train.jsonl"]', "--eval.data", f'["{data}/eval.jsonl"]'),
+        *("--steps", "2", "--eval.every", "0", "--log.tensorboard", "false", "--log.samples_every", "1"),
         *("--rollout.prompts_per_step", "3", "--rollout.responses_per_prompt", "4", "--grpo.mix_anneal", "0"),
         *("--rollout.max_response_tokens", "24", "--judge.parts", str(PARTS)),
         *("--checkpoint.save_every", "1", "--checkpoint.keep_last", "2"),
@@ -282,6 +282,7 @@ def test_the_judge_works_while_the_policy_samples(worlds, task, tmp_path):
     events = tmp_path / "events"
     events.mkdir()
     task = [*task, "--judge.ranks", "1", "--output_dir", str(tmp_path / "run"), "--checkpoint.export_hf", "false"]
+    task += ["--alarms.every", "0"]  # nothing else goes to the judge
     *policy, judge = worlds[3, 1].run(train_in_order, task, events)
     parts = PARTS * 4  # of two steps and the evaluations before and after them
     assert policy == [[f"sampled {n + 1}" for n in range(parts)]] * 2

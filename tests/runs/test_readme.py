@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from g2r_megatron.config import parsing
 from g2r_megatron.config.checks import check_train_config
-from g2r_megatron.config.options import OfflineJudgeConfig, ProbeConfig, TrainConfig, resolve_preset
+from g2r_megatron.config.options import EvalConfig, OfflineJudgeConfig, ProbeConfig, TrainConfig, resolve_preset
 from g2r_megatron.plan.config import PlanConfig
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,13 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCUMENTS += sorted(ROOT.glob("examples/*/README.md")) + sorted(ROOT.glob("benchmarks/results/*.md"))
 CONFIGS = {"Qwen2.5-1.5B-Instruct": "Qwen2.5-1.5B", "Qwen3-8B": "Qwen3-8B", "Qwen3-30B-A3B": "Qwen3-30B-A3B"}
-CONFIG_CLASSES = {"train": TrainConfig, "judge": OfflineJudgeConfig, "probe": ProbeConfig, "plan": PlanConfig}
+CONFIG_CLASSES = {
+    "train": TrainConfig,
+    "judge": OfflineJudgeConfig,
+    "probe": ProbeConfig,
+    "eval": EvalConfig,
+    "plan": PlanConfig,
+}
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -220,7 +226,10 @@ def test_commands_in_documents_have_options_that_exist(document, place, monkeypa
         if words[0] == "torchrun":
             words = ["g2r", *words[words.index("g2r_megatron.cli") + 1 :]]
         if words[0] == "g2r" and words[1] in CONFIG_CLASSES:
+            if words[:3] == ["g2r", "eval", "compare"]:
+                continue
             options = [str(ROOT / word) if word.startswith("examples/") else word for word in words[2:]]
+            options = parsing.with_lists(options, ("data", "responses")) if words[1] == "eval" else options
             parsing.parse(CONFIG_CLASSES[words[1]], f"g2r {words[1]}", options)
         assert words[0] != "python" or (ROOT / words[1]).is_file(), f"{words[1]}: no such script"
 

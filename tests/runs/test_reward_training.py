@@ -56,7 +56,7 @@ def task(tiny_hf, judge, tmp_path_factory) -> list[str]:
     held_out = write_rows(data / "eval.jsonl", {"prompt": "Fever?", "rubric": [CHECKED]}, {"prompt": "Rash?"})
     return [
         *("--policy.model", str(tiny_hf("qwen3")), "--judge.model", str(judge), "--steps", "2"),
-        *("--data.train", f'["{train}"]', "--data.eval", f'["{held_out}"]'),
+        *("--data.train", f'["{train}"]', "--eval.data", f'["{held_out}"]'),
         *("--rollout.prompts_per_step", "2", "--rollout.responses_per_prompt", str(GROUP)),
         *("--rollout.max_response_tokens", "16", "--log.tensorboard", "false", "--grpo.mix_anneal", "0"),
         *("--grpo.kl_coef", "0.1", "--log.samples_every", "1"),

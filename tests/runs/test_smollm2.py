@@ -25,9 +25,9 @@ EXAMPLE = ROOT / "examples" / "smollm2"
 PATIENCE = 800  # seconds for a command on a busy machine; a tenth of it on two free cores
 pytestmark = pytest.mark.timeout(PATIENCE + 60)
 TINY = [
-    *("--steps", "2", "--eval_every", "0", "--rollout.prompts_per_step", "1", "--rollout.responses_per_prompt", "2"),
+    *("--steps", "2", "--eval.every", "0", "--rollout.prompts_per_step", "1", "--rollout.responses_per_prompt", "2"),
     *("--rollout.max_response_tokens", "6", "--checkpoint.export_hf", "false", "--log.tensorboard", "false"),
-    *("--grpo.kl_coef", "0", "--log.samples_every", "1", "--data.eval", "[]"),
+    *("--grpo.kl_coef", "0", "--log.samples_every", "1", "--eval.data", "[]"),
 ]
 
 

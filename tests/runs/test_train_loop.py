@@ -104,8 +104,8 @@ def task(tmp_path_factory) -> list[str]:
     data = tmp_path_factory.mktemp("data")
     return [
         *("--config", str(TASK / "config.yaml"), "--policy.model", str(TASK / "model")),
-        *("--data.train", rows("train", 8, data), "--data.eval", rows("eval", 3, data)),
-        *("--steps", str(STEPS), "--eval_every", "0", "--checkpoint.save_every", "0", "--log.tensorboard", "false"),
+        *("--data.train", rows("train", 8, data), "--eval.data", rows("eval", 3, data)),
+        *("--steps", str(STEPS), "--eval.every", "0", "--checkpoint.save_every", "0", "--log.tensorboard", "false"),
         *("--rollout.prompts_per_step", "3", "--rollout.responses_per_prompt", "4", "--grpo.mix_anneal", "0"),
     ]
 
@@ -336,8 +336,8 @@ def test_one_id_for_two_prompts_is_refused(tiny_task, tmp_path, capsys):
     held_out = tmp_path / "eval.jsonl"
     row = {"id": "What helps against fever?", "prompt": "Another", "rubric": [{"criterion": "is kind", "weight": 1}]}
     held_out.write_text(json.dumps(row) + "\n")
-    arguments = [*tiny_task, "--data.eval", f'["{held_out}"]', "--output_dir", str(tmp_path / "run")]
+    arguments = [*tiny_task, "--eval.data", f'["{held_out}"]', "--output_dir", str(tmp_path / "run")]
     assert main(["train", *arguments]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("g2r: error: data.eval: id 'What helps") and error.count("\n") == 1
+    assert error.startswith("g2r: error: eval.data: id 'What helps") and error.count("\n") == 1
     assert not (tmp_path / "run").exists()

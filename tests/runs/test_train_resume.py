@@ -228,7 +228,7 @@ def test_more_steps_continue_a_finished_run(worlds, options, uninterrupted, tmp_
 @pytest.mark.parametrize("distributed", ["true", "false"])
 def test_other_optimizer_options_hold_from_the_resumed_step_on(worlds, options, tmp_path, distributed):
     """Not the ones in the checkpoint: the config that is saved with the run must be true."""
-    options = [*options, "--output_dir", str(tmp_path / "run"), "--eval_every", "0", "--data.eval", "[]"]
+    options = [*options, "--output_dir", str(tmp_path / "run"), "--eval.every", "0", "--eval.data", "[]"]
     options += ["--optimizer.distributed", distributed, "--optimizer.lr", "1e-4", "--steps"]
     assert worlds[1].run(train_here, [*options, "1"]) == [""]
     others = ["--optimizer.lr", "1e-5", "--optimizer.min_lr", "4e-6", "--optimizer.decay", "linear"]

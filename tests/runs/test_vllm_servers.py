@@ -92,7 +92,7 @@ def options(tmp_path_factory, servers) -> list[str]:
     return [
         *quickstart_options(tmp_path_factory.mktemp("data")),
         *("--rollout.engine", "vllm", "--rollout.vllm.mode", "servers", "--rollout.vllm.urls", f"[{urls}]"),
-        *("--optimizer.lr", "1e-3", "--rollout.temperature", "0.8", "--eval_every", "0"),
+        *("--optimizer.lr", "1e-3", "--rollout.temperature", "0.8", "--eval.every", "0"),
     ]
 
 

@@ -124,7 +124,7 @@ class TestRuns:
 def test_nothing_outlives_a_killed_rank(options, tmp_path):
     """kill -9 of one of two ranks while they train: the run ends, with the engines in it and all that they started."""
     run = tmp_path / "run"
-    process = start(run, [*options, "--steps", "1000", "--eval_every", "0"], ranks=2)
+    process = start(run, [*options, "--steps", "1000", "--eval.every", "0"], ranks=2)
     try:
         wait_for(lambda: (run / "metrics.jsonl").exists(), process, run)
         (rank,) = processes_of(run, 1)

@@ -96,7 +96,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="g2r-soak-") as name:
         home = Path(name)
         steps = str(STEPS_A_KILL * arguments.kills)
-        options = [*quickstart_options(home)[4:], "--steps", steps, "--eval_every", "0", "--checkpoint.save_every", "2"]
+        options = [*quickstart_options(home)[4:], "--steps", steps, "--eval.every", "0", "--checkpoint.save_every", "2"]
         run, reference, config = home / "run", home / "reference", str(TASK / "config.yaml")
         job = Job("train_30b", options, home, "--time=600", RUN=str(run), CONFIG=config, MAX_STALLED="6")
         try:

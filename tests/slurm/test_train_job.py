@@ -20,7 +20,7 @@ CONFIG = {"CONFIG": str(TASK / "config.yaml")}  # of its paths, only the model's
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory) -> list[str]:
-    changes = ["--steps", str(STEPS), "--eval_every", "12", "--checkpoint.save_every", "2"]
+    changes = ["--steps", str(STEPS), "--eval.every", "12", "--checkpoint.save_every", "2"]
     return [*quickstart_options(tmp_path_factory.mktemp("data"))[4:], *changes]
 
 

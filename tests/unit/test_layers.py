@@ -37,22 +37,27 @@ MAP = {
         "config credit data device errors judge model parallel records",
     ),
     "adapters": ("glue for other training frameworks: light, no model of ours", "credit serve"),
+    "verify": ("whether a final answer is right", "config data errors"),
     "workers": (
         "the models and inputs of a run, built from its config",
-        "config data errors judge model parallel policy records rollout",
+        "config credit data errors judge model parallel policy records rollout verify",
     ),
     "experience": (
         "a step's batch on its way from prompts to advantages",
         "config credit data errors judge policy rollout workers",
     ),
+    "alarms": (
+        "when training against a judge goes wrong",
+        "config credit data errors experience judge policy workers",
+    ),
     "runs_on": ("what a run really runs on: devices, layers, optimizer", "config device errors model records"),
     "run": (
         "what a run shows, saves, and checks of itself",
-        "config credit errors experience policy records runs_on workers",
+        "alarms config credit errors experience policy records runs_on workers",
     ),
     "eval": (
         "scores of a model on held-out rows",
-        "config credit data device errors experience judge model parallel records rollout run workers",
+        "config credit data device errors experience judge model parallel policy records report rollout run verify workers",
     ),
     "probe": (
         "is a judge's credit true",
@@ -61,7 +66,7 @@ MAP = {
     "plan": ("memory and time of a job before it runs, doctor", "config data device errors judge model parallel workers"),
     "train": (
         "the loop and one step",
-        "config credit data device errors eval experience judge parallel policy records rollout run workers",
+        "alarms config credit data device errors eval experience judge parallel policy records rollout run workers",
     ),
     "launch": (
         "what happens before and after the loop",

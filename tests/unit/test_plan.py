@@ -162,7 +162,10 @@ def test_what_does_not_fit_comes_with_a_fix_that_does(plan):
         (["--judge.precision.fp8", "mxfp8", "--judge.spec", "torch"], "FP8 needs Transformer Engine"),
         (["--rollout.temperature", "0"], "rollout.temperature: 0 makes the responses of a prompt all the same"),
         (["--nodes", "0"], "nodes: 0; must be at least 1"),
-        (["--judge.model", "nowhere"], "judge.model: 'nowhere'; must be a Hugging Face model directory"),
+        (
+            ["--judge.model", "nowhere"],
+            "judge.model: 'nowhere' is no directory; must be a Hugging Face model directory",
+        ),
         (["--hardware.tflops", "0"], "hardware.tflops: 0.0; must be more than 0"),
     ],
     ids=lambda value: value[0].lstrip("-") if isinstance(value, list) else "",

@@ -69,7 +69,7 @@ CONVERSATIONS = {
     ),
     "batch request": ({"custom_id": "7", "method": "POST", "body": {"model": "m", "messages": USER}}, ASKED),
     "JSON that a user wrote": ({"prompt": [{"role": "user", "content": '{"a": 1}'}]}, [("user", '{"a": 1}')]),
-    "brackets that are no JSON": ({"prompt": "[INST] hi [/INST]"}, [("user", "[INST] hi [/INST]")]),
+    "brackets that are no JSON": ({"prompt": "[Verse] hi [End]"}, [("user", "[Verse] hi [End]")]),
 }
 
 
@@ -82,7 +82,7 @@ def test_conversations(tmp_path, row, messages):
 
 REFUSED_CONVERSATIONS = {
     "JSON that is no message": ({"prompt": "[1, 2]"}, "prompt is '[1, 2]'.*not messages.*role"),
-    "an object that is no message": ({"prompt": '{"a": 1}'}, "role is missing"),
+    "an object that is no message": ({"prompt": '{"a": 1}'}, "JSON, but not messages.*role"),
     "messages cut short": ({"prompt": json.dumps(USER)[:-5]}, "not whole JSON"),
     "numpy's repr (no commas)": ({"prompt": "[{'role': 'user', 'content': 'a'}\n {'role': 'user'}]"}, "not whole JSON"),
     "an image": ({"prompt": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "each part"),

@@ -174,6 +174,13 @@ DAMAGE = [
     ("pickles", only("pytorch_model.bin"), ["only pickle files (pytorch_model.bin)", "must be safetensors files"]),
     ("pt pickle", only("model.pt"), ["model.pt", "must be safetensors files"]),
     ("pth pickle", only("consolidated.00.pth"), ["consolidated.00.pth", "must be safetensors files"]),
+    ("a gguf file", only("m.Q4_K_M.gguf"), ["has m.Q4_K_M.gguf, but neither", "Hugging Face's format"]),
+    ("DeepSpeed's checkpoint", only("zero_to_fp32.py"), ["has zero_to_fp32.py, but neither"]),
+    (
+        "a variant",
+        only("model.fp16.safetensors"),
+        ["has model.fp16.safetensors", "or call an only file model.safetensors"],
+    ),
     ("nothing", only(""), ["has neither model.safetensors nor model.safetensors.index.json"]),
     ("adapter", only("adapter_model.safetensors"), ["adapter_model.safetensors", "adapter must be merged"]),
     ("no index", lambda d: (d / INDEX).unlink(), [ONE, "but neither", f"restore {INDEX}"]),

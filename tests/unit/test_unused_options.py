@@ -17,7 +17,7 @@ UNUSED = [
     (["--judge.smear_gamma", "0.5", "--judge.smoothing", "none"], "judge.smear_gamma", "smear"),
     (["--judge.tau", "0.5", "--judge.normalize", "positive"], "judge.tau", "softmax"),
     (["--optimizer.min_lr", "1e-9"], "optimizer.min_lr", "decay"),
-    (["--eval_greedy", "true"], "eval_greedy", "data.eval"),
+    (["--eval.greedy", "true"], "eval.greedy", "eval.data"),
     (["--log.wandb_project", "mine"], "log.wandb_project", "log.wandb"),
 ]
 

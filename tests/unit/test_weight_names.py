@@ -109,6 +109,16 @@ REFUSED = {
         plus(model__layers__4__mlp__down_proj__weight=torch.ones(2)),
         ["unknown", "layers.4"],
     ),
+    "a quantized model's": (
+        "llama3",
+        lambda w: {"model.layers.0.self_attn.q_proj.qweight": torch.ones(2)},
+        ["quantized"],
+    ),
+    "an unmerged adapter's": (
+        "llama3",
+        lambda w: {name.replace("q_proj.", "q_proj.base_layer."): tensor for name, tensor in w.items()},
+        ["merge it"],
+    ),
     "an adapter among them": ("llama3", plus(model__layers__0__lora_A__weight=torch.ones(2)), ["merge it", "lora_A"]),
     "an adapter alone": (
         "llama3",

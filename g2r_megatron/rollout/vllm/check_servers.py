@@ -22,11 +22,13 @@ SAME = (
 )
 
 
-def check_servers(policy: HFModel, rollout: RolloutConfig, dtype: str, judge_ranks: int) -> None:
+def check_servers(policy: HFModel, rollout: RolloutConfig, dtype: str, judge_ranks: int = 0) -> None:
     """Raise ``UserError`` naming a server that this rank will speak to and that is not there, or cannot sample for ``policy``.
 
-    The job's last ``judge_ranks`` speak to none.
+    The job's last ``judge_ranks`` speak to none. Nothing to do for another engine or mode.
     """
+    if rollout.engine != "vllm" or rollout.vllm.mode != "servers":
+        return
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) - judge_ranks
     for url in rollout.vllm.urls[rank::ranks] if rank < ranks else []:
         with httpx.Client(base_url=url, timeout=PATIENCE, trust_env=False) as http:

@@ -1,0 +1,102 @@
+"""What alarms do to a run: measured, recorded, told once, and with stop_on its end; the best checkpoint is kept.
+
+Runs of a few steps on the quickstart's task, whose judge is a good one: thresholds are set so that a good judge is past them.
+Leaves out the rules (tests/unit/test_alarms.py) and whether they find real exploits (benchmarks/alarms.py).
+"""
+
+import subprocess
+import sys
+
+import pytest
+
+from g2r_megatron.cli import main
+from real_runs import ROOT, checkpoints, quickstart_options, records
+from test_bad_input import run
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory) -> list[str]:
+    return [
+        *quickstart_options(tmp_path_factory.mktemp("data")),
+        *("--alarms.every", "2", "--alarms.window", "2", "--alarms.one_sided", "0.5", "--checkpoint.save_every", "1"),
+        *("--checkpoint.export_hf", "false"),
+    ]
+
+
+def command(arguments: list[str], ranks: int = 1) -> subprocess.CompletedProcess:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    line = [sys.executable, *torchrun, "-m", "g2r_megatron.cli", "train", *arguments]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=280)
+
+
+def test_an_alarm_is_told_and_recorded_once(options, tmp_path):
+    """Two ranks, one of them the judge's: the checks run there too. The report draws the alarm."""
+    done = command([*options, "--judge.ranks", "1", "--output_dir", str(tmp_path / "run")], ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout + done.stderr).count("alarm one_sided: judge/true_share") == 1
+    (alarm,) = [a for a in records(tmp_path / "run", "alarms.jsonl") if a["alarm"] == "one_sided"]
+    assert (alarm["step"], alarm["alarm"], alarm["threshold"]) == (2, "one_sided", 0.5)
+    steps = {r["step"]: r for r in records(tmp_path / "run", "metrics.jsonl")}
+    assert [step for step, record in steps.items() if "alarms/master_keys" in record] == [1, 3, 5]
+    assert all(0 <= steps[step]["alarms/master_keys"] <= 1 for step in (1, 3, 5))
+    assert all("alarms/internalization_gap" in steps[step] for step in (1, 3, 5))
+    assert main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "alarm one_sided" in page and "Criteria met by empty responses" in page
+
+
+def test_stop_on_ends_the_run_and_names_a_checkpoint(options, tmp_path):
+    """Exit code 3, one line; the checkpoint before the alarm is named. Started again with another threshold, it goes on."""
+    arguments = [*options, "--alarms.stop_on", "[one_sided]", "--output_dir", str(tmp_path / "run")]
+    done = command(arguments)
+    assert done.returncode == 3
+    (line,) = [line for line in done.stderr.splitlines() if "error" in line]
+    assert "alarms.stop_on: step 2: alarm one_sided" in line and "the last checkpoint before it is of step 1" in line
+    assert records(tmp_path / "run", "metrics.jsonl")[-1]["step"] == 2
+    done = command([*arguments, "--alarms.one_sided", "1", "--steps", "3"])
+    assert done.returncode == 0, done.stderr
+    assert [r["step"] for r in records(tmp_path / "run", "metrics.jsonl")] == [0, 1, 2, 3]
+
+
+def test_the_best_checkpoint_is_kept(options, tmp_path):
+    """By an evaluation metric, also by a resumed run, which finds it in its records; of equal steps the first."""
+    arguments = [*options, "--eval.every", "1", "--checkpoint.keep_last", "1", "--checkpoint.save_every", "2"]
+    arguments += ["--checkpoint.keep_best", "eval/true_score", "--output_dir", str(tmp_path / "run")]
+    for steps in ("3", "6"):
+        done = command([*arguments, "--steps", steps])
+        assert done.returncode == 0, done.stderr
+        scores = {r["step"]: r["eval/true_score"] for r in records(tmp_path / "run", "metrics.jsonl")}
+        best = max((step for step in scores if step), key=lambda step: (scores[step], -step))
+        if scores[best] > scores[0]:
+            assert f"step_{best:08d}" in checkpoints(tmp_path / "run")
+        assert f"step_{int(steps):08d}" in checkpoints(tmp_path / "run") and len(checkpoints(tmp_path / "run")) <= 2
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--alarms.stop_on", "[exploits]"], ["alarms.stop_on", "'exploits' is no alarm", "gold_down"]),
+        (["--alarms.stop_on", "[flat]", "--alarms.flat", "null"], ["alarms.stop_on", "alarms.flat is null"]),
+        (["--alarms.length", "0.5"], ["alarms.length", "0.5", "at least 1"]),
+        (["--checkpoint.keep_best", "eval/gold", "--eval.data", "[]"], ["checkpoint.keep_best", "without data.eval"]),
+        (
+            ["--checkpoint.keep_best", "eval/gold"],
+            ["checkpoint.keep_best", "'eval/gold' is not measured", "eval/true_score"],
+        ),
+    ],
+)
+def test_what_cannot_be_watched_is_refused(options, tmp_path, more, said):
+    found = run(
+        [
+            "train",
+            *options,
+            *(["--eval.every", "0"] if "[]" in more else []),
+            *more,
+            "--output_dir",
+            str(tmp_path / "x"),
+        ]
+    )
+    code, _, err = found
+    assert code == 2 and err.count("error") == 1
+    for text in said:
+        assert text in err
