@@ -34,6 +34,7 @@ from g2r_megatron.model.build import build_model
 from g2r_megatron.parallel import groups
 from g2r_megatron.policy.checkpoint import complete_checkpoints
 from g2r_megatron.records.progress_bar import CountProgress
+from g2r_megatron.rollout.vllm.check_servers import check_servers
 from g2r_megatron.run import CONFIG_FILE
 from g2r_megatron.verify.verifier import Verifier
 from g2r_megatron.workers import (
@@ -76,6 +77,8 @@ def evaluate_model(config: EvalConfig) -> None:
     verifier = verifier_for(config.verifier, queries)
     tasks = tasks_of(queries, config.samples if policy else 1)
     check_lengths(config, judge, policy, queries)
+    if policy is not None:
+        check_servers(policy.policy, config.rollout, config.policy.precision.dtype)
     groups.initialize(config.seed)
     file = LedgerFile(Path(config.output), job_key(config, queries, FREE))
     if policy is not None:
