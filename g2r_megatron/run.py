@@ -10,6 +10,7 @@ import yaml
 
 from g2r_megatron import experience
 from g2r_megatron.config.options import TrainConfig
+from g2r_megatron.credit.faithfulness import PAIRS, RunningFaithfulness, faithfulness_warning
 from g2r_megatron.credit.hazards import answer_mass_warning
 from g2r_megatron.errors import RunError
 from g2r_megatron.experience import Experience
@@ -18,12 +19,13 @@ from g2r_megatron.policy.log_probs import UpdateLogProbs
 from g2r_megatron.records.bad_steps import DIRECTORY, write_bad_step
 from g2r_megatron.records.files import replace_text
 from g2r_megatron.records.heartbeat import Heartbeat
-from g2r_megatron.records.metrics_log import MetricsLog
+from g2r_megatron.records.metrics_log import METRICS_FILE, MetricsLog, read_metrics
 from g2r_megatron.records.progress_bar import Progress
 from g2r_megatron.runs_on import line_of, record, runs_on
 from g2r_megatron.workers import Inputs
 
 CONFIG_FILE = "config.yaml"
+MEASURED_SHARE, MOST_MEASURED = 8, 4  # faithfulness: of one response in 8, at most 4
 
 
 class Run:
@@ -38,12 +40,13 @@ class Run:
         self.progress = Progress(config.steps, enabled=self.is_writer)
         self.records = None
         self._save_times: dict[str, float] = {}  # for the next line of metrics
-        self._said_answer_mass = False  # once a start is enough
+        self._said_answer_mass = self._said_faithless = False  # once a start is enough
         if self.is_writer:
             plain = asdict(config)
             self.records = MetricsLog(output, config.log, plain)
             replace_text(output / CONFIG_FILE, yaml.safe_dump(plain, sort_keys=False), sync=True)
             self.records.truncate_after(done if done else -1)
+        self.faithfulness = RunningFaithfulness(self._measured_before())
 
     def __enter__(self) -> "Run":
         self.progress.__enter__()
@@ -97,15 +100,35 @@ class Run:
         if not self._said_answer_mass and (warning := answer_mass_warning(metrics.get("judge/answer_mass", 1.0))):
             self.progress.message(f"warning: step {step}: {warning}")
             self._said_answer_mass = True
+        if not self._said_faithless and (warning := faithfulness_warning(metrics)):
+            self.progress.message(f"warning: step {step}: {warning}")
+            self._said_faithless = True
         self.sample(step, batch, inputs)
 
     def sample(self, step: int, batch: Experience, inputs: Inputs) -> None:
         """Keep a few of the step's responses for the report: the first of each of the first groups."""
-        every = self.config.log.samples_every
-        if self.records is None or not every or (step - 1) % every:
+        if self.records is None or not self._is_sampled(step):
             return
         for group in batch.groups[: self.config.log.samples_per_step]:
             self.records.sample(experience.sample_record(batch, inputs, group.start, step))
+
+    def _is_sampled(self, step: int) -> bool:
+        every = self.config.log.samples_every
+        return bool(every) and (step - 1) % every == 0
+
+    def measured_responses(self, step: int) -> int:
+        """Of how many responses ``step`` measures the faithfulness of their credit: few, so that it costs little."""
+        rollout = self.config.rollout
+        batch = rollout.prompts_per_step * rollout.responses_per_prompt
+        return max(1, min(MOST_MEASURED, batch // MEASURED_SHARE)) if self._is_sampled(step) else 0
+
+    def _measured_before(self) -> dict[str, float]:
+        """The newest record with faithfulness, on every rank; {} if there is none."""
+        box: list[dict[str, float]] = [{}]
+        if self.is_writer and (self.output / METRICS_FILE).is_file():
+            box = [record for record in read_metrics(self.output) if PAIRS in record][-1:] or box
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
 
     # ---- checkpoints (collective) ----------------------------------------------------------------------------------
 

@@ -11,8 +11,10 @@ from dataclasses import asdict, dataclass
 import torch
 
 from g2r_megatron.config.options import GrpoConfig
+from g2r_megatron.credit.faithfulness import Faithful, faithfulness_metrics
 from g2r_megatron.credit.judgements import JudgementRow, backward_passes, from_values, kind_of
 from g2r_megatron.data.types import Query, RubricItem
+from g2r_megatron.judge.faithfulness import measure_faithfulness
 from g2r_megatron.judge.stage import JudgeStage
 
 
@@ -21,7 +23,8 @@ class Part:
     """Responses to judge: ``group_size`` of each query, one group after the other.
 
     ``bodies``: token ids without the stop token; ``keys`` seed sampled verdicts. ``mix``: weight of the attribution in this
-    step (credit/advantages.py); None asks for verdicts only.
+    step (credit/advantages.py); None asks for verdicts only. ``measured``: of so many responses the faithfulness of their credit
+    is measured (judge/faithfulness.py).
     """
 
     queries: list[Query]
@@ -29,6 +32,7 @@ class Part:
     bodies: list[list[int]]
     keys: list[str]
     mix: float | None
+    measured: int = 0
 
     def plain(self) -> dict:
         """As JSON."""
@@ -47,11 +51,13 @@ def _query(plain: dict) -> Query:
 
 @dataclass
 class Judged:
-    """The judge's result for one part: the judgements of each response, and how long each pass took."""
+    """The judge's result for one part: the judgements of each response, how long each pass took, and what was measured."""
 
     judgements: Sequence[JudgementRow]
     verdict_seconds: float
     attribution_seconds: float
+    faithful: Sequence[Faithful] = ()
+    faithful_seconds: float = 0.0
 
     def plain(self) -> tuple[dict, torch.Tensor]:
         """As JSON and fp32 numbers [n], the attributions of all backward passes one after the other. No bit is lost."""
@@ -63,9 +69,10 @@ class Judged:
                 passes.append([row[k].attribution.numel(), row[k].grad_norm, row[k].cos])
                 attributions.append(row[k].attribution)
             rows.append([[*j.values(), number.get(id(j.attribution))] for j in row])
-        seconds = [self.verdict_seconds, self.attribution_seconds]
+        seconds = [self.verdict_seconds, self.attribution_seconds, self.faithful_seconds]
         numbers = torch.cat(attributions) if attributions else torch.empty(0)
-        return {"judgements": rows, "passes": passes, "seconds": seconds}, numbers
+        faithful = [[pair.credit, pair.shuffled] for pair in self.faithful]
+        return {"judgements": rows, "passes": passes, "seconds": seconds, "faithful": faithful}, numbers
 
     @classmethod
     def from_plain(cls, plain: dict, numbers: torch.Tensor) -> "Judged":
@@ -79,7 +86,9 @@ class Judged:
             [from_values(values, **{} if number is None else found[number]) for *values, number in row]
             for row in plain["judgements"]
         ]
-        return cls(rows, *plain["seconds"])
+        faithful = [Faithful(*pair) for pair in plain["faithful"]]
+        verdict, attribution, measured = plain["seconds"]
+        return cls(rows, verdict, attribution, faithful, measured)
 
 
 def judge_part(stage: JudgeStage, part: Part, grpo: GrpoConfig) -> Judged:
@@ -89,7 +98,8 @@ def judge_part(stage: JudgeStage, part: Part, grpo: GrpoConfig) -> Judged:
     inputs = stage.inputs(queries, part.bodies)
     attributed = bool(part.mix) and grpo.advantage != "sequence"
     judgements = stage.verdicts(inputs, part.keys, attributed)
-    judged = time.perf_counter()
+    judged = attributed_at = time.perf_counter()
+    faithful: list[Faithful] = []
     if part.mix is not None:
         needed: list[list[bool]] = []
         for number, query in enumerate(part.queries):
@@ -97,7 +107,20 @@ def judge_part(stage: JudgeStage, part: Part, grpo: GrpoConfig) -> Judged:
             needed += kind_of(group[0]).needing_attribution(query, group, grpo, part.mix)
         weights = [kind_of(row).weights(query) for query, row in zip(queries, judgements, strict=True)]
         stage.attribute(inputs, judgements, needed, weights)
-    return Judged(judgements, judged - start, time.perf_counter() - judged)
+        attributed_at = time.perf_counter()
+        if part.measured:
+            faithful = measure_faithfulness(stage, inputs, judgements, weights, part.keys, part.measured)
+    measured = time.perf_counter() - attributed_at
+    return Judged(judgements, judged - start, attributed_at - judged, faithful, measured)
+
+
+def metrics_of(judged: Sequence[Judged]) -> dict[str, float]:
+    """What the parts of a batch report beside their judgements."""
+    metrics = {"time/attribution": sum(part.attribution_seconds for part in judged)}
+    pairs = [pair for part in judged for pair in part.faithful]
+    if pairs:
+        metrics["time/faithfulness"] = sum(part.faithful_seconds for part in judged)
+    return metrics | faithfulness_metrics(pairs)
 
 
 class SharedRanks:
@@ -112,8 +135,7 @@ class SharedRanks:
         self._parts.append(part)
 
     def judge_submitted(self) -> tuple[list[JudgementRow], dict[str, float]]:
-        """Judge all parts submitted: their judgements, in order, and how long the attributions took (collective)."""
+        """Judge all parts submitted: their judgements, in order, and ``metrics_of`` them (collective)."""
         parts, self._parts = self._parts, []
         judged = [judge_part(self.stage, part, self.grpo) for part in parts]
-        seconds = sum(part.attribution_seconds for part in judged)
-        return [row for part in judged for row in part.judgements], {"time/attribution": seconds}
+        return [row for part in judged for row in part.judgements], metrics_of(judged)
