@@ -287,7 +287,7 @@ def test_a_zero_gradient_is_reported(tiny_hf, tmp_path):
     command = [sys.executable, "-m", "g2r_megatron.cli", "judge", "--judge.model", model, "--input", rows]
     done = subprocess.run(
         [*command, "--output", tmp_path / "out.jsonl", "--judge.verdict", "sample"],
-        capture_output=True, text=True, timeout=250, cwd=ROOT, env={**os.environ, "COLUMNS": "80"},
+        capture_output=True, text=True, timeout=800, cwd=ROOT, env={**os.environ, "COLUMNS": "80"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     records = read(tmp_path / "out.jsonl")

@@ -20,8 +20,21 @@ EXAMPLE = ROOT / "examples" / "arithmetic"
 def model(tmp_path_factory) -> str:
     directory = tmp_path_factory.mktemp("arithmetic") / "model"
     command = [sys.executable, str(EXAMPLE / "make_model.py"), "--output", str(directory), "--steps", "60"]
-    subprocess.run(command, check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=200)
+    subprocess.run(command, check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=800)
     return str(directory)
+
+
+def test_rows_of_the_example():
+    """Answers are the sums that the prompts ask for, and no prompt is in both files."""
+    rows = {
+        name: [json.loads(line) for line in (EXAMPLE / "data" / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "eval")
+    }
+    for row in rows["train"] + rows["eval"]:
+        words = row["prompt"].split()
+        assert words[0] == "add" and sum(map(int, words[1:])) == int(row["answer"])
+    prompts = {name: {row["prompt"] for row in own} for name, own in rows.items()}
+    assert len(prompts["train"]) == 300 and len(prompts["eval"]) == 64 and not prompts["train"] & prompts["eval"]
 
 
 def train(model: str, output: Path, *options: str) -> list[str]:
