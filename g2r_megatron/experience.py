@@ -84,12 +84,13 @@ def sample_and_submit(
     key: str,
     parts: int,
     mix: float | None,
+    measured: int = 0,
     temperature: float | None = None,
     between_batches: Callable[[], None] = lambda: None,
 ) -> Rollouts:
     """``sample`` in ``parts`` parts of whole groups; each goes to the judge before the next is begun (collective).
 
-    ``mix``: as in ``Part``. The judgements come from ``workers.judge.judge_submitted()``.
+    ``mix``: as in ``Part``; ``measured``: of the first part. The judgements come from ``workers.judge.judge_submitted()``.
     """
     sampled: list[Rollouts] = []
     for part in range(parts):
@@ -100,7 +101,8 @@ def sample_and_submit(
         verified = None
         if inputs.verifier is not None:
             verified = inputs.verifier.verdicts(found.queries, [response.text for response in found.responses])
-        workers.judge.submit(Part(some, group_size, found.bodies, found.keys, mix, verified))
+        to_measure = 0 if sampled else measured
+        workers.judge.submit(Part(some, group_size, found.bodies, found.keys, mix, verified, to_measure))
         sampled.append(found)
     return Rollouts(
         group_size,

@@ -16,6 +16,7 @@ from g2r_megatron.policy.export import export_policy
 from g2r_megatron.records.failures import reported
 from g2r_megatron.records.heartbeat import Heartbeat
 from g2r_megatron.records.wandb_run import check_wandb_session
+from g2r_megatron.rollout.vllm.check_servers import check_servers
 from g2r_megatron.run import CONFIG_FILE, Run
 from g2r_megatron.train import take_steps
 from g2r_megatron.workers import Inputs, Workers, build_judge, build_workers, read_inputs
@@ -46,6 +47,7 @@ def train(config: TrainConfig) -> None:
     check_same_run(config, output)
     check_wandb_session(config.log)
     inputs = read_inputs(config)
+    check_servers(inputs.policy, config.rollout, config.policy.precision.dtype, config.judge.ranks)
     heartbeat, ranks = Heartbeat(output, config.steps), config.judge.ranks
     with reported(heartbeat):
         heartbeat.beat(state="starting")

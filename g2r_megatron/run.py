@@ -13,7 +13,7 @@ from g2r_megatron import experience
 from g2r_megatron.alarms.watch import Watch
 from g2r_megatron.config.alarm_options import ALARMS
 from g2r_megatron.config.options import TrainConfig
-from g2r_megatron.credit.hazards import answer_mass_warning
+from g2r_megatron.credit.faithfulness import PAIRS, RunningFaithfulness
 from g2r_megatron.errors import AlarmError, RunError, UserError
 from g2r_megatron.experience import Experience
 from g2r_megatron.policy.checkpoint import Checkpointer, complete_checkpoints
@@ -27,6 +27,7 @@ from g2r_megatron.runs_on import line_of, record, runs_on
 from g2r_megatron.workers import Inputs
 
 CONFIG_FILE = "config.yaml"
+MEASURED_SHARE, MOST_MEASURED = 8, 4  # faithfulness: of one response in 8, at most 4
 
 
 class Run:
@@ -41,7 +42,7 @@ class Run:
         self.progress = Progress(config.steps, enabled=self.is_writer)
         self.records = None
         self._save_times: dict[str, float] = {}  # for the next line of metrics
-        self._said_answer_mass = False  # once a start is enough
+        self._said_answer_mass = self._said_faithless = False  # once a start is enough
         if self.is_writer:
             plain = asdict(config)
             self.records = MetricsLog(output, config.log, plain)
@@ -54,6 +55,8 @@ class Run:
         self._best, first = max(scores, default=(-math.inf, 0))
         self._best_step = -first
         self._kept = {self._best_step}  # checkpoints that are not deleted
+        measured = [record for record in history[0] if record.get(PAIRS) is not None]
+        self.faithfulness = RunningFaithfulness(measured[-1] if measured else {})
 
     def __enter__(self) -> "Run":
         self.progress.__enter__()
@@ -108,15 +111,11 @@ class Run:
                 f"warning: step {step}: {bad:.0f} of {metrics['attribution/passes']:.0f} judge gradients were zero or not "
                 "finite; their tokens share the item's credit evenly"
             )
-        if not self._said_answer_mass and (warning := answer_mass_warning(metrics.get("judge/answer_mass", 1.0))):
-            self.progress.message(f"warning: step {step}: {warning}")
-            self._said_answer_mass = True
         self.sample(step, batch, inputs)
 
     def sample(self, step: int, batch: Experience, inputs: Inputs) -> None:
         """Keep a few of the step's responses for the report: the first of each of the first groups."""
-        every = self.config.log.samples_every
-        if self.records is None or not every or (step - 1) % every:
+        if self.records is None or not self._is_sampled(step):
             return
         for group in batch.groups[: self.config.log.samples_per_step]:
             self.records.sample(experience.sample_record(batch, inputs, group.start, step))
@@ -131,6 +130,16 @@ class Run:
         good = [step for step, _ in complete_checkpoints(self.checkpointer.directory) if step < alarms[0].step]
         last = f"the last checkpoint before it is of step {good[-1]}" if good else "there is no checkpoint before it"
         raise AlarmError(f"alarms.stop_on: {alarms[0].text}; {last} (in {self.checkpointer.directory})")
+
+    def _is_sampled(self, step: int) -> bool:
+        every = self.config.log.samples_every
+        return bool(every) and (step - 1) % every == 0
+
+    def measured_responses(self, step: int) -> int:
+        """Of how many responses ``step`` measures the faithfulness of their credit: few, so that it costs little."""
+        rollout = self.config.rollout
+        batch = rollout.prompts_per_step * rollout.responses_per_prompt
+        return max(1, min(MOST_MEASURED, batch // MEASURED_SHARE)) if self._is_sampled(step) else 0
 
     # ---- checkpoints (collective) ----------------------------------------------------------------------------------
 

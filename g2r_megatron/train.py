@@ -61,6 +61,7 @@ def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run, 
                 key=f"{config.seed}/{step}",
                 parts=config.judge.parts,
                 mix=mix,
+                measured=run.measured_responses(step),
                 between_batches=leave_if_asked,
             )
             workers.engine.rest()
@@ -89,7 +90,11 @@ def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run, 
         if step == run.first:
             check_first_ratio(metrics, workers.trainer.model.config.params_dtype)
         metrics |= checked | (correction.metrics if correction else {})
-        metrics |= judge_metrics | step_metrics(batch, inputs, config.judge.flat_threshold) | {"attribution/mix": mix}
+        metrics |= (
+            run.faithfulness.add(judge_metrics)
+            | step_metrics(batch, inputs, config.judge.flat_threshold)
+            | {"attribution/mix": mix}
+        )
     metrics |= times.metrics()
     if config.judge.ranks:
         metrics["time/judge_busy_share"] = metrics.pop("time/judge_busy") / metrics["time/step"]

@@ -106,7 +106,7 @@ def read_policy(section: PolicyConfig | SampledPolicyConfig, rollout: RolloutCon
             "policy.model", f"{section.model} is a reward model ({policy.architecture})", "give a language model"
         )
     check_model("policy", policy, section.layout, section.precision, section.spec)
-    if rollout.engine == "vllm":
+    if rollout.engine == "vllm" and rollout.vllm.mode == "colocated":
         check_engine(policy, rollout, section.precision.dtype)
     tokenizer = load_model_tokenizer(policy)
     check_template_options(tokenizer, rollout.template_options, "rollout.template_options", rollout.chat_template)
@@ -278,27 +278,39 @@ def build_workers(config: TrainConfig, inputs: Inputs, own_ranks: OwnRanks | Non
 
 def build_engine(config: TrainConfig, trainer: PolicyTrainer, stop_ids: set[int]) -> RolloutEngine:
     """The engine that samples with the trained policy (collective)."""
-    return start_engine(trainer.model, config.rollout, config.policy.precision.dtype, stop_ids, trainer.budget)
+    dtype = config.policy.precision.dtype
+    return start_engine(trainer.model, config.rollout, dtype, stop_ids, trainer.budget, config.timeout_minutes)
 
 
 def start_engine(
-    model: MegatronModel, rollout: RolloutConfig, dtype: str, stop_ids: set[int], budget: int
+    model: MegatronModel,
+    rollout: RolloutConfig,
+    dtype: str,
+    stop_ids: set[int],
+    budget: int,
+    timeout_minutes: float = 30.0,
 ) -> RolloutEngine:
     """The engine that samples (collective); a vLLM engine has shown that every weight of the policy reaches it.
 
-    ``dtype``: of the policy; ``budget``: tokens of a row that the policy itself runs.
+    ``dtype``: of the policy; ``budget``: tokens of a row that the policy itself runs; ``timeout_minutes``: for an answer
+    of a vLLM server.
     """
     if rollout.engine == "megatron":
         return MegatronRolloutEngine(model, rollout, stop_ids)
     from g2r_megatron.rollout.vllm.canary import check_weights_arrive
     from g2r_megatron.rollout.vllm.engine import VLLMRolloutEngine
+    from g2r_megatron.rollout.vllm.servers import VLLMServersEngine
 
     def log_probs(ids: list[list[int]]) -> list[torch.Tensor]:
         sequences = [TokenSequence(sequence[:1], sequence[1:]) for sequence in ids]
         plan = plan_micro_batches(model, sequences, list(range(len(sequences))), budget)
         return response_log_probs(model, sequences, plan, temperature=1.0, budget=budget)
 
-    engine = VLLMRolloutEngine(model, rollout, stop_ids, dtype)
+    engine: VLLMRolloutEngine | VLLMServersEngine
+    if rollout.vllm.mode == "servers":
+        engine = VLLMServersEngine(model, rollout, stop_ids, timeout_minutes)
+    else:
+        engine = VLLMRolloutEngine(model, rollout, stop_ids, dtype)
     check_weights_arrive(engine, log_probs)
     return engine
 

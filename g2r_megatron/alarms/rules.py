@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from g2r_megatron.credit.faithfulness import CREDIT, FEWEST_PAIRS, PAIRS, PLACEBO
+
 Record = dict[str, float]
 MASTER_KEYS = "alarms/master_keys"
 INTERNALIZATION = "alarms/internalization_gap"
@@ -44,6 +46,16 @@ def _recent(key: str) -> Callable[[Sequence[Record], int], float | None]:
     return value
 
 
+def _so_far(key: str) -> Callable[[Sequence[Record], int], float | None]:
+    """As ``_recent``, from the first record on: what is wrong with the judge from the start is said at once."""
+
+    def value(history: Sequence[Record], window: int) -> float | None:
+        found = [record[key] for record in history if key in record][-window:]
+        return fmean(found) if found else None
+
+    return value
+
+
 def _last(key: str) -> Callable[[Sequence[Record], int], float | None]:
     def value(history: Sequence[Record], window: int) -> float | None:
         return next((record[key] for record in reversed(history) if key in record), None)
@@ -75,10 +87,9 @@ def _gold_fall(history: Sequence[Record], window: int) -> float | None:
 
 
 def _margin_over_shuffled(history: Sequence[Record], window: int) -> float | None:
-    found = [r for r in history if "attribution/faithfulness" in r and "attribution/faithfulness_shuffled" in r]
-    if not found:
-        return None
-    return found[-1]["attribution/faithfulness"] - found[-1]["attribution/faithfulness_shuffled"]
+    """Of running means over enough pairs."""
+    found = next((record for record in reversed(history) if PAIRS in record), None)
+    return None if found is None or found[PAIRS] < FEWEST_PAIRS else found[CREDIT] - found[PLACEBO]
 
 
 def _fall_from_peak(history: Sequence[Record], window: int) -> float | None:
@@ -91,7 +102,7 @@ def _fall_from_peak(history: Sequence[Record], window: int) -> float | None:
 RULES = (
     Rule(
         "answer_mass",
-        _recent("judge/answer_mass"),
+        _so_far("judge/answer_mass"),
         "judge/answer_mass",
         "the judge gives little of its probability to True or False, so its verdicts mean little",
         "look at judge.template, judge.think, judge.true_words and judge.false_words",
@@ -121,7 +132,7 @@ RULES = (
     Rule(
         "faithless",
         _margin_over_shuffled,
-        "attribution/faithfulness",
+        CREDIT,
         "credit follows what the verdict loses without a sentence no better than shuffled credit does",
         "run g2r probe on this judge, take the attribution that it names, or set alarms.on_faithless grpo",
         is_floor=True,

@@ -33,8 +33,9 @@ class AlarmsConfig:
     (arXiv 2507.08794)"""
     gold_agreement: float | None = 0.7
     """least share of held-out items on which eval.judge (or the known truth) agrees with the judge: 0.5 is chance"""
-    exploitation: float | None = 0.5
-    """largest share, by weight, of the items won since the start that eval.judge rejects (arXiv 2605.12474)"""
+    exploitation: float | None = 0.25
+    """largest share, by weight, of the items won since the start that eval.judge, or the known truth, rejects (arXiv
+    2605.12474); on the quickstart at most 0.03 with a good judge, and from 0.28 on with one that a word pleases"""
     gold_down: float | None = 0.03
     """largest fall of the gold score from its best evaluation while the judge's score did not fall"""
     length: float | None = 2.0

@@ -28,6 +28,7 @@ from g2r_megatron.config.options import (
     fill_from_preset,
     resolve_preset,
 )
+from g2r_megatron.config.server_urls import check_urls
 from g2r_megatron.config.trackers import check_wandb_login
 from g2r_megatron.config.unused import warn_of_unused
 from g2r_megatron.errors import UserError, warn
@@ -383,7 +384,9 @@ def _check_engine(rollout: RolloutConfig) -> None:
             f"{rollout.temperature:g} with rollout.engine vllm, top_p {rollout.top_p:g} and top_k {rollout.top_k}",
             "vLLM has no log-probs at this temperature without the filters: set temperature 1, or top_p 1 and top_k 0",
         )
-    if find_spec("vllm") is None:
+    if rollout.vllm.mode == "servers":
+        check_urls(rollout.vllm)
+    elif find_spec("vllm") is None:
         raise UserError(
             "rollout.engine",
             "vllm, but the package vllm is not installed",

@@ -204,10 +204,16 @@ def gated_queries(judge: JudgeConfig, is_reward_model: bool = False) -> str | No
 
 @dataclass
 class VLLMConfig:
-    """The vLLM engine in each of the policy's ranks (rollout.engine vllm)."""
+    """Where vLLM runs (rollout.engine vllm)."""
 
+    mode: Literal["colocated", "servers"] = "colocated"
+    """an engine in each of the policy's ranks, or vLLM servers that are running (tools/vllm_server.sh)"""
     options: dict[str, Any] = field(default_factory=dict)
-    """vLLM's own engine options, e.g. {gpu_memory_utilization: 0.4}; vLLM checks them"""
+    """vLLM's own engine options, e.g. {gpu_memory_utilization: 0.4}; vLLM checks them (mode=colocated)"""
+    urls: list[str] = field(default_factory=list)
+    """of the servers, e.g. ["http://127.0.0.1:8000"] (mode=servers)"""
+    behind_proxy: bool = False
+    """accept servers that do not listen on loopback: each stands behind a proxy that lets in this job alone"""
 
 
 @dataclass
@@ -215,7 +221,7 @@ class RolloutConfig:
     """Sampling of responses."""
 
     engine: Engine = "megatron"
-    """Megatron-Core on the policy's own weights, or a vLLM engine in each of its ranks that gets them after every update"""
+    """Megatron-Core on the policy's own weights, or vLLM, which gets them after every update"""
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
 
     prompts_per_step: int = 32
@@ -418,7 +424,8 @@ class TrainConfig:
     deterministic: bool = False
     """the same job gives the same bits on a GPU too, with slower kernels (on a CPU it does anyway)"""
     timeout_minutes: float = 30.0
-    """a rank that waits for longer than this for another one ends the run: it is dead or stuck"""
+    """a rank that waits for longer than this for another one ends the run: it is dead or stuck; so is a vLLM server, which is
+    given up"""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

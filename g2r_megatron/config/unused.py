@@ -37,7 +37,10 @@ OF_TRAINING: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optimizer.min_lr": (lambda c: c.optimizer.decay != "constant", "optimizer.decay linear or cosine"),
     "rollout.correction": (lambda c: c.rollout.engine == "vllm", "rollout.engine=vllm"),
     "rollout.correction_bounds": (lambda c: c.rollout.correction != "none", "a rollout.correction other than none"),
+    "rollout.vllm.mode": (lambda c: c.rollout.engine == "vllm", "rollout.engine=vllm"),
     "rollout.vllm.options": (lambda c: c.rollout.engine == "vllm", "rollout.engine=vllm"),
+    "rollout.vllm.urls": (lambda c: _on_servers(c), "rollout.engine=vllm and rollout.vllm.mode=servers"),
+    "rollout.vllm.behind_proxy": (lambda c: _on_servers(c), "rollout.engine=vllm and rollout.vllm.mode=servers"),
     "eval.samples": (lambda c: bool(c.eval.data), "eval.data"),
     "eval.greedy": (lambda c: bool(c.eval.data), "eval.data"),
     "eval.judge.model": (lambda c: bool(c.eval.data), "eval.data"),
@@ -52,6 +55,10 @@ def warn_of_unused(config: TrainConfig | OfflineJudgeConfig, defaults: TrainConf
         value = _value(config, option)
         if value != _value(defaults, option) and not has_effect(config):
             warn(f"{option}: {value} has no effect; it needs {needed}")
+
+
+def _on_servers(config: TrainConfig) -> bool:
+    return config.rollout.engine == "vllm" and config.rollout.vllm.mode == "servers"
 
 
 def _value(config: Any, option: str) -> Any:

@@ -1,6 +1,7 @@
 """``g2r eval``: is this model better? Rows in, scored responses, a table and a page out (docs/eval.md)."""
 
 import gc
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from g2r_megatron.model.build import build_model
 from g2r_megatron.parallel import groups
 from g2r_megatron.policy.checkpoint import complete_checkpoints
 from g2r_megatron.records.progress_bar import CountProgress
+from g2r_megatron.rollout.vllm.check_servers import check_servers
 from g2r_megatron.run import CONFIG_FILE
 from g2r_megatron.verify.verifier import Verifier
 from g2r_megatron.workers import (
@@ -75,6 +77,8 @@ def evaluate_model(config: EvalConfig) -> None:
     verifier = verifier_for(config.verifier, queries)
     tasks = tasks_of(queries, config.samples if policy else 1)
     check_lengths(config, judge, policy, queries)
+    if policy is not None:
+        check_servers(policy.policy, config.rollout, config.policy.precision.dtype)
     groups.initialize(config.seed)
     file = LedgerFile(Path(config.output), job_key(config, queries, FREE))
     if policy is not None:
@@ -95,7 +99,10 @@ def newest_weights(config: EvalConfig) -> str:
     if not (run / CONFIG_FILE).is_file() or (run / "config.json").is_file():
         return config.policy.model
     trained = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
-    if config.judge.model in (trained["judge"]["model"] or trained["policy"]["model"],):
+    if not isinstance(trained, dict) or not {"judge", "policy"} <= trained.keys():
+        raise UserError("policy.model", f"{run / CONFIG_FILE} is not of a g2r train run", "give a model directory")
+    trained_by = trained["judge"]["model"] or trained["policy"]["model"]
+    if config.judge.model and os.path.realpath(config.judge.model) == os.path.realpath(trained_by):
         warn(f"judge.model {config.judge.model} has trained {run}: what exploits it scores well; give another judge")
     checkpoints = complete_checkpoints(run / "checkpoints")
     found = checkpoints[-1][1] if checkpoints else run / "hf"

@@ -6,6 +6,7 @@ from statistics import fmean
 
 from g2r_megatron.config.options import TrainConfig
 from g2r_megatron.credit.judgements import ItemJudgement, JudgementRow, kind_of
+from g2r_megatron.credit.truth import true_verdicts
 from g2r_megatron.eval.records import SUMMARY, Answer, data_key, judge_facts, read_results, record_of, write_results
 from g2r_megatron.experience import Rollouts, sample_and_submit, score_metrics
 from g2r_megatron.judge.parts import take_verified
@@ -55,7 +56,7 @@ def evaluate(
         with workers.judge_on_device():
             judgements, _ = workers.judge.judge_submitted()
         scores = score_metrics(rollouts, judgements)
-        gold = None
+        gold = truths(rollouts) if kind_of(judgements[0]) is ItemJudgement else None
         if workers.gold is not None:
             gold = workers.gold.judge(rollouts.queries, [response.text for response in rollouts.responses])
             answered = [query.answer is not None for query in rollouts.queries]
@@ -66,6 +67,14 @@ def evaluate(
     elif gold is not None:
         metrics["eval/gold_score"] = fmean(map(ItemJudgement.reward, rollouts.queries, gold))
     return times.metrics() | metrics
+
+
+def truths(rollouts: Rollouts) -> list[JudgementRow] | None:
+    """What is true of every response, as a gold judge would say it; None unless that is known for all items of all rows."""
+    known = [true_verdicts(q, r.text) for q, r in zip(rollouts.queries, rollouts.responses, strict=True)]
+    if not all(known):
+        return None
+    return [[ItemJudgement(float(true), float(not true), true) for true in row or ()] for row in known]
 
 
 def records_of(rollouts: Rollouts, judgements: list[JudgementRow], gold: list[JudgementRow] | None) -> list[dict]:
@@ -84,7 +93,7 @@ def keep(config: TrainConfig, inputs: Inputs, run: Run, step: int, records: list
         judge["model"] = config.judge.model or config.policy.model
         facts = {"policy": config.output_dir, "step": step, "judge": judge, "data": data_key(inputs.eval)}
         write_results(directory_of(run.output, step), facts, records, config.seed)
-    if inputs.gold is None:
+    if "gold_score" not in records[0]:
         return {}
     first = directory_of(run.output, 0)
     if step == 0 or not (first / SUMMARY).is_file():
@@ -99,7 +108,7 @@ def directory_of(output: Path, step: int) -> Path:
 
 
 def gold_metrics(records: Sequence[dict], before: Sequence[dict]) -> dict[str, float]:
-    """The gold judge's score, the share of verdicts in which both judges agree, and the exploitation rate since ``before``.
+    """The score of the gold judge (or the truth), its agreement with the judge, and the exploitation rate since ``before``.
 
     The exploitation rate: of the items that the training judge counts for the response now and not before training, the
     share (by absolute weight) that the gold judge does not. Left out where there are no such items.

@@ -56,7 +56,7 @@ def _pair(difference: float, a: dict, b: dict, is_open: bool) -> str:
     sides = "".join(f'<p class="fine">{name}</p>{response(record)}' for name, record in (("A", a), ("B", b)))
     return (
         f'<details class="sample"{" open" if is_open else ""}><summary>{visible(str(a["id"]))} <b class="{kind}">{difference:+.2f}</b>'
-        f'</summary><div class="prompt"><p>{visible(a["prompt"])}</p></div>{sides}</details>'
+        f'</summary><div class="prompt"><p>{visible(conversation(a))}</p></div>{sides}</details>'
     )
 
 
@@ -73,8 +73,13 @@ def card(record: dict, is_open: bool) -> str:
     return (
         f'<details class="sample"{" open" if is_open else ""}><summary>{visible(str(record["id"]))} <b>{record["score"]:.2f}</b> '
         f'<span class="fine">{tokens}</span></summary>'
-        f'<div class="prompt"><p>{visible(record["prompt"])}</p></div>{response(record)}</details>'
+        f'<div class="prompt"><p>{visible(conversation(record))}</p></div>{response(record)}</details>'
     )
+
+
+def conversation(record: dict) -> str:
+    """The messages of a record, one after the other."""
+    return "\n".join(f"{message['role']}: {message['content']}" for message in record["prompt"])
 
 
 def response(record: dict) -> str:

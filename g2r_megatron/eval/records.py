@@ -63,7 +63,7 @@ def record_of(
         **of_gold,
         "length": answer.length,
         "finished": answer.finished,
-        "prompt": "\n".join(f"{m['role']}: {m['content']}" for m in query.messages),
+        "prompt": list(query.messages),
         "response": answer.text,
         "items": items,
     }

@@ -12,7 +12,7 @@ from datetime import timedelta
 from g2r_megatron.config.options import GrpoConfig
 from g2r_megatron.credit.judgements import JudgementRow
 from g2r_megatron.errors import UserError
-from g2r_megatron.judge.parts import Judged, Part, judge_part
+from g2r_megatron.judge.parts import Judged, Part, judge_part, metrics_of
 from g2r_megatron.judge.stage import JudgeStage
 from g2r_megatron.parallel import preemption
 from g2r_megatron.parallel.sides import FIRST_JUDGE, POLICY, from_first_rank, open_channel, packed, unpacked
@@ -38,16 +38,12 @@ class OwnRanks:
         self._parts += 1
 
     def judge_submitted(self) -> tuple[list[JudgementRow], dict[str, float]]:
-        """Wait for the judgements of all parts submitted, in order; seconds waited here and seconds worked there."""
+        """Wait for the judgements of all parts submitted, in order; ``metrics_of`` them, seconds waited and worked there."""
         start = time.perf_counter()
         judged = [Judged.from_plain(*self._receive()) for _ in range(self._parts)]
         self._parts = 0
-        attribution = sum(part.attribution_seconds for part in judged)
-        metrics = {
-            "time/attribution": attribution,
-            "time/judge_wait": time.perf_counter() - start,
-            "time/judge_busy": attribution + sum(part.verdict_seconds for part in judged),
-        }
+        worked = (p.verdict_seconds + p.attribution_seconds + p.faithful_seconds for p in judged)
+        metrics = metrics_of(judged) | {"time/judge_wait": time.perf_counter() - start, "time/judge_busy": sum(worked)}
         return [row for part in judged for row in part.judgements], metrics
 
     def _receive(self):

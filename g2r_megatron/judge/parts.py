@@ -12,8 +12,10 @@ from typing import cast
 import torch
 
 from g2r_megatron.config.options import GrpoConfig
+from g2r_megatron.credit.faithfulness import Faithful, faithfulness_metrics
 from g2r_megatron.credit.judgements import ItemJudgement, JudgementRow, backward_passes, from_values, kind_of
 from g2r_megatron.data.types import Query, RubricItem
+from g2r_megatron.judge.faithfulness import measure_faithfulness
 from g2r_megatron.judge.stage import JudgeStage
 
 
@@ -23,7 +25,8 @@ class Part:
 
     ``bodies``: token ids without the stop token; ``keys`` seed sampled verdicts. ``mix``: weight of the attribution in this
     step (credit/advantages.py); None asks for verdicts only. ``verified``: of each response the verifier's verdict, None for
-    a query without an answer; it takes the place of the judge's, whose credit counts where both agree.
+    a query without an answer; it takes the place of the judge's, whose credit counts where both agree. ``measured``: of
+    so many responses the faithfulness of their credit is measured (judge/faithfulness.py).
     """
 
     queries: list[Query]
@@ -32,6 +35,7 @@ class Part:
     keys: list[str]
     mix: float | None
     verified: list[bool | None] | None = None
+    measured: int = 0
 
     def plain(self) -> dict:
         """As JSON."""
@@ -51,11 +55,13 @@ def _query(plain: dict) -> Query:
 
 @dataclass
 class Judged:
-    """The judge's result for one part: the judgements of each response, and how long each pass took."""
+    """The judge's result for one part: the judgements of each response, how long each pass took, and what was measured."""
 
     judgements: Sequence[JudgementRow]
     verdict_seconds: float
     attribution_seconds: float
+    faithful: Sequence[Faithful] = ()
+    faithful_seconds: float = 0.0
 
     def plain(self) -> tuple[dict, torch.Tensor]:
         """As JSON and fp32 numbers [n], the attributions of all backward passes one after the other. No bit is lost."""
@@ -67,9 +73,10 @@ class Judged:
                 passes.append([row[k].attribution.numel(), row[k].grad_norm, row[k].cos])
                 attributions.append(row[k].attribution)
             rows.append([[*j.values(), number.get(id(j.attribution))] for j in row])
-        seconds = [self.verdict_seconds, self.attribution_seconds]
+        seconds = [self.verdict_seconds, self.attribution_seconds, self.faithful_seconds]
         numbers = torch.cat(attributions) if attributions else torch.empty(0)
-        return {"judgements": rows, "passes": passes, "seconds": seconds}, numbers
+        faithful = [[pair.credit, pair.shuffled] for pair in self.faithful]
+        return {"judgements": rows, "passes": passes, "seconds": seconds, "faithful": faithful}, numbers
 
     @classmethod
     def from_plain(cls, plain: dict, numbers: torch.Tensor) -> "Judged":
@@ -83,7 +90,9 @@ class Judged:
             [from_values(values, **{} if number is None else found[number]) for *values, number in row]
             for row in plain["judgements"]
         ]
-        return cls(rows, *plain["seconds"])
+        faithful = [Faithful(*pair) for pair in plain["faithful"]]
+        verdict, attribution, measured = plain["seconds"]
+        return cls(rows, verdict, attribution, faithful, measured)
 
 
 def judge_part(stage: JudgeStage, part: Part, grpo: GrpoConfig) -> Judged:
@@ -94,7 +103,8 @@ def judge_part(stage: JudgeStage, part: Part, grpo: GrpoConfig) -> Judged:
     attributed = bool(part.mix) and grpo.advantage != "sequence"
     judgements = stage.verdicts(inputs, part.keys, attributed)
     agreed = take_verified(judgements, part.verified or [None] * len(judgements))
-    judged = time.perf_counter()
+    judged = attributed_at = time.perf_counter()
+    faithful: list[Faithful] = []
     if part.mix is not None:
         needed: list[list[bool]] = []
         for number, query in enumerate(part.queries):
@@ -103,7 +113,20 @@ def judge_part(stage: JudgeStage, part: Part, grpo: GrpoConfig) -> Judged:
         needed = [[mark and same for mark in marks] for marks, same in zip(needed, agreed, strict=True)]
         weights = [kind_of(row).weights(query) for query, row in zip(queries, judgements, strict=True)]
         stage.attribute(inputs, judgements, needed, weights)
-    return Judged(judgements, judged - start, time.perf_counter() - judged)
+        attributed_at = time.perf_counter()
+        if part.measured:
+            faithful = measure_faithfulness(stage, inputs, judgements, weights, part.keys, part.measured)
+    measured = time.perf_counter() - attributed_at
+    return Judged(judgements, judged - start, attributed_at - judged, faithful, measured)
+
+
+def metrics_of(judged: Sequence[Judged]) -> dict[str, float]:
+    """What the parts of a batch report beside their judgements."""
+    metrics = {"time/attribution": sum(part.attribution_seconds for part in judged)}
+    pairs = [pair for part in judged for pair in part.faithful]
+    if pairs:
+        metrics["time/faithfulness"] = sum(part.faithful_seconds for part in judged)
+    return metrics | faithfulness_metrics(pairs)
 
 
 def take_verified(judgements: Sequence[JudgementRow], verified: Sequence[bool | None]) -> list[bool]:
@@ -128,8 +151,7 @@ class SharedRanks:
         self._parts.append(part)
 
     def judge_submitted(self) -> tuple[list[JudgementRow], dict[str, float]]:
-        """Judge all parts submitted: their judgements, in order, and how long the attributions took (collective)."""
+        """Judge all parts submitted: their judgements, in order, and ``metrics_of`` them (collective)."""
         parts, self._parts = self._parts, []
         judged = [judge_part(self.stage, part, self.grpo) for part in parts]
-        seconds = sum(part.attribution_seconds for part in judged)
-        return [row for part in judged for row in part.judgements], {"time/attribution": seconds}
+        return [row for part in judged for row in part.judgements], metrics_of(judged)

@@ -111,10 +111,10 @@ class JudgeStage:
         if self.judge.gates is not None:
             return self.judge.gates.gradients(passes)
         if kind == "occlusion":
-            return occlusion(self.judge, passes, [self._sentences(one.inputs[0]) for one in passes])
+            return occlusion(self.judge, passes, [self.sentences(one.inputs[0]) for one in passes])
         return attention_mass(self.judge, passes) if kind == "attention" else None
 
-    def _sentences(self, item: JudgeInput) -> list[tuple[int, int]]:
+    def sentences(self, item: JudgeInput) -> list[tuple[int, int]]:
         """The sentences of a response as the judge reads it."""
         response = item.input_ids[item.response_start : item.response_end]
         return unit_spans(sentence_ids(token_texts(self.prompt.tokenizer, response)))

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from g2r_megatron.config.options import ProbeConfig
+from g2r_megatron.credit.faithfulness import FEWEST_SENTENCES
 from g2r_megatron.data.tokenizer import token_texts
 from g2r_megatron.errors import UserError, warn
 from g2r_megatron.judge.length_bound import check_judge_positions
@@ -22,7 +23,7 @@ from g2r_megatron.parallel.agreement import raised_by_all
 from g2r_megatron.probe.ledger import Ledger, LedgerFile
 from g2r_megatron.probe.measure import Prober
 from g2r_megatron.probe.page import probe_page
-from g2r_megatron.probe.pairs import FEWEST_SENTENCES, Response, choose, eligible, rows_with
+from g2r_megatron.probe.pairs import Response, choose, eligible, rows_with
 from g2r_megatron.probe.statistics import summary
 from g2r_megatron.probe.table import summary_table
 from g2r_megatron.records.files import replace_text

@@ -4,13 +4,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from g2r_megatron.credit.faithfulness import FEWEST_SENTENCES
 from g2r_megatron.credit.sentences import sentence_ids
 from g2r_megatron.data.tokenizer import encode_text, token_texts
 from g2r_megatron.data.types import Query
 from g2r_megatron.judge.hiding import unit_spans
 from g2r_megatron.judge.prompt import JudgePrompt
-
-FEWEST_SENTENCES = 3  # two can be ranked by chance alone
 
 
 @dataclass(frozen=True)

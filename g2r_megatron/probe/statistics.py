@@ -9,6 +9,7 @@ from statistics import fmean, median
 
 import torch
 
+from g2r_megatron.credit.faithfulness import spearman
 from g2r_megatron.probe.pairs import Pair, RowVerdicts, verdict
 
 RESAMPLES = 2000
@@ -16,19 +17,6 @@ PLACEBO = "shuffled"
 # sequences of a pair that the judge runs for an attribution, with its verdict: forward and backward
 PASSES = {"gate_branch": "1 + 1*", "gate_all": "2 + 1*", "attention": "2", "occlusion": "1 + sentences"}
 GRADIENT_PASSES = "2 + 1"
-
-
-def ranks(values: Sequence[float]) -> torch.Tensor:
-    """Places in order, fp64; equal values share the mean of theirs."""
-    x = torch.tensor(values, dtype=torch.float64)
-    return ((x[:, None] > x).sum(1) + (x[:, None] >= x).sum(1)).double() / 2
-
-
-def spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    """In [-1, 1]; 0 where either has no order at all."""
-    a, b = (r - r.mean() for r in (ranks(first), ranks(second)))
-    scale = a.norm() * b.norm()
-    return float(a @ b / scale) if scale > 0 else 0.0
 
 
 def same_top(first: Sequence[float], second: Sequence[float]) -> float:

@@ -16,6 +16,7 @@ SHOWN = (
     ("loss/policy", "loss", "{:.2e}"),
     ("eval/true_score", "eval true", "{:.3f}"),
     ("eval/judge_score", "eval judge", "{:.3f}"),
+    ("eval/gold_score", "eval gold", "{:.3f}"),
     ("response/length_mean", "tokens", "{:.0f}"),
     ("time/step", "step", "{:.1f}s"),
 )

@@ -40,6 +40,11 @@ def _key_ratio(run: Run) -> float | None:
     return mass / chance if mass is not None and chance else None
 
 
+def _above_shuffled(run: Run) -> float | None:
+    credit, shuffled = run.series("attribution/faithfulness"), run.series("attribution/faithfulness_shuffled")
+    return credit[-1][1] - shuffled[-1][1] if credit and shuffled else None
+
+
 HAZARDS = (
     Hazard(
         "Flat attribution",
@@ -61,6 +66,13 @@ HAZARDS = (
         "{:.3f}",
         _average("attribution/cos_median"),
         lambda v: v < 0.02,
+    ),
+    Hazard(
+        "Faithfulness of credit",
+        "with hidden sentences, minus shuffled; ▲ ≤ 0",
+        "{:+z.2f}",
+        _above_shuffled,
+        lambda v: v <= 0,
     ),
     Hazard("Credit on key tokens", "times chance; ▲ < 1.2", "{:.1f}×", _key_ratio, lambda v: v < 1.2),
     Hazard(

@@ -24,6 +24,8 @@ HEALTH_CHARTS = (
     ("attribution/ess_share", "Spread of alpha: ESS/T (1 is flat)", "{:.2f}"),
     ("attribution/flat_share", "Share of flat attributions", "{:.2f}"),
     ("attribution/max_alpha", "Largest alpha", "{:.3f}"),
+    ("attribution/faithfulness", "Faithfulness of credit, running mean", "{:+.2f}"),
+    ("attribution/faithfulness_shuffled", "The same of shuffled credit", "{:+.2f}"),
     ("attribution/cos_median", "Median |cos(gradient, embedding)|", "{:.3f}"),
     ("attribution/key_token_mass", "Alpha on key tokens", "{:.2f}"),
     ("attribution/passes", "Backward passes a step", "{:.0f}"),
@@ -31,6 +33,8 @@ HEALTH_CHARTS = (
 TRAINING_CHARTS = (
     ("judge/gap", "Judge minus true score, training batches", "{:+z.3f}"),
     ("judge/agreement", "Judge agrees with the truth", "{:.3f}"),
+    ("eval/gold_score", "Score by the gold judge, held-out prompts", "{:.3f}"),
+    ("judge/verifier_agreement", "Judge agrees with the verifier", "{:.3f}"),
     ("response/length_mean", "Response length, tokens", "{:.1f}"),
     ("response/finished_share", "Finished responses", "{:.2f}"),
     ("group/zero_variance_share", "Groups without variance", "{:.2f}"),

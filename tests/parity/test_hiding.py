@@ -42,7 +42,7 @@ def measured(layout: Layout, path: str, name: str, budget: int) -> dict:
         judgements = stage.verdicts(rows, ["0"])
         stage.attribute(rows, judgements, [[True] * 3], [list(WEIGHTS)])
         found[kind, credit] = [judgement.attribution.tolist() for judgement in judgements[0]]
-        spans = stage._sentences(rows[0][0])
+        spans = stage.sentences(rows[0][0])
     found["spans"] = spans
     found["hidden"] = [values.tolist() for values in read_hidden(stage.judge, rows[0], [spans] * 3)]
     found["deleted"] = [values.tolist() for values in read_deleted(stage.judge, rows[0], [spans] * 3)]

@@ -49,34 +49,37 @@ def options_of(**options) -> RolloutConfig:
     )
 
 
-def policy_of(layout: Layout, path: str):
+def policy_of(layout: Layout, path: str, **options):
     from g2r_megatron.model.build import build_model
     from g2r_megatron.model.hf import open_hf_model
     from g2r_megatron.policy.trainer import PolicyTrainer
 
     model = build_model("policy", open_hf_model(path, "policy.model"), groups_of(layout), Precision())
-    config = TrainConfig(rollout=options_of(), optimizer=OptimizerConfig(distributed=False))
+    config = TrainConfig(rollout=options_of(**options), optimizer=OptimizerConfig(distributed=False))
     return PolicyTrainer(model, config), config
 
 
-def requests():
+def requests(vocab: int = 380):
     from g2r_megatron.rollout.types import Request
 
     generator = torch.Generator().manual_seed(5)
-    texts = [torch.randint(0, 380, (n,), generator=generator).tolist() for n in PROMPTS]
+    texts = [torch.randint(0, vocab, (n,), generator=generator).tolist() for n in PROMPTS]
     return [Request(ids, f"step 3, response {i}") for i, ids in enumerate(texts)]
 
 
-def updated_engine(layout: Layout, path: str, export: str) -> dict:
-    """Responses of an engine whose policy was changed three times, and its distance to the trainer; ``export`` is written."""
+def updated_engine(layout: Layout, path: str, export: str, vocab: int = 380, **options) -> dict:
+    """Responses of an engine whose policy was changed three times, and its distance to the trainer; ``export`` is written.
+
+    ``options``: of the rollout; ``vocab``: the prompts are of tokens below it.
+    """
     from g2r_megatron.policy.correction import correct
     from g2r_megatron.policy.export import export_policy
     from g2r_megatron.policy.log_probs import TokenSequence
     from g2r_megatron.workers import build_engine
 
-    trainer, config = policy_of(layout, path)
+    trainer, config = policy_of(layout, path, **options)
     engine = build_engine(config, trainer, {2})
-    prompts = requests()
+    prompts = requests(vocab)
     engine.generate(prompts, temperature=0.0)  # fills the prefix cache with what is about to be old
     with torch.no_grad():
         for update in range(UPDATES):
@@ -121,40 +124,42 @@ def canary_message(path: str, sabotaged: str) -> str:
     from g2r_megatron.errors import RunError
     from g2r_megatron.model.safetensors_files import SafetensorsReader
     from g2r_megatron.rollout.vllm import receiver
-    from g2r_megatron.rollout.vllm.weights import check_sum
+    from g2r_megatron.rollout.vllm.transfer import check_sum
     from g2r_megatron.workers import build_engine
 
     trainer, config = policy_of(Layout(), path)
-    receive, pack = receiver.Receiver.receive_weights, receiver.pack_what_reload_leaves
+    load, pack = receiver.WeightReceiver.g2r_load, receiver.pack_what_reload_leaves
     if sabotaged == "packing":
         receiver.pack_what_reload_leaves = lambda model: None
     else:
         start = SafetensorsReader(Path(path))
 
-        def receive_old(self, info):  # one tensor always has the content of the start weights, whose check sum it gets
-            content = [(n, start.read(n, None, None) if n == sabotaged else t) for n, t, _ in info.bucket]
-            info.bucket = [(n, t, check_sum(t)) for n, t in content]
-            receive(self, info)
+        def load_old(self, bucket):  # one tensor always has the content of the start weights, whose check sum it gets
+            content = [(n, start.read(n, None, None) if n == sabotaged else t) for n, t, _ in bucket]
+            load(self, [(n, t, check_sum(t)) for n, t in content])
 
-        receiver.Receiver.receive_weights = receive_old
+        receiver.WeightReceiver.g2r_load = load_old
     try:
         build_engine(config, trainer, {2})
     except RunError as error:
         return str(error)
     finally:
-        receiver.Receiver.receive_weights, receiver.pack_what_reload_leaves = receive, pack
+        receiver.WeightReceiver.g2r_load, receiver.pack_what_reload_leaves = load, pack
     return ""
 
 
 # The tests.
 
 
-def by_transformers(export: str) -> list:
+def by_transformers(export: str, vocab: int = 380) -> list:
     """What transformers generates greedily from the exported directory."""
     model, found = AutoModelForCausalLM.from_pretrained(export), []
-    for request in requests():
+    for request in requests(vocab):
         ids = torch.tensor([request.prompt_ids])
-        whole = model.generate(ids, max_new_tokens=LIMIT, do_sample=False, eos_token_id=2, pad_token_id=0)
+        mask = torch.ones_like(ids)  # else tokens 0 are taken for padding
+        whole = model.generate(
+            ids, attention_mask=mask, max_new_tokens=LIMIT, do_sample=False, eos_token_id=2, pad_token_id=0
+        )
         response = whole[0, len(request.prompt_ids) :].tolist()
         found.append((response, response[-1] == 2))
     return found

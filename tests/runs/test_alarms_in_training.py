@@ -78,7 +78,7 @@ def test_the_best_checkpoint_is_kept(options, tmp_path):
         (["--alarms.stop_on", "[exploits]"], ["alarms.stop_on", "'exploits' is no alarm", "gold_down"]),
         (["--alarms.stop_on", "[flat]", "--alarms.flat", "null"], ["alarms.stop_on", "alarms.flat is null"]),
         (["--alarms.length", "0.5"], ["alarms.length", "0.5", "at least 1"]),
-        (["--checkpoint.keep_best", "eval/gold", "--eval.data", "[]"], ["checkpoint.keep_best", "without data.eval"]),
+        (["--checkpoint.keep_best", "eval/gold", "--eval.data", "[]"], ["checkpoint.keep_best", "without eval.data"]),
         (
             ["--checkpoint.keep_best", "eval/gold"],
             ["checkpoint.keep_best", "'eval/gold' is not measured", "eval/true_score"],

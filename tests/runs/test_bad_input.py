@@ -240,7 +240,7 @@ ROWS = [
     ([{**ROW, "response": 3}], ["rows.jsonl:1", "response is 3", "text"]),
     ([{**ROW, "prompt": []}], ["rows.jsonl:1", "prompt is []"]),
     ([{**ROW, "prompt": [{"role": "robot", "content": "a"}]}], ["prompt[0].role is 'robot'", "system, user"]),
-    ([{**ROW, "prompt": [{"role": "assistant", "content": "a"}]}], ["prompt[0].role", "last message"]),
+    ([{**ROW, "prompt": [{"role": "assistant", "content": "a"}]}], ["prompt[0]", "assistant", "last message"]),
     ([{**ROW, "rubric": []}], ["rows.jsonl:1", "rubric is []"]),
     ([{**ROW, "rubric": [{**ITEM, "weight": "much"}]}], ["rubric[0].weight is 'much'", "finite number"]),
     ([{**ROW, "rubric": [{**ITEM, "weight": "Pitfall"}]}], ["rubric[0].weight is 'Pitfall'", "polarity"]),

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from g2r_megatron.cli import main
+from g2r_megatron.credit.faithfulness import Faithful
 from g2r_megatron.credit.judgements import ItemJudgement
 from g2r_megatron.data.types import Query, RubricItem
 from g2r_megatron.errors import UserError
@@ -349,7 +350,7 @@ def test_what_crosses_the_channel_keeps_its_bits():
     query = Query(
         "\ud800 'q'", ({"role": "user", "content": "\u202eنص\0\n"},), (RubricItem("c", -0.1, ("a", "b"), "x"),)
     )
-    part = Part([query], 2, [[5, 0], []], ["k/0", "k/1"], 1 / 3)
+    part = Part([query], 2, [[5, 0], []], ["k/0", "k/1"], 1 / 3, 2)
     assert Part.from_plain(unpacked(packed(part.plain()))[0]) == part
 
     pooled = torch.tensor([1e-45, -0.0, float("nan"), float("-inf"), 0.1])
@@ -357,8 +358,10 @@ def test_what_crosses_the_channel_keeps_its_bits():
     first = [ItemJudgement(*p, True, pooled, 0.1, float("nan")), ItemJudgement(*p, False)]
     first.append(ItemJudgement(*p, True, pooled, 0.1, float("nan")))
     judged = Judged([first, [], [ItemJudgement(0.0, 1.0, True, torch.tensor([2.0]), 2.0, 1.0)]], 0.25, 1e-9)
+    judged.faithful, judged.faithful_seconds = [Faithful(1 / 3, -0.1)], 1e-3
     back = Judged.from_plain(*unpacked(packed(*judged.plain())))
-    assert (back.verdict_seconds, back.attribution_seconds) == (0.25, 1e-9)
+    assert (back.verdict_seconds, back.attribution_seconds, back.faithful_seconds) == (0.25, 1e-9, 1e-3)
+    assert back.faithful == [Faithful(1 / 3, -0.1)]
     assert [len(row) for row in back.judgements] == [3, 0, 1]
     a, b, c = back.judgements[0]
     assert (a.p_true, a.p_false, a.verdict, a.grad_norm, str(a.cos)) == (*p, True, 0.1, "nan")

@@ -41,6 +41,8 @@ HAZARDS = {
 EVALUATION = {
     "eval/judge_score",
     "eval/true_score",
+    "eval/gold_score",  # the truth, which is known here
+    "eval/gold_agreement",
     "eval/agreement",
     "eval/length_mean",
     "eval/finished_share",

@@ -5,6 +5,7 @@ Leaves out what the engine samples (tests/parity/test_vllm.py) and GPUs.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -12,9 +13,19 @@ from importlib.util import find_spec
 import pytest
 
 from g2r_megatron.config import checks
-from g2r_megatron.config.options import RolloutConfig
+from g2r_megatron.config.options import RolloutConfig, VLLMConfig
 from g2r_megatron.errors import UserError
-from real_runs import ROOT, quickstart_options, records
+from real_runs import (
+    PATIENCE,
+    ROOT,
+    nothing_is_left_of,
+    processes_of,
+    quickstart_options,
+    records,
+    send,
+    start,
+    wait_for,
+)
 from test_bad_input import assert_refused
 from tiny_models import build_tiny_hf
 
@@ -108,6 +119,22 @@ class TestRuns:
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.vllm
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (make vllm)")
+def test_nothing_outlives_a_killed_rank(options, tmp_path):
+    """kill -9 of one of two ranks while they train: the run ends, with the engines in it and all that they started."""
+    run = tmp_path / "run"
+    process = start(run, [*options, "--steps", "1000", "--eval.every", "0"], ranks=2)
+    try:
+        wait_for(lambda: (run / "metrics.jsonl").exists(), process, run)
+        (rank,) = processes_of(run, 1)
+        os.kill(rank, signal.SIGKILL)
+        assert process.wait(PATIENCE) != 0
+        assert nothing_is_left_of(run)
+    finally:
+        send(run, signal.SIGKILL)
+
+
 @pytest.mark.parametrize(
     ("options_of_rollout", "where"),
     [
@@ -116,12 +143,32 @@ class TestRuns:
         ({"correction_bounds": [1.2, 2.0]}, "rollout.correction_bounds"),
         ({"correction_bounds": [0.5]}, "rollout.correction_bounds"),
         ({"correction": "tis", "correction_bounds": [0.5, 2.0]}, "rollout.correction_bounds"),
+        ({"vllm": VLLMConfig(mode="servers")}, "rollout.vllm.urls"),
+        ({"vllm": VLLMConfig(mode="servers", urls=["http://127.0.0.1:1", "http://127.0.0.1:1"])}, "rollout.vllm.urls"),
+        ({"vllm": VLLMConfig(mode="servers", urls=["http://192.0.2.7:8000"])}, "rollout.vllm.urls"),
+        ({"vllm": VLLMConfig(mode="servers", urls=["http://vllm.example:8000"])}, "rollout.vllm.urls"),
+        ({"vllm": VLLMConfig(mode="servers", urls=["127.0.0.1:8000"])}, "rollout.vllm.urls"),
+        ({"vllm": VLLMConfig(mode="servers", urls=["http://[::1]:99999"])}, "rollout.vllm.urls"),
+        (
+            {"vllm": VLLMConfig(mode="servers", urls=["http://[::1]:1"], options={"block_size": 8})},
+            "rollout.vllm.options",
+        ),
     ],
 )
 def test_rollout_options_that_do_not_fit(options_of_rollout, where):
     with pytest.raises(UserError) as error:
         checks._check_engine(RolloutConfig(engine="vllm", **options_of_rollout))
     assert error.value.where == where
+
+
+def test_servers_that_are_accepted(monkeypatch):
+    """On loopback, or behind a proxy that the user vouches for; the trainer needs no vLLM of its own."""
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    checks._check_engine(
+        RolloutConfig(engine="vllm", vllm=VLLMConfig(mode="servers", urls=["http://localhost:1", "http://[::1]:1"]))
+    )
+    vllm = VLLMConfig(mode="servers", urls=["https://vllm.example"], behind_proxy=True)
+    checks._check_engine(RolloutConfig(engine="vllm", vllm=vllm))
 
 
 def test_without_the_package(monkeypatch):

@@ -12,6 +12,7 @@ from g2r_megatron.alarms.rules import RULES
 from g2r_megatron.alarms.watch import Watch
 from g2r_megatron.config.alarm_options import ALARMS, AlarmsConfig
 from g2r_megatron.config.checks import TRAIN_RANGES
+from g2r_megatron.credit.faithfulness import CREDIT, FEWEST_PAIRS, PAIRS, PLACEBO
 
 QUIET = replace(AlarmsConfig(window=2), **dict.fromkeys(ALARMS))
 
@@ -37,7 +38,6 @@ def test_every_threshold_is_a_rule_and_has_a_range():
 @pytest.mark.parametrize(
     ("name", "threshold", "key", "good", "bad"),
     [
-        ("answer_mass", 0.5, "judge/answer_mass", 0.6, 0.3),
         ("one_sided", 0.9, "judge/true_share", 0.5, 1.0),
         ("one_sided", 0.9, "judge/true_share", 0.5, 0.0),
         ("flat", 0.95, "attribution/ess_share", 0.9, 1.0),
@@ -66,15 +66,28 @@ def test_last_measurements(name, threshold, key, good, bad):
     assert fired(watch(**{name: threshold}), records) == [(2, name)]
 
 
+def test_answer_mass_is_told_from_the_first_step_on():
+    assert fired(watch(answer_mass=0.5), [{"judge/answer_mass": 0.3}]) == [(0, "answer_mass")]
+    assert fired(watch(answer_mass=0.5), [{"judge/answer_mass": value} for value in (0.6, 0.3, 0.3)]) == [
+        (1, "answer_mass")
+    ]
+
+
 def test_credit_no_better_than_shuffled():
-    key = "attribution/faithfulness"
-    records = [{key: 0.5, f"{key}_shuffled": 0.1}, {key: 0.2, f"{key}_shuffled": 0.25}]
-    watching = watch(faithless=0.0)
-    assert fired(watching, records) == [(1, "faithless")] and not watching.uses_sequence_credit
-    watching = Watch(replace(QUIET, faithless=0.0, on_faithless="grpo"))
-    assert not watching.uses_sequence_credit
-    fired(watching, records)
-    assert watching.uses_sequence_credit
+    """Told from enough pairs on, with a running mean that is not above that of the placebo."""
+
+    def records(credit: float, pairs: float = FEWEST_PAIRS) -> list[dict]:
+        return [{CREDIT: credit, PLACEBO: 0.03, PAIRS: pairs}, {}]
+
+    assert fired(watch(faithless=0.0), records(0.02)) == [(0, "faithless")]
+    assert (
+        fired(watch(faithless=0.0), records(0.5)) == fired(watch(faithless=0.0), records(0.02, FEWEST_PAIRS - 1)) == []
+    )
+    for what, falls_back in (("warn", False), ("grpo", True)):
+        watching = Watch(replace(QUIET, faithless=0.0, on_faithless=what))
+        assert not watching.uses_sequence_credit
+        fired(watching, records(0.02))
+        assert watching.uses_sequence_credit == falls_back
 
 
 @pytest.mark.parametrize("key", ["eval/gold_score", "eval/true_score"])
@@ -101,7 +114,6 @@ def test_internalization_falls_from_its_peak():
 
 def test_an_alarm_says_what_it_means_and_what_to_do():
     watching = watch(answer_mass=0.5)
-    watching.observe(6, {"judge/answer_mass": 0.1})
     (alarm,) = watching.observe(7, {"judge/answer_mass": 0.1})
     assert alarm.text.startswith(
         "step 7: alarm answer_mass: judge/answer_mass 0.1, below alarms.answer_mass 0.5: the judge"

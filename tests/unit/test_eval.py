@@ -174,7 +174,11 @@ def test_files_and_page(tmp_path):
     assert (
         "healthbench, 6 rows" in text and "theme:1" in text and "level:example" not in text and "100% finished" in text
     )
-    hostile = {**records[0], "response": "<script>alert(1)</script>\u202e", "prompt": "<img src=x>"}
+    hostile = {
+        **records[0],
+        "response": "<script>alert(1)</script>\u202e",
+        "prompt": [{"role": "user", "content": "<img src=x>"}],
+    }
     hostile["items"] = [{**records[0]["items"][0], "criterion": "<b>c"}]
     write_results(tmp_path / "b", {name: found[name] for name in ("policy", "judge", "data")}, [hostile], SEED)
     page = (tmp_path / "b" / "eval.html").read_text()

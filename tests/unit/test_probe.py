@@ -8,11 +8,12 @@ from random import Random
 import pytest
 
 from g2r_megatron.config.options import JudgeConfig
+from g2r_megatron.credit.faithfulness import spearman
 from g2r_megatron.data.types import Query, RubricItem
 from g2r_megatron.probe.measure import swapped_template
 from g2r_megatron.probe.page import probe_page
 from g2r_megatron.probe.pairs import Pair, Response, RowVerdicts, choose, rows_with
-from g2r_megatron.probe.statistics import interval, judge_summary, same_top, spearman, summary, verdict_line
+from g2r_megatron.probe.statistics import interval, judge_summary, same_top, summary, verdict_line
 from g2r_megatron.probe.table import summary_table
 
 METHODS = ["gate_branch", "contracted"]

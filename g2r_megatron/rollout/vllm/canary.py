@@ -8,15 +8,15 @@ trainer's; then everything is put back and compared again.
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
-from g2r_megatron.device import local_device
+from g2r_megatron.config.options import RolloutConfig
 from g2r_megatron.errors import RunError
 from g2r_megatron.model.build import MegatronModel
 from g2r_megatron.model.weights import mapping_of, parameter_names
-from g2r_megatron.rollout.vllm.engine import VLLMRolloutEngine
 
 # Mean |log p engine - log p trainer| above this means other weights; two implementations of bf16 differ by about 0.01.
 BOUND = {torch.float32: 1e-3, torch.bfloat16: 0.1}
@@ -25,49 +25,69 @@ SEQUENCES, LONGEST = 16, 64  # what log-probs are compared on: random tokens
 LogProbs = Callable[[list[list[int]]], list[torch.Tensor]]
 
 
-def check_weights_arrive(engine: VLLMRolloutEngine, trainer_log_probs: LogProbs) -> None:
+class WeightsTaker(Protocol):
+    """A vLLM engine, or several, in other programs or not."""
+
+    model: MegatronModel  # the policy
+    config: RolloutConfig
+
+    def take_weights(self) -> None:
+        """As ``RolloutEngine.take_weights``."""
+        ...
+
+    def log_probs(self, sequences: list[list[int]]) -> dict[str, list[torch.Tensor]]:
+        """log p [T - 1] fp32 at temperature 1 of the tokens of each sequence after its first, by each engine of this rank."""
+        ...
+
+
+def check_weights_arrive(engine: WeightsTaker, trainer_log_probs: LogProbs) -> None:
     """Raise ``RunError`` naming the tensors that do not arrive in an engine (collective). Both have the start weights.
 
-    ``trainer_log_probs``: as ``engine.log_probs``, by the policy itself, on every rank. The weights are the same
-    afterwards, bit for bit; in between they are kept in host memory. An expert that no random token is routed to is not seen.
+    ``trainer_log_probs``: those of the policy itself, on every rank. The weights are the same afterwards, bit for bit; in
+    between they are kept in host memory. An expert that no random token is routed to is not seen.
     """
     model = engine.model
     sequences, bound = probes(engine), BOUND[model.config.params_dtype]
 
-    def error() -> float:
+    def error() -> tuple[float, str]:
         engine.take_weights()
         return distance(engine.log_probs(sequences), trainer_log_probs(sequences))
 
     with changed(model, lambda name: True):
-        all_changed = error()
-    put_back = error()
+        all_changed, worst = error()
+    put_back, worst_put_back = error()
     if max(all_changed, put_back) <= bound:
         return
     lost = []
     for parameter in parameter_names(model.hf):
         with changed(model, parameter.__eq__):
-            if error() > max(bound, 2 * put_back):
+            if error()[0] > max(bound, 2 * put_back):
                 lost.append(", ".join(mapping_of(model.hf, parameter).hf))
     raise RunError(
-        f"the vLLM engine does not sample with the policy's weights: mean |log p engine - log p trainer| is {all_changed:.3g} "
-        f"with every weight changed and {put_back:.3g} with them put back (at most {bound:g}); "
+        f"{worst if all_changed > bound else worst_put_back} does not sample with the policy's weights: "
+        f"mean |log p engine - log p trainer| is {all_changed:.3g} with every weight changed "
+        f"and {put_back:.3g} with them put back (at most {bound:g}); "
         + (f"not arrived: {'; '.join(lost)}" if lost else "no single tensor explains it")
         + "; set rollout.engine megatron, or install a tested version of vLLM"
     )
 
 
-def probes(engine: VLLMRolloutEngine) -> list[list[int]]:
+def probes(engine: WeightsTaker) -> list[list[int]]:
     """Sequences of random tokens, the same on every rank."""
     length = min(LONGEST, engine.config.max_prompt_tokens + engine.config.max_response_tokens - 1)
     generator = torch.Generator().manual_seed(1)
     return torch.randint(engine.model.geometry.vocab, (SEQUENCES, length), generator=generator).tolist()
 
 
-def distance(engine: list[torch.Tensor], trainer: list[torch.Tensor]) -> float:
-    """Mean absolute difference, of the rank where it is largest (collective); infinite where one is not finite."""
-    mean = (torch.cat(engine) - torch.cat(trainer)).abs().mean().nan_to_num(nan=torch.inf).to(local_device())
-    dist.all_reduce(mean, op=dist.ReduceOp.MAX)
-    return mean.item()
+def distance(engines: dict[str, list[torch.Tensor]], trainer: list[torch.Tensor]) -> tuple[float, str]:
+    """Mean absolute difference of the engine where it is largest, and its name (collective); infinite if not finite."""
+    means = [
+        ((torch.cat(found) - torch.cat(trainer)).abs().mean().nan_to_num(nan=torch.inf).item(), name)
+        for name, found in engines.items()
+    ]
+    of_all_ranks: list[list[tuple[float, str]]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(of_all_ranks, means)
+    return max(mean for means in of_all_ranks for mean in means)
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """A vLLM engine in every rank of the policy, with the policy's weights, which it gets after every update."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,12 +9,12 @@ import torch.distributed as dist
 from g2r_megatron.config.options import RolloutConfig
 from g2r_megatron.errors import RunError
 from g2r_megatron.model.build import MegatronModel
-from g2r_megatron.model.weights import hf_shapes
 from g2r_megatron.rollout.types import Request, Sampled
 from g2r_megatron.rollout.vllm.environment import alone, engine_options, set_environment, single_groups
-from g2r_megatron.rollout.vllm.weights import replica_buckets
+from g2r_megatron.rollout.vllm.requests import SCORING, by_length, sampling_fields
+from g2r_megatron.rollout.vllm.weights import all_buckets
 
-LARGEST_SEED = 2**31 - 1
+RECEIVER = "g2r_megatron.rollout.vllm.receiver.WeightReceiver"
 
 
 class VLLMRolloutEngine:
@@ -32,14 +31,9 @@ class VLLMRolloutEngine:
         own = single_groups()[dist.get_rank()]
         set_environment()
         from vllm import LLM
-        from vllm.config import WeightTransferConfig
 
-        from g2r_megatron.rollout.vllm.receiver import BACKEND, register
-
-        register()
-        options = engine_options(model.hf, config, dtype)
         with alone(own):
-            self._llm = LLM(**options, weight_transfer_config=WeightTransferConfig(backend=BACKEND))
+            self._llm = LLM(**engine_options(model.hf, config, dtype), worker_extension_cls=RECEIVER)
 
     def rest(self) -> None:
         """Drop weights and cache; ``take_weights`` brings both back. On a CPU vLLM keeps what it has allocated."""
@@ -51,19 +45,13 @@ class VLLMRolloutEngine:
 
         Raises ``RunError`` naming a tensor that did not come through as it was sent, or was not sent.
         """
-        missing = set(hf_shapes(self.model.hf))
         resting = self._llm.llm_engine.is_sleeping()
         if resting:
             self._llm.wake_up(tags=["weights"])
-        self._llm.collective_rpc("start_weight_update")
-        for bucket in replica_buckets(self.model):
-            self._llm.collective_rpc("update_weights", args=({"bucket": bucket},))
-            missing -= {name for name, _, _ in bucket}
-        if missing:
-            raise RunError(
-                f"weight synchronisation: {min(missing)} (of {len(missing)}) was not sent to the vLLM engine"
-            )
-        self._llm.collective_rpc("finish_weight_update")
+        self._llm.collective_rpc("g2r_start")
+        for bucket in all_buckets(self.model):
+            self._llm.collective_rpc("g2r_load", args=(bucket,))
+        self._llm.collective_rpc("g2r_finish")
         if not self._llm.reset_prefix_cache():
             raise RunError("weight synchronisation: vLLM did not reset its prefix cache")
         if resting:  # the cache last: on a GPU the buckets above need memory too
@@ -84,8 +72,7 @@ class VLLMRolloutEngine:
         """
         between_batches()
         temperature = self.config.temperature if temperature is None else temperature
-        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i))
-        share = order[dist.get_rank() :: dist.get_world_size()]
+        share = by_length(requests)[dist.get_rank() :: dist.get_world_size()]
         prompts = [{"prompt_token_ids": requests[i].prompt_ids} for i in share]
         sampling = [self._sampling(requests[i].key, temperature) for i in share]
         outputs = self._llm.generate(prompts, sampling, use_tqdm=False) if share else []
@@ -97,43 +84,21 @@ class VLLMRolloutEngine:
         return [merged[i] for i in range(len(requests))]
 
     def _sampling(self, key: str, temperature: float):
-        """Every field that decides a token, so that no default of vLLM's or the model's does."""
         from vllm import SamplingParams
 
-        return SamplingParams(
-            n=1,
-            max_tokens=self.config.max_response_tokens,
-            min_tokens=0,
-            temperature=temperature,
-            top_p=self.config.top_p,
-            top_k=self.config.top_k,
-            min_p=0.0,
-            presence_penalty=0.0,
-            frequency_penalty=0.0,
-            repetition_penalty=1.0,
-            seed=seed_of(key),
-            stop_token_ids=sorted(self.stop_ids),
-            ignore_eos=True,  # the stop tokens are all given
-            logprobs=0,  # of the sampled token alone
-            detokenize=False,
-        )
+        return SamplingParams(**sampling_fields(self.config, self.stop_ids, key, temperature))
 
-    def log_probs(self, sequences: list[list[int]]) -> list[torch.Tensor]:
-        """log p [T - 1] fp32 at temperature 1 of the tokens of each sequence after its first, by this rank's engine."""
+    def log_probs(self, sequences: list[list[int]]) -> dict[str, list[torch.Tensor]]:
+        """By this rank's engine, as ``WeightsTaker`` of canary.py says."""
         from vllm import SamplingParams
 
         prompts = [{"prompt_token_ids": ids} for ids in sequences]
-        parameters = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, ignore_eos=True)
-        outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
-        return [
+        outputs = self._llm.generate(prompts, SamplingParams(**SCORING), use_tqdm=False)
+        found = [
             torch.tensor([found[i].logprob for i, found in zip(ids[1:], output.prompt_logprobs[1:], strict=True)])
             for ids, output in zip(sequences, outputs, strict=True)
         ]
-
-
-def seed_of(key: str) -> int:
-    """The seed of a request's random numbers, from its key alone."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % LARGEST_SEED
+        return {f"the engine of rank {dist.get_rank()}": found}
 
 
 def _sampled(completion) -> Sampled:

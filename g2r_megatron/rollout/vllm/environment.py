@@ -23,7 +23,7 @@ GPU_SHARE = 0.4  # of a GPU's memory for weights, cache and activations of the e
 OURS = (
     *("model", "tokenizer", "skip_tokenizer_init", "dtype", "load_format", "generation_config", "logprobs_mode"),
     *(
-        "weight_transfer_config",
+        "worker_extension_cls",
         "trust_remote_code",
         "tensor_parallel_size",
         "pipeline_parallel_size",
@@ -78,18 +78,26 @@ def engine_options(policy: HFModel, rollout: RolloutConfig, dtype: str) -> dict[
         defaults["kv_cache_memory_bytes"] = max(64 << 20, 2 * a_token * (length + 128) * rollout.batch_size)
     else:  # vLLM's own 0.92 is for a GPU of its own: it would not start beside the policy
         defaults["gpu_memory_utilization"] = GPU_SHARE
-    filtered = rollout.top_p < 1 or rollout.top_k > 0
     ours = dict(
         model=str(policy.path),
         skip_tokenizer_init=True,
-        dtype={"fp32": "float32", "bf16": "bfloat16"}[dtype],
+        dtype=vllm_dtype(dtype),
         # a Megatron checkpoint has no weights that vLLM reads: they come with the first synchronisation
         load_format="auto" if policy.checkpoint is None else "dummy",
         generation_config="vllm",  # no default of the model's
-        # log-probs at the sampling temperature; after top-k and top-p vLLM would renormalise them (config/checks.py)
-        logprobs_mode="raw_logprobs" if filtered else "processed_logprobs",
+        logprobs_mode=logprobs_mode(rollout),
     )
     return defaults | options | ours
+
+
+def vllm_dtype(dtype: str) -> str:
+    """vLLM's name of a ``policy.precision.dtype``."""
+    return {"fp32": "float32", "bf16": "bfloat16"}[dtype]
+
+
+def logprobs_mode(rollout: RolloutConfig) -> str:
+    """Log-probs at the sampling temperature; after top-k and top-p vLLM would renormalise them (config/checks.py)."""
+    return "raw_logprobs" if rollout.top_p < 1 or rollout.top_k > 0 else "processed_logprobs"
 
 
 def check_engine(policy: HFModel, rollout: RolloutConfig, dtype: str) -> None:

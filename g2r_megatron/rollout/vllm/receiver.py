@@ -1,70 +1,83 @@
-"""The end of a weight transfer inside vLLM: tensors of this process, checked as they arrive, loaded, and made effective.
+"""What a worker of vLLM can do for us: take weights, check them as they arrive, load them, and make them effective.
 
-vLLM's own backends need a GPU. On a CPU vLLM packs weights after it has loaded them; its reload packs those of linear layers
-anew, but neither a tied output layer nor the experts of a mixture, and says nothing: these would stay the old ones.
+vLLM makes ``WeightReceiver`` a base of its worker class (option ``worker_extension_cls``), in an engine of ours and in a server,
+which needs torch and vLLM for it, but not Megatron-Core. On a CPU vLLM packs weights after it has loaded them; its reload
+packs those of linear layers anew, but neither a tied output layer nor the experts of a mixture, and says nothing: these would
+stay the old ones.
 """
 
-from dataclasses import dataclass
+import json
+import socket
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+import torch.distributed as dist
+from vllm import __version__
+from vllm.config import set_current_vllm_config
+from vllm.distributed.parallel_state import get_world_group
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from g2r_megatron.errors import RunError
-from g2r_megatron.rollout.vllm.weights import Bucket, check_sum
-
-BACKEND = "g2r"
+from g2r_megatron.rollout.vllm.transfer import PROTOCOL, Bucket, check_sum, received_buckets
 
 
-@dataclass
-class InitInfo(WeightTransferInitInfo):
-    """Nothing is to be set up: both ends are one process."""
+class WeightReceiver:
+    """Mixed into vLLM's worker; ``collective_rpc`` calls these by name. Full updates only."""
 
+    def g2r_start(self: Any) -> None:
+        """The model takes weights in the form of a checkpoint until ``g2r_finish``."""
+        with set_current_vllm_config(self.vllm_config):
+            initialize_layerwise_reload(self.get_model())
 
-@dataclass
-class UpdateInfo(WeightTransferUpdateInfo):
-    """Whole tensors under Hugging Face names, each with the check sum that its sender computed."""
-
-    bucket: Bucket
-
-
-class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """vLLM calls ``start_weight_update``, ``update_weights`` once a bucket, ``finish_weight_update``. Full updates only."""
-
-    init_info_cls = InitInfo
-    update_info_cls = UpdateInfo
-    supports_draft_weight_update = False
-
-    def init_transfer_engine(self, init_info: InitInfo) -> None:
-        """Nothing."""
-
-    def start_weight_update(self) -> None:
-        """The model takes weights in the form of a checkpoint until ``finish_weight_update``."""
-        initialize_layerwise_reload(self.model)
-
-    def update_weights(self, update_info: dict) -> None:
-        """As vLLM's, whose end asks for an accelerator."""
-        self.receive_weights(self.parse_update_info(update_info))
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
-
-    def receive_weights(self, update_info: UpdateInfo) -> None:
+    def g2r_load(self: Any, bucket: Bucket) -> None:
         """Load one bucket. Raises ``RunError`` naming a tensor whose content is not what was sent."""
-        for name, tensor, sent in update_info.bucket:
+        for name, tensor, sent in bucket:
             if check_sum(tensor) != sent:
                 raise RunError(f"weight synchronisation: {name} was changed on its way to the vLLM engine")
-        self.model.load_weights([(name, tensor) for name, tensor, _ in update_info.bucket])
+        with set_current_vllm_config(self.vllm_config):
+            self.get_model().load_weights([(name, tensor) for name, tensor, _ in bucket])
 
-    def finish_weight_update(self) -> None:
+    def g2r_finish(self: Any) -> None:
         """All weights are there: make them what the kernels use."""
-        finalize_layerwise_reload(self.model, self.model_config)
-        if self.device.type == "cpu":
-            pack_what_reload_leaves(self.model)
+        with set_current_vllm_config(self.vllm_config):
+            finalize_layerwise_reload(self.get_model(), self.model_config)
+            if self.device.type == "cpu":
+                pack_what_reload_leaves(self.get_model())
+            else:  # copies to the device may still be on their way
+                torch.accelerator.synchronize()
 
-    def shutdown(self) -> None:
-        """Nothing is held."""
+    def g2r_receive(self: Any, host: str, port: int, token: str, timeout: float) -> None:
+        """A whole update from the trainer that listens at ``host``; ``token`` shows it who connects.
+
+        An update that breaks off leaves weights that are neither old nor new, and a worker that takes the next update.
+        """
+        self.g2r_start()
+        try:
+            for bucket in _on_all_workers(_buckets(host, port, token, timeout)):
+                self.g2r_load(bucket)
+        except BaseException:
+            with set_current_vllm_config(self.vllm_config):  # else vLLM adds the next update to what came of this one
+                finalize_layerwise_reload(self.get_model(), self.model_config)
+            raise
+        self.g2r_finish()
+
+    def g2r_describe(self: Any) -> dict[str, Any]:
+        """What a trainer must know of this server before it uses it."""
+        config = self.vllm_config
+        return {
+            "protocol": PROTOCOL,
+            "vllm": __version__,
+            "model": config.model_config.model,
+            "config": json.loads(json.dumps(config.model_config.hf_text_config.to_dict(), default=str)),
+            "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "max_model_len": config.model_config.max_model_len,
+            "logprobs_mode": config.model_config.logprobs_mode,
+            "quantization": config.model_config.quantization,
+            "data_parallel_size": config.parallel_config.data_parallel_size,
+            "device": self.device.type,
+        }
 
 
 def pack_what_reload_leaves(model: torch.nn.Module) -> None:
@@ -77,7 +90,35 @@ def pack_what_reload_leaves(model: torch.nn.Module) -> None:
             kernel.fused_experts.process_weights_after_loading(module)
 
 
-def register() -> None:
-    """Make the backend known to vLLM, once a process."""
-    if BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(BACKEND, Receiver)
+def _buckets(host: str, port: int, token: str, timeout: float) -> Iterator[Bucket]:
+    with socket.create_connection((host, port), timeout) as connection:
+        connection.sendall(token.encode())
+        yield from received_buckets(connection)
+
+
+def _on_all_workers(buckets: Iterator[Bucket]) -> Iterator[Bucket]:
+    """The ``buckets`` of the server's first worker, on every worker: the trainer sends them once."""
+    world = get_world_group()
+    if world.world_size == 1:
+        yield from buckets
+        return
+    first = world.rank_in_group == 0
+    while True:
+        bucket: Bucket = []
+        error = None
+        if first:
+            try:
+                bucket = next(buckets, [])
+            except OSError as caught:  # the others wait for the next bucket
+                error = str(caught)
+        header = [(name, tensor.dtype, tensor.shape, total) for name, tensor, total in bucket]
+        header, error = world.broadcast_object((header, error))
+        if error is not None:
+            raise RunError(f"weight synchronisation: {error}")
+        if not header:
+            return
+        if not first:
+            bucket = [(name, torch.empty(shape, dtype=dtype), total) for name, dtype, shape, total in header]
+        for _, tensor, _ in bucket:
+            dist.broadcast(tensor, world.ranks[0], group=world.cpu_group)
+        yield bucket

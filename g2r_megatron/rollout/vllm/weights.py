@@ -1,22 +1,17 @@
-"""The policy's weights on every rank under Hugging Face names, in buckets: what each rank's engine is given."""
+"""The policy's weights on every rank under Hugging Face names, in buckets: what its engines are given."""
 
 from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 
+from g2r_megatron.errors import RunError
 from g2r_megatron.model.build import MegatronModel
 from g2r_megatron.model.weights import hf_shapes
 from g2r_megatron.model.write_hf import stage_tensors
+from g2r_megatron.rollout.vllm.transfer import Bucket, check_sum
 
 BUCKET_BYTES = 256 << 20
-Bucket = list[tuple[str, torch.Tensor, int]]  # (Hugging Face name, whole tensor, check sum at the sender)
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
-
-
-def check_sum(tensor: torch.Tensor) -> int:
-    """Sum of the tensor's elements, read as integers of their size."""
-    return int(tensor.contiguous().view(_BITS[tensor.element_size()]).sum(dtype=torch.int64))
 
 
 def buckets(tensors: Iterable[tuple[str, torch.Tensor]], size: int) -> Iterator[Bucket]:
@@ -31,6 +26,16 @@ def buckets(tensors: Iterable[tuple[str, torch.Tensor]], size: int) -> Iterator[
         held += tensor.nbytes
     if bucket:
         yield bucket
+
+
+def all_buckets(model: MegatronModel) -> Iterator[Bucket]:
+    """``replica_buckets``; raises ``RunError`` naming a weight of the model that was in none of them."""
+    missing = set(hf_shapes(model.hf))
+    for bucket in replica_buckets(model):
+        missing -= {name for name, _, _ in bucket}
+        yield bucket
+    if missing:
+        raise RunError(f"weight synchronisation: {min(missing)} (of {len(missing)}) was not sent to vLLM")
 
 
 def replica_buckets(model: MegatronModel, size: int = BUCKET_BYTES) -> Iterator[Bucket]:
