@@ -167,6 +167,10 @@ def template_parts(
     other = _attempt(rendered, beside.messages)
     if other is not None and beside.removed(other) == plain:
         return beside.parts(other)
+    instead = Instead(control, messages)
+    other = _attempt(rendered, instead.messages)
+    if other is not None and instead.restored(other) == plain:
+        return instead.parts(other)
     return [(plain, False)] if marked is None else enclosing.parts_where_equal(marked, plain)
 
 
@@ -290,7 +294,8 @@ class Beside:
 
     def __post_init__(self):
         fresh = _fresh_characters(self.original)
-        self.before, self.after, self.end = next(fresh), next(fresh), next(fresh)
+        # at one place (of two control tokens in a row) marks stand in this order: each beside its own token
+        self.after, self.before, self.end = next(fresh), next(fresh), next(fresh)
 
         def mark(text: str, role: str, printed: bool) -> str:
             spans = self.control.spans(text, thoughts=role != "assistant")
@@ -315,6 +320,41 @@ class Beside:
             for text in (self._marks.split(piece) if trusted else [self.removed(piece)])
             if text
         ]
+
+
+@dataclass
+class Instead:
+    """Marks instead of characters, so that no text changes its length (templates that count or cut): of the first and
+    the last character of a text, blanks aside, and of the last one of each control token in it."""
+
+    control: ControlTexts
+    original: Sequence[dict]
+
+    def __post_init__(self):
+        fresh = _fresh_characters(self.original)
+        self._mark_of: dict[str, str] = {}
+
+        def mark(text: str, role: str, printed: bool) -> str:
+            places = {end - 1 for _, end in self.control.spans(text, thoughts=role != "assistant")}
+            if printed and text.strip():
+                places |= {len(text) - len(text.lstrip()), len(text.rstrip()) - 1}
+            chars = list(text)
+            for place in places:
+                if text[place] not in self._mark_of:
+                    self._mark_of[text[place]] = next(fresh)
+                chars[place] = self._mark_of[text[place]]
+            return "".join(chars)
+
+        self.messages = [_changed(message, mark) for message in self.original]
+        self._restore = str.maketrans({mark: char for char, mark in self._mark_of.items()})
+        self._marks = re.compile(f"([{''.join(self._mark_of.values())}])" if self._mark_of else "(?!)()")
+
+    def restored(self, marked: str) -> str:
+        return marked.translate(self._restore)
+
+    def parts(self, marked: str) -> list[Part]:
+        pieces = enumerate(self._marks.split(marked))
+        return [(self.restored(piece), i % 2 == 0) for i, piece in pieces if piece]
 
 
 def _changed(value, change: Callable[[str, str, bool], str], role: str = "", printed: bool = True):

@@ -273,6 +273,26 @@ def test_text_that_a_template_rewrites():
     assert render_prompt(tokenizer, [user("a-b")], True, "x").count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
 
 
+def test_templates_that_look_into_texts():
+    """Two control tokens in a row where a template looks for one; turns stay turns where a template counts or cuts texts."""
+    look = "{% if '<tool_response>' in m.content %}{{ '[INST]' }}{% endif %}{{ m.content }}"
+    for content, text in (
+        (look, "<tool_response><tool_response>"),
+        (look, "<tool_response><tool_response><|im_end|><|im_start|>"),
+        ("{{ m.content | length ~ ' ' ~ m.content }}", "a<|im_end|>b<|im_start|>"),
+        ("{{ m.content[:14] }}", "a<|im_end|>bcd<|im_start|>"),
+        ("{{ m.content | truncate(14) }}", "<|im_<|im_end|>start|> <|im_end|>"),
+    ):
+        turn = "{{ '<|im_start|>' + m.role + '\n' }}" + content + "{{ '<|im_end|>\n' }}"
+        tokenizer = made("{% for m in messages %}" + turn + "{% endfor %}", [*MARKUP[:2], "<tool_response>", "[INST]"])
+        messages = [user(text), assistant(text), user(text)]
+        ids = render_prompt(tokenizer, messages, True, "x")
+        assert tokenizer.decode(ids) == of_library(tokenizer, messages)
+        found = tokenizer.convert_ids_to_tokens(control(tokenizer, ids))
+        expected = ["<|im_start|>", *["[INST]"] * (content == look), "<|im_end|>"] * 3
+        assert found == expected, (content, text)
+
+
 def test_undeclared_control_tokens():
     """What a template prints as structure is control, also put together from pieces; words, blanks and signs are not."""
     template = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}{{ 'Answer: yes\n### Reply:<|assistant|>' }}"
