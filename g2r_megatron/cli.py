@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from g2r_megatron.config import parsing
-from g2r_megatron.config.checks import check_judge_config, check_probe_config, check_train_config
+from g2r_megatron.config.checks import (
+    check_judge_config,
+    check_probe_config,
+    check_serve_config,
+    check_train_config,
+)
 from g2r_megatron.config.options import (
     PRESETS,
     OfflineJudgeConfig,
@@ -22,6 +27,7 @@ from g2r_megatron.config.options import (
     fill_from_preset,
     resolve_preset,
 )
+from g2r_megatron.config.serve_options import ServeConfig
 from g2r_megatron.errors import Preempted, RunError, UserError
 from g2r_megatron.parallel import preemption
 from g2r_megatron.records.failures import announce, is_announced
@@ -32,6 +38,7 @@ commands:
   train   train a policy on its judge's gradients        g2r train --config FILE [--policy.layout.tp 2 ...]
   judge   judge responses of a file, token by token      g2r judge --judge.model DIR --input FILE --output FILE
   probe   is this judge's credit true?                   g2r probe --judge.model DIR --input FILE --output DIR
+  serve   the judge as an HTTP service                   g2r serve --judge.model DIR [--serve.port 8000]
   plan    memory and time of a job before it is queued   g2r plan --config FILE --nodes 2 [--suggest] [options of train]
   doctor  what is installed, and what is missing         g2r doctor
   report  compare runs: a table and a self-contained page  g2r report RUN_DIR [RUN_DIR ...] --output report.html
@@ -60,6 +67,11 @@ FIRST_STEPS = {
     "g2r probe": (
         "judge.model, input, output",
         "give them as in `g2r probe --judge.model DIR --input rows.jsonl --output probe` (g2r probe --help)",
+    ),
+    "g2r serve": (
+        "judge.model",
+        "give it as in `g2r serve --judge.model DIR` "
+        "(an example: g2r serve --config examples/quickstart/serve.yaml; g2r serve --help)",
     ),
     "g2r plan": (
         "policy.model",
@@ -115,6 +127,25 @@ def probe_command(argv: list[str]) -> None:
     probe_judge(config)
 
 
+def serve_command(argv: list[str]) -> int | None:
+    """``g2r serve``: the HTTP front, or one of the judge's ranks that it has started."""
+    config = _parsed(ServeConfig, "g2r serve", argv)
+    config.judge = fill_from_preset(config.judge, PRESETS[config.preset]["judge"])
+    from g2r_megatron.serve.protocol import SOCKET_VARIABLE
+
+    if SOCKET_VARIABLE not in os.environ:
+        check_serve_config(config, _world_size() if not config.serve.launcher else None)
+        from g2r_megatron.serve.front import serve
+
+        return serve(config, argv)
+    check_serve_config(config, _world_size())
+    _import_megatron()
+    from g2r_megatron.serve.worker import serve_as_rank
+
+    serve_as_rank(config)
+    return None
+
+
 def plan_command(argv: list[str]) -> int:
     """``g2r plan``."""
     from g2r_megatron.plan.config import PlanConfig
@@ -168,6 +199,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "train": train_command,
     "judge": judge_command,
     "probe": probe_command,
+    "serve": serve_command,
     "plan": plan_command,
     "doctor": doctor_command,
     "report": report_command,

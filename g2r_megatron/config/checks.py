@@ -8,6 +8,7 @@ import math
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from g2r_megatron.config.options import (
     fill_from_preset,
     resolve_preset,
 )
+from g2r_megatron.config.serve_options import API_KEY_VARIABLE, ServeConfig, ServiceConfig
 from g2r_megatron.config.trackers import check_wandb_login
 from g2r_megatron.config.unused import warn_of_unused
 from g2r_megatron.errors import UserError, warn
 
+SHORTEST_KEY = 16  # characters of an API key
 TEMPLATE_FIELDS = ("conversation", "response", "criterion")
 
 
@@ -80,6 +83,24 @@ OFFLINE_JUDGE_RANGES = {
     "shard": NOT_NEGATIVE,
 }
 PROBE_RANGES = {**JUDGE_RANGES, "sample": COUNT, "false_sample": COUNT_OR_OFF, "seed": SEED}
+SERVE_RANGES = {
+    **JUDGE_RANGES,
+    "seed": SEED,
+    "serve.port": Range(0, 65535),
+    "serve.batch_rows": COUNT,
+    "serve.batch_wait_ms": COUNT_OR_OFF,
+    "serve.queue_requests": COUNT,
+    "serve.queue_bytes": COUNT,
+    "serve.max_body_bytes": COUNT,
+    "serve.max_responses": COUNT,
+    "serve.max_items": COUNT,
+    "serve.deadline_seconds": POSITIVE,
+    "serve.receive_seconds": POSITIVE,
+    "serve.max_connections": COUNT,
+    "serve.cache_bytes": COUNT_OR_OFF,
+    "serve.drain_seconds": NOT_NEGATIVE,
+    "serve.max_restarts": COUNT_OR_OFF,
+}
 TRAIN_RANGES = {
     **JUDGE_RANGES,
     "steps": COUNT,
@@ -185,12 +206,67 @@ def check_probe_config(config: ProbeConfig, world_size: int) -> None:
     _check_directory("output", config.output)
 
 
+def check_serve_config(config: ServeConfig, world_size: int | None) -> None:
+    """Raise ``UserError`` for the first thing in a resolved ``config`` that cannot work.
+
+    ``world_size``: ranks of the judge; None in the HTTP front, which does not know how many its launcher starts.
+    """
+    _require_given("judge.model", config.judge.model, "give the Hugging Face directory of the judge")
+    _check_ranges(config, SERVE_RANGES)
+    _check_judge_is_alone(config.judge, "g2r serve")
+    layout = config.judge.layout
+    _check_judge(config.judge, layout.tp * layout.cp * layout.pp if world_size is None else world_size)
+    defaults = fill_from_preset(JudgeConfig(), PRESETS[config.preset]["judge"])
+    warn_of_unused(config, ServeConfig(judge=defaults))
+    if "judge" in config.serve.tokenizers:
+        raise UserError("serve.tokenizers", "judge", "this name is the judge's own tokenizer's: give another one")
+    if config.judge.credit == "per_response" and "occlusion" in config.serve.attributions:
+        raise UserError(
+            "serve.attributions", "occlusion with judge.credit per_response", "use per_item, or leave it out"
+        )
+    if not is_loopback(config.serve.host) and not api_key(config.serve):
+        raise UserError(
+            "serve.host",
+            f"{config.serve.host} without an API key",
+            f"give serve.api_key_file or set {API_KEY_VARIABLE}: only a loopback address needs none",
+        )
+    if config.serve.url_file:
+        _check_file_can_be_made("serve.url_file", config.serve.url_file)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches ``host``."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:  # another name
+        return False
+
+
+def api_key(serve: ServiceConfig) -> str:
+    """The key that clients must send, "" for none. Raises ``UserError`` for a file or a key that cannot be one."""
+    where, key = API_KEY_VARIABLE, os.environ.get(API_KEY_VARIABLE, "")
+    if serve.api_key_file:
+        where = "serve.api_key_file"
+        try:
+            key = Path(serve.api_key_file).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                where, f"{serve.api_key_file} cannot be read ({error})", "give a file of one line"
+            ) from error
+    if (key or serve.api_key_file) and not (len(key) >= SHORTEST_KEY and key.isascii() and key.isprintable()):
+        remedy = f"give {SHORTEST_KEY} or more printable ASCII characters, e.g. of: openssl rand -hex 32"
+        raise UserError(where, f"a key of {len(key)} characters", remedy)
+    return key
+
+
 def _require_given(option: str, value: object, remedy: str) -> None:
     if not value:
         raise UserError(option, "missing", remedy)
 
 
-def _check_ranges(config: TrainConfig | OfflineJudgeConfig | ProbeConfig, ranges: dict[str, Range]) -> None:
+def _check_ranges(
+    config: TrainConfig | OfflineJudgeConfig | ProbeConfig | ServeConfig, ranges: dict[str, Range]
+) -> None:
     for option, allowed in ranges.items():
         value: Any = config
         for name in option.split("."):

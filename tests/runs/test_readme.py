@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from g2r_megatron.config import parsing
 from g2r_megatron.config.checks import check_train_config
 from g2r_megatron.config.options import OfflineJudgeConfig, ProbeConfig, TrainConfig, resolve_preset
+from g2r_megatron.config.serve_options import ServeConfig
 from g2r_megatron.plan.config import PlanConfig
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +30,13 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCUMENTS += sorted(ROOT.glob("examples/*/README.md")) + sorted(ROOT.glob("benchmarks/results/*.md"))
 CONFIGS = {"Qwen2.5-1.5B-Instruct": "Qwen2.5-1.5B", "Qwen3-8B": "Qwen3-8B", "Qwen3-30B-A3B": "Qwen3-30B-A3B"}
-CONFIG_CLASSES = {"train": TrainConfig, "judge": OfflineJudgeConfig, "probe": ProbeConfig, "plan": PlanConfig}
+CONFIG_CLASSES = {
+    "train": TrainConfig,
+    "judge": OfflineJudgeConfig,
+    "probe": ProbeConfig,
+    "plan": PlanConfig,
+    "serve": ServeConfig,
+}
 
 
 def blocks(text: str, language: str) -> list[str]:
