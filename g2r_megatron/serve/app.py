@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from pydantic_core import PydanticSerializationError
 from starlette.exceptions import HTTPException
 
 from g2r_megatron.config.serve_options import ServiceConfig
@@ -59,7 +60,10 @@ class Service:
             most = f"{self.config.max_responses} responses and {self.config.max_items} rubric items"
             return failure(413, f"a request may have {most}")
         seconds = body.options.deadline_seconds or self.config.deadline_seconds  # type: ignore[attr-defined]
-        content = body.model_dump_json(exclude={"options": {"deadline_seconds"}}).encode()
+        try:
+            content = body.model_dump_json(exclude={"options": {"deadline_seconds"}}).encode()
+        except PydanticSerializationError:  # half a surrogate pair, which JSON can spell and no text can hold
+            return failure(422, "texts must be valid Unicode")
         key = Cache.key(kind, content)
         if (kept := self.cache.get(key)) is not None:
             self.metrics.cached.inc()
