@@ -47,8 +47,8 @@ def make_groups(count: int) -> list[dict]:
     return groups
 
 
-def judge_offline(groups: list[dict], directory: Path) -> tuple[list[dict], float]:
-    """(output lines of ``g2r judge``, responses a second from its first batch to its last) of the groups' responses."""
+def judge_offline(groups: list[dict], directory: Path) -> tuple[list[list[dict]], float]:
+    """(output lines of ``g2r judge`` of each group, responses a second from its first batch to its last) of the groups' responses."""
     rows, output = directory / "rows.jsonl", directory / "judged.jsonl"
     with rows.open("w") as file:
         for number, group in enumerate(groups):
@@ -69,7 +69,9 @@ def judge_offline(groups: list[dict], directory: Path) -> tuple[list[dict], floa
             if match := re.search(r"judged (\d+)/", line):
                 done.append((time.monotonic(), int(match[1])))
     (first, few), (last, all_) = done[0], done[-1]
-    return [json.loads(line) for line in output.read_text().splitlines()], (all_ - few) / (last - first)
+    lines = iter(output.read_text().splitlines())
+    judged = [[json.loads(next(lines)) for _ in group["responses"]] for group in groups]
+    return judged, (all_ - few) / (last - first)
 
 
 class Service:
@@ -120,7 +122,7 @@ class Counts:
 class Load:
     """Clients of one service."""
 
-    def __init__(self, url: str, groups: list[dict], expected: list[dict], clients: int):
+    def __init__(self, url: str, groups: list[dict], expected: list[list[dict]], clients: int):
         self.url, self.groups, self.expected, self.clients = url, groups, expected, clients
         self.rng, self.asked = random.Random(2), 0
 
@@ -160,8 +162,7 @@ class Load:
         if answer.status_code != 200:
             counts.wrong += 1
             return
-        for i, found in enumerate(answer.json()["responses"]):
-            line = self.expected[number * GROUP + i]
+        for found, line in zip(answer.json()["responses"], self.expected[number], strict=True):
             rewards = zip(found["token_rewards"], line["token_rewards"], strict=True)
             verdicts = [item["verdict"] for item in found["items"]] == [item["verdict"] for item in line["items"]]
             counts.wrong += not verdicts or max(abs(a - b) for a, b in rewards) > TOLERANCE

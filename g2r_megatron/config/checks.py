@@ -224,7 +224,8 @@ def check_serve_config(config: ServeConfig, world_size: int | None) -> None:
         raise UserError(
             "serve.attributions", "occlusion with judge.credit per_response", "use per_item, or leave it out"
         )
-    if not is_loopback(config.serve.host) and not api_key(config.serve):
+    key = api_key(config.serve)
+    if not key and not is_loopback(config.serve.host):
         raise UserError(
             "serve.host",
             f"{config.serve.host} without an API key",
