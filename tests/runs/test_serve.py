@@ -1,7 +1,7 @@
 """``g2r serve`` over HTTP: its answers are those of ``g2r judge``, and no request keeps others from theirs.
 
 One service on one rank answers all cases but the last: a torchrun of two ranks, one of which is killed. The judge is the
-quickstart's. Leaves out parts without processes (tests/unit/test_serve.py), the page (test_serve_page.py), Slurm, and
+quickstart's. Leaves out parts without processes (tests/unit/test_serve_parts.py), the page (test_serve_page.py), Slurm, and
 load over minutes (benchmarks/serve_soak.py).
 """
 

@@ -40,7 +40,10 @@ def answer(method: str, path: str, key: str = KEY, base_url: str = "http://judge
     return asyncio.run(ask())
 
 
-@pytest.mark.parametrize("value", ["", "Bearer", f"Basic {KEY}", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"Bearer {KEY.upper()}"])  # fmt: skip
+WRONG = ["", "Bearer", f"Basic {KEY}", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"Bearer {KEY.upper()}"]
+
+
+@pytest.mark.parametrize("value", WRONG)
 @pytest.mark.parametrize("path", ["/v1/credit", "/v1/models", "/metrics"])
 def test_the_key_is_needed(path, value):
     found = answer("GET", path, headers={"authorization": value})
