@@ -306,6 +306,44 @@ def test_the_documented_schema_is_that_of_the_routes(url):
     assert "deadline_seconds" in schema["components"]["schemas"]["CreditOptions"]["properties"]
 
 
+def test_trl_trains_on_the_credit(url, tmp_path, monkeypatch):
+    """Ten steps of TRL's own GRPO on the quickstart's task: its advantages are the service's, and the score rises.
+
+    Leaves out several processes and chat prompts.
+    """
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "trl"))
+    from run import make_trainer
+
+    asked_for, batches = [], []
+
+    class Recorded(Judge):
+        def credit(self, responses, rubric=(), **options):
+            found = super().credit(responses, rubric, **options)
+            asked_for.extend((tuple(ids), answer) for (ids, _), answer in zip(responses, found, strict=True))
+            return found
+
+    with Recorded(url) as judge:
+        trainer = make_trainer(judge, 10, str(tmp_path))
+        generate = trainer._generate_and_score_completions
+        monkeypatch.setattr(
+            trainer, "_generate_and_score_completions", lambda inputs: batches.append(generate(inputs)) or batches[-1]
+        )
+        trainer.train()
+    answers = asked_for[-48:]  # of the last step
+    last, compared = batches[-1], 0
+    for ids, mask, advantages in zip(last["completion_ids"], last["completion_mask"], last["advantages"], strict=True):
+        size = int(mask.sum())
+        found = [answer for given, answer in answers if given == tuple(ids[:size].tolist())]
+        assert found and advantages.shape == ids.shape and not advantages[size:].any()
+        if len(found) == 1:  # not sampled for two prompts
+            assert close(advantages[:size].tolist(), found[0]["advantages"])
+            compared += 1
+    assert compared > 24
+    assert any(len(set(advantages.tolist())) > 3 for advantages in last["advantages"])
+    scores = [record["reward"] for record in trainer.state.log_history if "reward" in record]
+    assert len(scores) == 10 and sum(scores[-3:]) > sum(scores[:3]), scores
+
+
 def test_sigterm_answers_what_was_accepted(service, url):
     """A request under way is answered; then exit code 0, no rank left, no URL file."""
     (rank,) = service.ranks().values()
