@@ -48,6 +48,8 @@ ELSEWHERE = {  # script -> the test that runs it
     "benchmarks/gpu_check_stages.py": "tests/runs/test_gpu_check.py",
     "benchmarks/read_rows.py": "tests/unit/test_row_limits.py",
     "benchmarks/rollout.py": "tests/runs/test_vllm_training.py",
+    "benchmarks/serve_soak.py": "tests/runs/test_serve.py",
+    "examples/trl/run.py": "tests/runs/test_serve.py",
     "examples/smollm2/run.py": "tests/runs/test_smollm2.py",
     "examples/smollm2/make_model.py": "tests/runs/test_smollm2.py",
     "examples/smollm2/make_data.py": "tests/unit/test_smollm2_data.py",

@@ -21,7 +21,9 @@ from tokenizers import Tokenizer
 
 from g2r_megatron.config import parsing
 from g2r_megatron.config.checks import check_train_config
-from g2r_megatron.config.options import EvalConfig, OfflineJudgeConfig, ProbeConfig, TrainConfig, resolve_preset
+from g2r_megatron.config.command_options import EvalConfig, OfflineJudgeConfig, ProbeConfig
+from g2r_megatron.config.options import TrainConfig, resolve_preset
+from g2r_megatron.config.serve_options import ServeConfig
 from g2r_megatron.plan.config import PlanConfig
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +37,7 @@ CONFIG_CLASSES = {
     "probe": ProbeConfig,
     "eval": EvalConfig,
     "plan": PlanConfig,
+    "serve": ServeConfig,
 }
 
 
