@@ -38,6 +38,7 @@ WITH_PROCESSES = {  # they start processes themselves
     ),
     "benchmarks/convert.py": (["--small", "--processes", "1"], "."),
     "benchmarks/credit_study.py": (["--steps", "1", "--seeds", "1", "--variants", "grpo"], "table-1.md"),
+    "benchmarks/alarms.py": (["--steps", "1", "--seeds", "1", "--judge_steps", "1", "--at_once", "1"], "table.md"),
     "examples/quickstart/run.py": (
         ["--presets", "robust", "--ranks", "1", "--steps", "1", "--eval.every", "0", "--eval.data", "[]"],
         "report.html",
@@ -49,6 +50,10 @@ ELSEWHERE = {  # script -> the test that runs it
     "benchmarks/read_rows.py": "tests/unit/test_row_limits.py",
     "benchmarks/rollout.py": "tests/runs/test_vllm_training.py",
     "benchmarks/serve_soak.py": "tests/runs/test_serve.py",
+    "examples/arithmetic/run.py": "tests/runs/test_verifiable_training.py",
+    "examples/arithmetic/make_data.py": "tests/runs/test_verifiable_training.py",
+    "examples/arithmetic/make_model.py": "tests/runs/test_verifiable_training.py",
+    "examples/arithmetic/task.py": "tests/runs/test_verifiable_training.py",
     "examples/trl/run.py": "tests/runs/test_serve.py",
     "examples/smollm2/run.py": "tests/runs/test_smollm2.py",
     "examples/smollm2/make_model.py": "tests/runs/test_smollm2.py",
