@@ -20,9 +20,10 @@ import yaml
 from tokenizers import Tokenizer
 
 from g2r_megatron.config import parsing
-from g2r_megatron.config.checks import check_train_config
+from g2r_megatron.config.checks import check_eval_config, check_train_config
 from g2r_megatron.config.command_options import EvalConfig, OfflineJudgeConfig, ProbeConfig
-from g2r_megatron.config.options import TrainConfig, resolve_preset
+from g2r_megatron.config.options import PRESETS, TrainConfig, fill_from_preset, resolve_preset
+from g2r_megatron.config.serve_checks import check_serve_config
 from g2r_megatron.config.serve_options import ServeConfig
 from g2r_megatron.plan.config import PlanConfig
 
@@ -93,7 +94,7 @@ def with_models(text: str, place: Path) -> str:
 
 TRIED_BELOW = (
     ("tools/install_gpu.sh", "--dry-run"), ("g2r", "doctor"), ("g2r", "plan"), ("torchrun",), ("g2r", "report"),
-    ("g2r", "judge"), ("export",), ("sbatch",),
+    ("g2r", "judge"), ("g2r", "eval"), ("g2r", "serve"), ("export",), ("sbatch",),
 )  # fmt: skip
 
 
@@ -146,6 +147,19 @@ def test_one_step_of_my_yaml_on_the_row_and_its_report(place):
     run = place / yaml.safe_load(blocks(README, "yaml")[0])["output_dir"]
     assert (run / "hf" / "config.json").is_file()
     assert "mine" in g2r(command_of("g2r", "report")[1:], place)
+    evaluations = [str(run / "eval" / f"step_0000000{step}") for step in (0, 1)]
+    assert "wins" in g2r([*command_of("g2r", "eval", "compare")[1:3], *evaluations], place)
+
+
+def test_evaluating_and_serving_pass_every_check(monkeypatch):
+    """What they do is tested elsewhere (test_eval_command.py, test_serve.py)."""
+    monkeypatch.chdir(ROOT)
+    words = command_of("g2r", "eval", "--policy.model")[2:]
+    check_eval_config(parsing.parse(EvalConfig, "g2r eval", parsing.with_lists(words, ("data", "responses"))), 1)
+    config = parsing.parse(ServeConfig, "g2r serve", command_of("g2r", "serve")[2:])
+    config.judge = fill_from_preset(config.judge, PRESETS[config.preset]["judge"])
+    check_serve_config(config, 1)
+    assert (ROOT / config.judge.model / "config.json").is_file()
 
 
 # ---- judging a file -------------------------------------------------------------------------------------------------
