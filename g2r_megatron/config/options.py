@@ -198,6 +198,9 @@ def gated_queries(judge: JudgeConfig, is_reward_model: bool = False) -> str | No
     return judge.gate_queries or ("all" if is_reward_model else "branch")
 
 
+GPU_SHARE = 0.4  # of a GPU's memory for a vLLM engine beside the policy, unless rollout.vllm.options say otherwise
+
+
 @dataclass
 class VLLMConfig:
     """Where vLLM runs (rollout.engine vllm)."""

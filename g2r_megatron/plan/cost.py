@@ -10,10 +10,12 @@ from dataclasses import asdict, dataclass
 
 from g2r_megatron.plan.activations import FP32, SAMPLING, kv_cache_bytes
 from g2r_megatron.plan.config import Hardware
+from g2r_megatron.plan.engine import engine_model, engine_rollout, in_ranks, on_servers
 from g2r_megatron.plan.models import Job, PlannedModel
 from g2r_megatron.plan.workload import (
     Passes,
     Rollout,
+    Workload,
     attribution_passes,
     policy_passes,
     reference_passes,
@@ -208,13 +210,24 @@ def gradient_links(model: PlannedModel, stage: int, distributed: bool) -> Links:
     return Links(dp=sent)
 
 
-def rollout_phase(job: Job, sampling: Rollout) -> Phase:
+def sampling_phase(job: Job, work: Workload) -> Phase:
+    """Sampling by the engine in use. On servers the job itself has nothing to do, and how long it waits is not known here."""
+    if on_servers(job.config):
+        return Phase("rollout", job.policy.name, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0.0)
+    if in_ranks(job.config):
+        sampling = engine_rollout(work, job.config, job.policy.ranks)
+        return rollout_phase(job, sampling, engine_model(job), is_replayed=True)
+    return rollout_phase(job, rollout(work, job.config, job.policy.ranks), job.policy)
+
+
+def rollout_phase(job: Job, sampling: Rollout, model: PlannedModel, is_replayed: bool = False) -> Phase:
     """Sampling as in rollout/megatron.py: prompts at the speed of large products, then one token at a time.
 
     A decoding step reads weights and cache, and draws from logits of the whole vocabulary; the host launches each
-    operation, and waits at the end of the step. The stages of a pipeline work one after the other.
+    operation, and waits at the end of the step. The stages of a pipeline work one after the other. ``is_replayed``: the
+    layers are one captured graph, as vLLM's, which the host launches at once.
     """
-    model, hardware = job.policy, job.config.hardware
+    hardware = job.config.hardware
     tokens, count = math.ceil(sampling.sequences * sampling.first), sampling.batches * sampling.steps
     phase = run_phase(job, "rollout", model, Passes(sampling.batches, tokens, sampling.first / 2, 1), False)
     memory = hardware.memory_gb_s * 1e9 * hardware.memory_use
@@ -227,7 +240,8 @@ def rollout_phase(job: Job, sampling: Rollout) -> Phase:
     for stage, s in enumerate(model.stages):
         read = model.kind.a * (s.dense + s.vocabulary / len(model.stages) + _experts_read(model, stage, sampling))
         read += sampling.context * kv_cache_bytes(model.geometry, s, model.layout, model.kind, sampling.sequences, 1)
-        step += max(read / memory, stage_operations(model, stage) * hardware.launch_us / 1e6)
+        operations = 0 if is_replayed else stage_operations(model, stage)
+        step += max(read / memory, operations * hardware.launch_us / 1e6)
         sent = forward_links(model, stage, sampling.sequences, sp=False)
         sending += link_seconds(model, sent, job)
         sending += s.layer_count * LATENCY * (2 * (model.layout.tp > 1) + 2 * (model.layout.ep > 1))
@@ -267,7 +281,7 @@ def step_phases(job: Job) -> list[Phase]:
         (gradient_links(policy, i, config.optimizer.distributed) for i in range(policy.layout.pp)), key=lambda x: x.dp
     )
     phases = [
-        rollout_phase(job, rollout(work, config, policy.ranks)),
+        sampling_phase(job, work),
         run_phase(job, "old log-probs", policy, passes, backward=False),
     ]
     if job.reference is not None or job.judge_is_reference:

@@ -11,6 +11,7 @@ from g2r_megatron.model.hf import HFModel
 from g2r_megatron.plan.checks import Problems, check_config, check_inputs, missing_files
 from g2r_megatron.plan.config import PlanConfig
 from g2r_megatron.plan.cost import Phase, step_phases, step_seconds
+from g2r_megatron.plan.engine import in_ranks, on_servers
 from g2r_megatron.plan.models import CountStages, Job, plan_job
 from g2r_megatron.plan.rank_memory import GIB, RankMemory, rank_memory
 from g2r_megatron.plan.stages import built_stages, expected_stages
@@ -120,6 +121,8 @@ def possible_changes(config: PlanConfig) -> Iterator[Change]:
         yield {"policy.micro_batch_tokens": work.sequence}
     if c.micro_batch_tokens >= 2 * work.judge_tree:
         yield {"judge.micro_batch_tokens": work.judge_tree}
+    if in_ranks(config):
+        yield {"rollout.engine": "megatron"}
     for divisor in (2, 4, 8):
         if r.batch_size >= divisor:
             yield {"rollout.batch_size": r.batch_size // divisor}
@@ -178,6 +181,10 @@ def _shown(value) -> str:
 def job_notes(job: Job, work: Workload) -> list[str]:
     """What works, but perhaps not as the user intended."""
     config, notes = job.config, []
+    if on_servers(config):
+        notes.append(
+            "sampling on servers (rollout.vllm.urls) is not in the plan: it takes the job's time, but not its GPUs"
+        )
     if work.sequence > config.policy.micro_batch_tokens:
         notes.append(
             f"a prompt and response at their limits ({work.sequence} tokens) exceed policy.micro_batch_tokens "

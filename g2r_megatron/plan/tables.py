@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from g2r_megatron.config.options import Layout
+from g2r_megatron.plan.engine import in_ranks
 from g2r_megatron.plan.models import PlannedModel
 from g2r_megatron.plan.planner import Plan, available_bytes, fits
 from g2r_megatron.plan.rank_memory import GIB, RankMemory
@@ -146,6 +147,7 @@ def assumptions(plan: Plan) -> list[str]:
         f"{h.tflops:g} TFLOP/s bf16 (FP8 the same), {h.fp32_tflops:g} fp32, of which {h.mfu:.0%} are reached",
         f"decoding reads memory at {h.memory_use:.0%} of {h.memory_gb_s:g} GB/s, and launches an operation in {h.launch_us:g} us; "
         f"its prompts have {work.prompt * (1 - plan.config.prompt_spread):.0f} to {work.prompt} tokens",
+        *(("vLLM replays captured graphs of the whole policy on every rank",) if in_ranks(plan.config) else ()),
         f"NVLink {h.nvlink_gb_s:g} and network {h.network_gb_s:g} GB/s a GPU and direction, {h.link_use:.0%} reached, not "
         "overlapped with compute",
         f"{h.reserve_gib:g} of {h.memory_gib:g} GiB for CUDA, NCCL and fragments",

