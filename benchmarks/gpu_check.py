@@ -19,7 +19,7 @@ from machine import machine
 
 ROOT = Path(__file__).parents[1]
 STAGES_FILE = Path(__file__).with_name("gpu_check_stages.py")
-DRY_RUN_SECONDS = 250  # of a stage, on whatever machine
+DRY_RUN_SECONDS = 600  # of a stage, on whatever machine
 KEPT_LINES = 30  # of what a stage printed, when it failed
 
 

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import NoReturn
 
 from g2r_megatron.config import parsing
-from g2r_megatron.config.checks import check_eval_config, check_judge_config, check_probe_config, check_train_config
-from g2r_megatron.config.options import (
-    PRESETS,
-    EvalConfig,
-    OfflineJudgeConfig,
-    ProbeConfig,
-    TrainConfig,
-    fill_from_preset,
-    resolve_preset,
+from g2r_megatron.config.checks import (
+    check_eval_config,
+    check_judge_config,
+    check_probe_config,
+    check_train_config,
 )
+from g2r_megatron.config.command_options import EvalConfig, OfflineJudgeConfig, ProbeConfig
+from g2r_megatron.config.options import PRESETS, TrainConfig, fill_from_preset, resolve_preset
+from g2r_megatron.config.serve_checks import check_serve_config
+from g2r_megatron.config.serve_options import ServeConfig
 from g2r_megatron.errors import AlarmError, Preempted, RunError, UserError
 from g2r_megatron.parallel import preemption
 from g2r_megatron.records.failures import announce, is_announced
@@ -34,6 +34,7 @@ commands:
   judge   judge responses of a file, token by token      g2r judge --judge.model DIR --input FILE --output FILE
   probe   is this judge's credit true?                   g2r probe --judge.model DIR --input FILE --output DIR
   eval    is this model better? HealthBench and others   g2r eval --policy.model DIR --data FILE... --judge.model DIR --output DIR
+  serve   the judge as an HTTP service                   g2r serve --judge.model DIR [--serve.port 8000]
   plan    memory and time of a job before it is queued   g2r plan --config FILE --nodes 2 [--suggest] [options of train]
   doctor  what is installed, and what is missing         g2r doctor
   report  compare runs: a table and a self-contained page  g2r report RUN_DIR [RUN_DIR ...] --output report.html
@@ -67,6 +68,11 @@ FIRST_STEPS = {
         "policy.model or responses, data, judge.model, output",
         "give them as in `g2r eval --policy.model DIR --data rows.jsonl --judge.model DIR --output eval`, or compare two "
         "evaluations with `g2r eval compare A B` (g2r eval --help)",
+    ),
+    "g2r serve": (
+        "judge.model",
+        "give it as in `g2r serve --judge.model DIR` "
+        "(an example: g2r serve --config examples/quickstart/serve.yaml; g2r serve --help)",
     ),
     "g2r plan": (
         "policy.model",
@@ -154,6 +160,25 @@ def eval_command(argv: list[str]) -> None:
     evaluate_model(config)
 
 
+def serve_command(argv: list[str]) -> int | None:
+    """``g2r serve``: the HTTP front, or one of the judge's ranks that it has started."""
+    config = _parsed(ServeConfig, "g2r serve", argv)
+    config.judge = fill_from_preset(config.judge, PRESETS[config.preset]["judge"])
+    from g2r_megatron.serve.protocol import SOCKET_VARIABLE
+
+    if SOCKET_VARIABLE not in os.environ:
+        check_serve_config(config, _world_size() if not config.serve.launcher else None)
+        from g2r_megatron.serve.front import serve
+
+        return serve(config, argv)
+    check_serve_config(config, _world_size())
+    _import_megatron()
+    from g2r_megatron.serve.worker import serve_as_rank
+
+    serve_as_rank(config)
+    return None
+
+
 def plan_command(argv: list[str]) -> int:
     """``g2r plan``."""
     from g2r_megatron.plan.config import PlanConfig
@@ -208,6 +233,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "judge": judge_command,
     "probe": probe_command,
     "eval": eval_command,
+    "serve": serve_command,
     "plan": plan_command,
     "doctor": doctor_command,
     "report": report_command,

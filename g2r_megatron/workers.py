@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerFast
 
+from g2r_megatron.config.command_options import SampledPolicyConfig
 from g2r_megatron.config.options import (
     JudgeConfig,
     PolicyConfig,
     RolloutConfig,
-    SampledPolicyConfig,
     TrainConfig,
     VerdictJudgeConfig,
     VerifierConfig,

@@ -14,7 +14,7 @@ from g2r_megatron.records.heartbeat import HEARTBEAT_FILE
 ROOT = Path(__file__).parents[1]
 TASK = ROOT / "examples" / "quickstart"
 STEPS, SAVE_EVERY = 6, 2
-PATIENCE = 200.0  # seconds for anything to happen on a busy machine
+PATIENCE = 600.0  # seconds for anything to happen on a busy machine
 MARK = "G2R_TEST_RUN"  # in the environment of every process of a run, whatever it calls itself
 
 

@@ -3,6 +3,7 @@
 python examples/arithmetic/make_data.py
 """
 
+import argparse
 import json
 import random
 from pathlib import Path
@@ -25,10 +26,13 @@ def rows(held_out: bool, count: int, rng: random.Random) -> list[dict]:
 
 
 def main() -> None:
-    (HERE / "data").mkdir(exist_ok=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=HERE / "data", help="directory to write to")
+    output = parser.parse_args().output
+    output.mkdir(exist_ok=True)
     for name, count in COUNTS.items():
         lines = [json.dumps(row) + "\n" for row in rows(name == "eval", count, random.Random(f"{SEED}/{name}"))]
-        (HERE / "data" / f"{name}.jsonl").write_text("".join(lines))
+        (output / f"{name}.jsonl").write_text("".join(lines))
 
 
 if __name__ == "__main__":

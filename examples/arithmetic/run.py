@@ -1,6 +1,6 @@
 """Runs the example: makes the model, trains it with and without credit from the judge, then the table and report.html.
 
-    python examples/arithmetic/run.py                         # about ten minutes on two cores
+    python examples/arithmetic/run.py                         # some minutes on two cores
     python examples/arithmetic/run.py --seeds 1 2 3 --output runs/arithmetic-seeds
 
 A run that was interrupted is resumed by running the same command again. Other options go to g2r train.

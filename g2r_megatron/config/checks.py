@@ -6,27 +6,34 @@ Here is what the options alone (and the size of the world) decide. Checked where
 
 import math
 import os
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from g2r_megatron.config.alarm_checks import check_alarms
+from g2r_megatron.config.command_options import EvalConfig, OfflineJudgeConfig, ProbeConfig
 from g2r_megatron.config.layout import check_layout
 from g2r_megatron.config.options import (
     PRESETS,
-    EvalConfig,
     GrpoConfig,
     JudgeConfig,
     LogConfig,
-    OfflineJudgeConfig,
-    ProbeConfig,
     RolloutConfig,
     TrainConfig,
     VerdictJudgeConfig,
     VerifierConfig,
     fill_from_preset,
     resolve_preset,
+)
+from g2r_megatron.config.ranges import (
+    EVAL_RANGES,
+    OFFLINE_JUDGE_RANGES,
+    POSITIVE_FRACTION,
+    PROBE_RANGES,
+    TRAIN_RANGES,
+    check_directory,
+    check_file_can_be_made,
+    check_ranges,
+    require_given,
 )
 from g2r_megatron.config.server_urls import check_urls
 from g2r_megatron.config.trackers import check_wandb_login
@@ -36,135 +43,16 @@ from g2r_megatron.errors import UserError, warn
 TEMPLATE_FIELDS = ("conversation", "response", "criterion")
 
 
-@dataclass(frozen=True)
-class Range:
-    """An interval of finite numbers; ``open_low``/``open_high`` leave its ends out."""
-
-    low: float
-    high: float = math.inf
-    open_low: bool = False
-    open_high: bool = False
-
-    def holds(self, value: float) -> bool:
-        """False for NaN and the infinities too."""
-        above = value > self.low if self.open_low else value >= self.low
-        below = value < self.high if self.open_high else value <= self.high
-        return above and below and math.isfinite(value)
-
-    def __str__(self) -> str:
-        low = f"{'more than' if self.open_low else 'at least'} {self.low:g}"
-        if self.high == math.inf:
-            return low
-        return f"{low} and {'less than' if self.open_high else 'at most'} {self.high:g}"
-
-
-COUNT = Range(1)
-COUNT_OR_OFF = Range(0)
-NOT_NEGATIVE = Range(0)
-POSITIVE = Range(0, open_low=True)
-FRACTION = Range(0, 1)
-POSITIVE_FRACTION = Range(0, 1, open_low=True)
-BELOW_ONE = Range(0, 1, open_high=True)
-SEED = Range(0, 2**32 - 1)
-
-JUDGE_RANGES = {
-    "judge.ranks": COUNT_OR_OFF,
-    "judge.parts": COUNT,
-    "judge.micro_batch_tokens": COUNT,
-    "judge.max_length": COUNT,
-    "judge.contraction": POSITIVE_FRACTION,
-    "judge.tau": POSITIVE,
-    "judge.smear_gamma": BELOW_ONE,
-    "judge.flat_threshold": POSITIVE_FRACTION,
-}
-OFFLINE_JUDGE_RANGES = {
-    **JUDGE_RANGES,
-    "batch_rows": COUNT,
-    "seed": SEED,
-    "shards": Range(1, 99999),  # as many digits as the parts' names have
-    "shard": NOT_NEGATIVE,
-}
-PROBE_RANGES = {**JUDGE_RANGES, "sample": COUNT, "false_sample": COUNT_OR_OFF, "seed": SEED}
-VERIFIER_RANGES = {"verifier.timeout_seconds": POSITIVE, "verifier.memory_mib": Range(64)}
-SAMPLING_RANGES = {
-    "rollout.temperature": NOT_NEGATIVE,
-    "rollout.top_p": POSITIVE_FRACTION,
-    "rollout.top_k": COUNT_OR_OFF,
-    "rollout.max_prompt_tokens": COUNT,
-    "rollout.max_response_tokens": COUNT,
-    "rollout.batch_size": COUNT,
-}
-EVAL_RANGES = {
-    **SAMPLING_RANGES,
-    **VERIFIER_RANGES,
-    "samples": COUNT,
-    "batch_rows": COUNT,
-    "seed": SEED,
-    "judge.micro_batch_tokens": COUNT,
-    "judge.max_length": COUNT,
-}
-TRAIN_RANGES = {
-    **JUDGE_RANGES,
-    **SAMPLING_RANGES,
-    **VERIFIER_RANGES,
-    "steps": COUNT,
-    "seed": SEED,
-    "eval.every": COUNT_OR_OFF,
-    "eval.samples": COUNT,
-    "eval.judge.micro_batch_tokens": COUNT,
-    "eval.judge.max_length": COUNT,
-    "timeout_minutes": POSITIVE,
-    "policy.micro_batch_tokens": COUNT,
-    "rollout.prompts_per_step": COUNT,
-    "rollout.responses_per_prompt": COUNT,
-    "grpo.mix": FRACTION,
-    "grpo.mix_anneal": FRACTION,
-    "grpo.top_items": POSITIVE_FRACTION,
-    "grpo.false_scale": NOT_NEGATIVE,
-    "grpo.clip_low": Range(0, 1, open_low=True, open_high=True),
-    "grpo.clip_high": POSITIVE,
-    "grpo.kl_coef": NOT_NEGATIVE,
-    "grpo.mini_batches": COUNT,
-    "optimizer.lr": POSITIVE,
-    "optimizer.min_lr": NOT_NEGATIVE,
-    "optimizer.warmup_steps": COUNT_OR_OFF,
-    "optimizer.weight_decay": NOT_NEGATIVE,
-    "optimizer.beta1": BELOW_ONE,
-    "optimizer.beta2": BELOW_ONE,
-    "optimizer.eps": POSITIVE,
-    "optimizer.clip_grad": NOT_NEGATIVE,
-    "optimizer.max_bad_steps": COUNT,
-    "checkpoint.save_every": COUNT_OR_OFF,
-    "checkpoint.keep_last": COUNT,
-    "alarms.window": COUNT,
-    "alarms.every": COUNT_OR_OFF,
-    "alarms.queries": COUNT,
-    "alarms.answer_mass": FRACTION,
-    "alarms.one_sided": FRACTION,
-    "alarms.flat": FRACTION,
-    "alarms.one_token": FRACTION,
-    "alarms.faithless": Range(-2, 2),
-    "alarms.master_keys": FRACTION,
-    "alarms.gold_agreement": FRACTION,
-    "alarms.exploitation": FRACTION,
-    "alarms.gold_down": NOT_NEGATIVE,
-    "alarms.length": Range(1),
-    "alarms.internalization": NOT_NEGATIVE,
-    "log.samples_per_step": COUNT_OR_OFF,
-    "log.samples_every": COUNT,
-}
-
-
 def check_train_config(config: TrainConfig, world_size: int) -> None:
     """Raise ``UserError`` for the first thing in a resolved ``config`` that cannot work on ``world_size`` ranks."""
-    _require_given("policy.model", config.policy.model, "give the Hugging Face directory the policy starts from")
-    _require_given("data.train", config.data.train, "give at least one file of queries (.jsonl, .parquet, ...)")
-    _require_given("output_dir", config.output_dir, "give the run directory")
-    _require_given("rollout.think_end", config.rollout.think_end, "give auto, none, or the text that ends a thought")
-    _check_ranges(config, TRAIN_RANGES)
+    require_given("policy.model", config.policy.model, "give the Hugging Face directory the policy starts from")
+    require_given("data.train", config.data.train, "give at least one file of queries (.jsonl, .parquet, ...)")
+    require_given("output_dir", config.output_dir, "give the run directory")
+    require_given("rollout.think_end", config.rollout.think_end, "give auto, none, or the text that ends a thought")
+    check_ranges(config, TRAIN_RANGES)
     _check_judge_place(config.judge, config.rollout, world_size)
     check_layout("policy", config.policy.layout, world_size, config.judge.ranks)
-    _check_judge(config.judge, world_size)
+    check_judge(config.judge, world_size)
     _check_grpo(config.grpo, config.rollout)
     _check_engine(config.rollout)
     _check_schedule(config)
@@ -174,17 +62,17 @@ def check_train_config(config: TrainConfig, world_size: int) -> None:
     warn_of_unused(config, resolve_preset(TrainConfig(grpo=GrpoConfig(preset=config.grpo.preset))))
     _warn_of_small_budget(config)
     check_packages(config.log)
-    _check_directory("output_dir", config.output_dir)
+    check_directory("output_dir", config.output_dir)
 
 
 def check_judge_config(config: OfflineJudgeConfig, world_size: int) -> None:
     """Raise ``UserError`` for the first thing in a resolved ``config`` that cannot work on ``world_size`` ranks."""
-    _require_given("judge.model", config.judge.model, "give the Hugging Face directory of the judge")
-    _require_given("input", config.input, "give the file of rows to judge (.jsonl, .parquet, ...)")
-    _require_given("output", config.output, "give the .jsonl file to write")
-    _check_ranges(config, OFFLINE_JUDGE_RANGES)
-    _check_judge_is_alone(config.judge, "g2r judge")
-    _check_judge(config.judge, world_size)
+    require_given("judge.model", config.judge.model, "give the Hugging Face directory of the judge")
+    require_given("input", config.input, "give the file of rows to judge (.jsonl, .parquet, ...)")
+    require_given("output", config.output, "give the .jsonl file to write")
+    check_ranges(config, OFFLINE_JUDGE_RANGES)
+    check_judge_is_alone(config.judge, "g2r judge")
+    check_judge(config.judge, world_size)
     defaults = fill_from_preset(JudgeConfig(), PRESETS[config.preset]["judge"])
     warn_of_unused(config, OfflineJudgeConfig(judge=defaults))
     if config.shard >= config.shards:
@@ -192,10 +80,10 @@ def check_judge_config(config: OfflineJudgeConfig, world_size: int) -> None:
     if config.shards == 1 and Path(config.output).exists():
         remedy = "give a new file, or remove it: results are never overwritten"
         raise UserError("output", f"{config.output} exists", remedy)
-    _check_file_can_be_made("output", config.output)
+    check_file_can_be_made("output", config.output)
 
 
-def _check_judge_is_alone(judge: JudgeConfig, command: str) -> None:
+def check_judge_is_alone(judge: JudgeConfig, command: str) -> None:
     for option, default in (("ranks", 0), ("parts", None), ("offload", False)):
         if (value := getattr(judge, option)) != default:
             raise UserError(
@@ -207,34 +95,32 @@ def _check_judge_is_alone(judge: JudgeConfig, command: str) -> None:
 
 def check_probe_config(config: ProbeConfig, world_size: int) -> None:
     """Raise ``UserError`` for the first thing in ``config``, not yet filled from a preset, that cannot work on ``world_size`` ranks."""
-    _require_given("judge.model", config.judge.model, "give the Hugging Face directory of the judge")
-    _require_given("input", config.input, "give the file of rows with responses (.jsonl, .parquet, ...)")
-    _require_given("output", config.output, "give the directory to write to")
-    _require_given("attributions", config.attributions, "give at least one attribution, or leave it out")
-    _check_ranges(config, PROBE_RANGES)
-    _check_judge_is_alone(config.judge, "g2r probe")
+    require_given("judge.model", config.judge.model, "give the Hugging Face directory of the judge")
+    require_given("input", config.input, "give the file of rows with responses (.jsonl, .parquet, ...)")
+    require_given("output", config.output, "give the directory to write to")
+    require_given("attributions", config.attributions, "give at least one attribution, or leave it out")
+    check_ranges(config, PROBE_RANGES)
+    check_judge_is_alone(config.judge, "g2r probe")
     own = {"attribution": "attributions", "gate_queries": "attributions", "target": "nothing: it is the logit margin"}
     own |= {"credit": "nothing: items are measured one by one", "shuffle": "nothing: a placebo is always measured"}
     for option, instead in own.items():
         if (value := getattr(config.judge, option)) != getattr(JudgeConfig(), option):
             raise UserError(f"judge.{option}", f"{value} in g2r probe", f"leave it out, and give {instead}")
-    _check_judge(fill_from_preset(config.judge, PRESETS["robust"]["judge"]), world_size)
-    _check_directory("output", config.output)
+    check_judge(fill_from_preset(config.judge, PRESETS["robust"]["judge"]), world_size)
+    check_directory("output", config.output)
 
 
 def check_eval_config(config: EvalConfig, world_size: int) -> None:
     """Raise ``UserError`` for the first thing in ``config`` that cannot work on ``world_size`` ranks."""
-    _require_given("output", config.output, "give the directory to write to")
+    require_given("output", config.output, "give the directory to write to")
     if bool(config.policy.model) == bool(config.responses):
         found = "given, and responses too" if config.responses else "missing"
         raise UserError("policy.model", found, "give either a model to sample from, or responses in files")
     if config.policy.model:
-        _require_given("data", config.data, "give at least one file of rows (.jsonl, .parquet, ...)")
+        require_given("data", config.data, "give at least one file of rows (.jsonl, .parquet, ...)")
         check_layout("policy", config.policy.layout, world_size)
-        _require_given(
-            "rollout.think_end", config.rollout.think_end, "give auto, none, or the text that ends a thought"
-        )
-    _check_ranges(config, EVAL_RANGES)
+        require_given("rollout.think_end", config.rollout.think_end, "give auto, none, or the text that ends a thought")
+    check_ranges(config, EVAL_RANGES)
     _check_samples(config.samples, config.greedy, "")
     for option in ("prompts_per_step", "responses_per_prompt", "correction", "correction_bounds"):
         if (value := getattr(config.rollout, option)) != getattr(RolloutConfig(), option):
@@ -242,7 +128,7 @@ def check_eval_config(config: EvalConfig, world_size: int) -> None:
     _check_engine(config.rollout)
     _check_verdicts("judge", config.judge, world_size)
     _check_verifier(config.verifier)
-    _check_directory("output", config.output)
+    check_directory("output", config.output)
 
 
 def _check_samples(samples: int, greedy: bool, section: str) -> None:
@@ -251,22 +137,6 @@ def _check_samples(samples: int, greedy: bool, section: str) -> None:
         raise UserError(
             f"{section}samples", found, "greedy responses of a prompt are all the same: set it to 1, or sample"
         )
-
-
-def _require_given(option: str, value: object, remedy: str) -> None:
-    if not value:
-        raise UserError(option, "missing", remedy)
-
-
-def _check_ranges(
-    config: TrainConfig | OfflineJudgeConfig | ProbeConfig | EvalConfig, ranges: dict[str, Range]
-) -> None:
-    for option, allowed in ranges.items():
-        value: Any = config
-        for name in option.split("."):
-            value = getattr(value, name)
-        if value is not None and not allowed.holds(value):
-            raise UserError(option, str(value), f"must be {allowed}")
 
 
 def _check_judge_place(judge: JudgeConfig, rollout: RolloutConfig, world_size: int) -> None:
@@ -294,8 +164,8 @@ def _check_verdicts(
 ) -> None:
     check_layout(section, judge.layout, world_size, judge_ranks)
     check_template(judge.template, section)
-    _require_given(f"{section}.true_words", judge.true_words, "give at least one spelling of a positive verdict")
-    _require_given(f"{section}.false_words", judge.false_words, "give at least one spelling of a negative verdict")
+    require_given(f"{section}.true_words", judge.true_words, "give at least one spelling of a positive verdict")
+    require_given(f"{section}.false_words", judge.false_words, "give at least one spelling of a negative verdict")
     for option, words in (("true_words", judge.true_words), ("false_words", judge.false_words)):
         if not all(word.strip() for word in words):
             raise UserError(f"{section}.{option}", f"{words} has a blank word", "give what the judge is to say")
@@ -306,7 +176,7 @@ def _check_verdicts(
         )
 
 
-def _check_judge(judge: JudgeConfig, world_size: int) -> None:
+def check_judge(judge: JudgeConfig, world_size: int) -> None:
     _check_verdicts("judge", judge, world_size, judge.ranks)
     if judge.credit == "per_response" and judge.template.index("{criterion}") < judge.template.index("{response}"):
         raise UserError(
@@ -430,7 +300,7 @@ def _check_verifier(verifier: VerifierConfig) -> None:
         raise UserError("verifier.command", "missing with verifier.kind command", "give the program that decides")
     if verifier.kind != "command" and verifier.command:
         raise UserError("verifier.command", f"given with verifier.kind {verifier.kind}", "set the kind to command")
-    _require_given("verifier.criterion", verifier.criterion, "give what the judge is asked")
+    require_given("verifier.criterion", verifier.criterion, "give what the judge is asked")
 
 
 def _warn_of_small_budget(config: TrainConfig) -> None:
@@ -466,23 +336,3 @@ def check_template(template: str, section: str = "judge") -> None:
             f"has {', '.join(wrong)}",
             "each of {conversation}, {response}, {criterion} must be there once",
         )
-
-
-def _check_directory(option: str, path: str) -> None:
-    """``path`` is a writable directory or can be made: its nearest existing parent is a writable directory."""
-    nearest = Path(path).absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
-    if not nearest.is_dir():
-        raise UserError(option, f"{path}: {nearest} is a file", "give a directory")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(option, f"{path}: no permission to write in {nearest}", "give a directory you may write in")
-
-
-def _check_file_can_be_made(option: str, path: str) -> None:
-    """``path`` can be made in an existing directory."""
-    file = Path(path)
-    if not file.parent.is_dir():
-        raise UserError(option, f"{path}: no directory {file.parent}", "create the directory, or give another file")
-    if not os.access(file.parent, os.W_OK | os.X_OK):
-        raise UserError(option, f"{path}: no permission to write in {file.parent}", "give a directory you may write in")

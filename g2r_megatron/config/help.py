@@ -73,6 +73,15 @@ GUIDES = {
             *("rollout.max_response_tokens", "rollout.engine", "judge.template"),
         ),
     ),
+    "g2r serve": Guide(
+        "g2r serve --judge.model DIR [--serve.port N] [--option VALUE ...]",
+        "The judge as an HTTP service: scores, verdicts and token credit for responses that are sent to it.\n"
+        "Try it:            g2r serve --config examples/quickstart/serve.yaml, then open http://127.0.0.1:8000/\n"
+        "From Python:       g2r_megatron.client.Judge(\"http://127.0.0.1:8000\").credit(...)\n"
+        "Several ranks:     g2r serve ... --serve.launcher \"torchrun --standalone --nproc-per-node N\"\n"
+        "As a job:          sbatch slurm/serve.sh; everything else: docs/serve.md",
+        ("judge.model", "preset", "serve.host", "serve.port", "serve.launcher", "serve.tokenizers", "judge.template"),
+    ),
     "g2r plan": Guide(
         "g2r plan --config FILE --nodes N [--suggest] [--option VALUE ...]",
         "Memory and time of a training job before it is queued. Needs each model's config.json; no GPU, weights or data.\n"

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from g2r_megatron.config.options import OfflineJudgeConfig, TrainConfig
+from g2r_megatron.config.command_options import OfflineJudgeConfig
+from g2r_megatron.config.options import TrainConfig
+from g2r_megatron.config.serve_options import ServeConfig
 from g2r_megatron.errors import warn
 
 # option -> (whether it has an effect, given the sections that it depends on; what it needs)
@@ -49,7 +51,10 @@ OF_TRAINING: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def warn_of_unused(config: TrainConfig | OfflineJudgeConfig, defaults: TrainConfig | OfflineJudgeConfig) -> None:
+Config = TrainConfig | OfflineJudgeConfig | ServeConfig
+
+
+def warn_of_unused(config: Config, defaults: Config) -> None:
     """Name every option that is set and has no effect, and what it needs. Both are resolved, with the same preset."""
     for option, (has_effect, needed) in (OF_TRAINING if isinstance(config, TrainConfig) else OF_JUDGE).items():
         value = _value(config, option)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from g2r_megatron.config.options import EvalConfig
+from g2r_megatron.config.command_options import EvalConfig
 from g2r_megatron.credit.hazards import answer_mass_warning
 from g2r_megatron.data.chat_template import with_system_prompt
 from g2r_megatron.data.readers import read_queries

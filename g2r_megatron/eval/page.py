@@ -56,7 +56,7 @@ def _pair(difference: float, a: dict, b: dict, is_open: bool) -> str:
     sides = "".join(f'<p class="fine">{name}</p>{response(record)}' for name, record in (("A", a), ("B", b)))
     return (
         f'<details class="sample"{" open" if is_open else ""}><summary>{visible(str(a["id"]))} <b class="{kind}">{difference:+.2f}</b>'
-        f'</summary><div class="prompt"><p>{visible(conversation(a))}</p></div>{sides}</details>'
+        f"</summary>{_prompt(a)}{sides}</details>"
     )
 
 
@@ -73,13 +73,8 @@ def card(record: dict, is_open: bool) -> str:
     return (
         f'<details class="sample"{" open" if is_open else ""}><summary>{visible(str(record["id"]))} <b>{record["score"]:.2f}</b> '
         f'<span class="fine">{tokens}</span></summary>'
-        f'<div class="prompt"><p>{visible(conversation(record))}</p></div>{response(record)}</details>'
+        f"{_prompt(record)}{response(record)}</details>"
     )
-
-
-def conversation(record: dict) -> str:
-    """The messages of a record, one after the other."""
-    return "\n".join(f"{message['role']}: {message['content']}" for message in record["prompt"])
 
 
 def response(record: dict) -> str:
@@ -89,6 +84,11 @@ def response(record: dict) -> str:
         f'<div class="strip"><div class="label"><p class="what">score {record["score"]:.3f}</p></div>'
         f'<p class="text">{visible(record["response"])}</p></div><div class="rest"><ul>{items}</ul></div>'
     )
+
+
+def _prompt(record: dict) -> str:
+    text = "\n".join(f"{message['role']}: {message['content']}" for message in record["prompt"])
+    return f'<div class="prompt"><p>{visible(text)}</p></div>'
 
 
 def _verdict(item: dict) -> str:

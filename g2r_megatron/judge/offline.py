@@ -18,7 +18,7 @@ from statistics import fmean
 
 import torch.distributed as dist
 
-from g2r_megatron.config.options import OfflineJudgeConfig, ProbeConfig
+from g2r_megatron.config.command_options import OfflineJudgeConfig, ProbeConfig
 from g2r_megatron.credit.judgements import Alphas, JudgementRow, kind_of, plain_numbers
 from g2r_megatron.data.readers import read_queries
 from g2r_megatron.data.token_bound import most_tokens

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from g2r_megatron.config.options import EvalConfig, OfflineJudgeConfig, ProbeConfig
+from g2r_megatron.config.command_options import EvalConfig, OfflineJudgeConfig, ProbeConfig
 from g2r_megatron.data.types import Query
 from g2r_megatron.errors import UserError
 

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from g2r_megatron.config.options import RolloutConfig
-from g2r_megatron.errors import RunError
+from g2r_megatron.errors import RunError, warn
 
 # Bounds of rho where rollout.correction_bounds is not given. Sources: docs/rollouts.md.
 BOUNDS = {"tis": (0.0, 2.0), "icepop": (0.5, 5.0), "sequence": (0.99, 1.01)}
 # Mean |log p sampler - log p trainer| above this means other weights, or log-probs of something else.
 LARGEST_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+WARNED_SHARE = 0.3  # of that bound: from here on a warning says so
 TENTHS = 10
 
 
@@ -75,7 +76,10 @@ def _metrics(differences: list[Tensor], touched: list[Tensor]) -> dict[str, floa
 
 
 def check_sampler(trainer: list[Tensor], sampler: list[Tensor], dtype: torch.dtype) -> None:
-    """Raise ``RunError`` when the sampler's log-probs are not the trainer's, to the dtype's bound (NaN counts too)."""
+    """Raise ``RunError`` when the sampler's log-probs are not the trainer's, to the dtype's bound (NaN counts too).
+
+    A warning, once a process, says that they are nearer to the bound than ``WARNED_SHARE``.
+    """
     ours, theirs = torch.cat(trainer).float(), torch.cat(sampler)
     if not len(ours):
         return
@@ -85,4 +89,9 @@ def check_sampler(trainer: list[Tensor], sampler: list[Tensor], dtype: torch.dty
             f"rollout/sync_error is {error:.3g} (at most {LARGEST_ERROR[dtype]:g} in {str(dtype).removeprefix('torch.')}): the "
             f"sampler gives its tokens a mean log-prob of {theirs.mean().item():.4g}, the trainer {ours.mean().item():.4g}; "
             "the engine has other weights (is its version a tested one?), or rollout.vllm.options change what it computes"
+        )
+    if error > WARNED_SHARE * LARGEST_ERROR[dtype]:
+        warn(
+            f"rollout/sync_error is above {WARNED_SHARE * LARGEST_ERROR[dtype]:g}; the run ends above "
+            f"{LARGEST_ERROR[dtype]:g}: set rollout.correction, or look for what the engine computes in another precision"
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from g2r_megatron.config.options import ProbeConfig
+from g2r_megatron.config.command_options import ProbeConfig
 from g2r_megatron.credit.faithfulness import FEWEST_SENTENCES
 from g2r_megatron.data.tokenizer import token_texts
 from g2r_megatron.errors import UserError, warn

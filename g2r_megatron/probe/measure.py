@@ -8,7 +8,8 @@ from functools import partial
 
 import torch
 
-from g2r_megatron.config.options import JudgeConfig, ProbeConfig, Probed
+from g2r_megatron.config.command_options import ProbeConfig, Probed
+from g2r_megatron.config.options import JudgeConfig
 from g2r_megatron.credit.attribution import effective_sample_share, shuffled
 from g2r_megatron.data.types import Query
 from g2r_megatron.judge.frozen import FrozenJudge

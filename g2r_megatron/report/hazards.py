@@ -114,5 +114,19 @@ HAZARDS = (
         lambda v: v > 0.5,
     ),
     Hazard("Clipped ratios", "share of tokens; ▲ > 0.3", "{:.3f}", _average("ratio/clip_share"), lambda v: v > 0.3),
+    Hazard(
+        "Sampler and trainer",
+        "KL a token of the rollout engine; ▲ > 0.01",
+        "{:.5f}",
+        _average("rollout/kl"),
+        lambda v: v > 0.01,
+    ),
+    Hazard(
+        "Corrected tokens",
+        "share clipped or masked by rollout.correction; ▲ > 0.1",
+        "{:.3f}",
+        _average("rollout/corrected_share"),
+        lambda v: v > 0.1,
+    ),
     Hazard("KL to the initial policy", "at the end", "{:.4f}", _last("loss/kl"), lambda v: False),
 )

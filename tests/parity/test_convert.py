@@ -153,7 +153,7 @@ def run_tool(tool: str, *arguments: object, processes: int = 1) -> subprocess.Co
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     command = [*launcher, str(TOOLS / tool), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=250)
+    return subprocess.run(command, capture_output=True, text=True, timeout=800)
 
 
 def test_the_tools_as_commands(source, tmp_path):

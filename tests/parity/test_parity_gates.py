@@ -389,7 +389,7 @@ def test_reward_model(worlds, tmp_path, layout, queries):
 
 def gates_by_command(layout: Layout, arguments: list[str]) -> None:
     """`g2r judge` with these options."""
-    from g2r_megatron.config.options import OfflineJudgeConfig
+    from g2r_megatron.config.command_options import OfflineJudgeConfig
     from g2r_megatron.config.parsing import parse
     from g2r_megatron.judge.offline import judge_file
 

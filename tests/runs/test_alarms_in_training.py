@@ -26,7 +26,7 @@ def options(tmp_path_factory) -> list[str]:
 def command(arguments: list[str], ranks: int = 1) -> subprocess.CompletedProcess:
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     line = [sys.executable, *torchrun, "-m", "g2r_megatron.cli", "train", *arguments]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=800)
 
 
 def test_an_alarm_is_told_and_recorded_once(options, tmp_path):

@@ -15,11 +15,14 @@ import yaml
 from g2r_megatron import cli
 from g2r_megatron.cli import main
 from g2r_megatron.config import parsing
-from g2r_megatron.config.checks import OFFLINE_JUDGE_RANGES, PROBE_RANGES, TRAIN_RANGES, check_train_config
+from g2r_megatron.config.checks import check_train_config
+from g2r_megatron.config.command_options import OfflineJudgeConfig, ProbeConfig
 from g2r_megatron.config.help import GUIDES
-from g2r_megatron.config.options import OfflineJudgeConfig, ProbeConfig, TrainConfig, resolve_preset
+from g2r_megatron.config.options import TrainConfig, resolve_preset
+from g2r_megatron.config.ranges import OFFLINE_JUDGE_RANGES, PROBE_RANGES, SERVE_RANGES, TRAIN_RANGES
+from g2r_megatron.config.serve_options import ServeConfig
 
-CLASSES = {"train": TrainConfig, "judge": OfflineJudgeConfig, "probe": ProbeConfig}
+CLASSES = {"train": TrainConfig, "judge": OfflineJudgeConfig, "probe": ProbeConfig, "serve": ServeConfig}
 
 
 def output_of(capsys, *argv: str) -> str:
@@ -99,7 +102,12 @@ def test_what_is_written_can_be_in_the_home_directory(monkeypatch, tmp_path):
 
 def test_every_number_has_a_range():
     """A new numeric option must be given its range; layouts have their own check."""
-    classes = ((TrainConfig, TRAIN_RANGES), (OfflineJudgeConfig, OFFLINE_JUDGE_RANGES), (ProbeConfig, PROBE_RANGES))
+    classes = (
+        (TrainConfig, TRAIN_RANGES),
+        (OfflineJudgeConfig, OFFLINE_JUDGE_RANGES),
+        (ProbeConfig, PROBE_RANGES),
+        (ServeConfig, SERVE_RANGES),
+    )
     for config_class, ranges in classes:
         numbers = {
             name
@@ -182,7 +190,7 @@ def test_under_torchrun_one_rank_reports_and_all_end(rank_that_fails, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
     done = subprocess.run(
         [*torchrun, str(script), rank_that_fails],
-        capture_output=True, text=True, timeout=100, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True, text=True, timeout=400, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
     assert done.returncode != 0
     assert done.stderr.count("g2r: error: file: broken; restore it\n") == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from g2r_megatron.config.options import OfflineJudgeConfig
+from g2r_megatron.config.command_options import OfflineJudgeConfig
 from g2r_megatron.data.readers import read_queries
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.offline import judge_file

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from distributed import CaseFailed
-from g2r_megatron.config.options import PRESETS, JudgeConfig, Layout, OfflineJudgeConfig, fill_from_preset
+from g2r_megatron.config.command_options import OfflineJudgeConfig
+from g2r_megatron.config.options import PRESETS, JudgeConfig, Layout, fill_from_preset
 from g2r_megatron.judge.offline import judge_file
 from tiny_models import DENSE_FAMILIES
 
@@ -287,7 +288,7 @@ def test_a_zero_gradient_is_reported(tiny_hf, tmp_path):
     command = [sys.executable, "-m", "g2r_megatron.cli", "judge", "--judge.model", model, "--input", rows]
     done = subprocess.run(
         [*command, "--output", tmp_path / "out.jsonl", "--judge.verdict", "sample"],
-        capture_output=True, text=True, timeout=250, cwd=ROOT, env={**os.environ, "COLUMNS": "80"},
+        capture_output=True, text=True, timeout=800, cwd=ROOT, env={**os.environ, "COLUMNS": "80"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     records = read(tmp_path / "out.jsonl")

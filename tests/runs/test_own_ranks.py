@@ -29,7 +29,7 @@ from tiny_models import build_tiny_hf
 
 TASK = Path(__file__).parents[2] / "examples" / "quickstart"
 PARTS = 2
-PATIENCE = 200.0  # seconds for anything to happen on a busy machine
+PATIENCE = 600.0  # seconds for anything to happen on a busy machine
 
 
 # In the ranks.

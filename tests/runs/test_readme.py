@@ -21,7 +21,9 @@ from tokenizers import Tokenizer
 
 from g2r_megatron.config import parsing
 from g2r_megatron.config.checks import check_train_config
-from g2r_megatron.config.options import EvalConfig, OfflineJudgeConfig, ProbeConfig, TrainConfig, resolve_preset
+from g2r_megatron.config.command_options import EvalConfig, OfflineJudgeConfig, ProbeConfig
+from g2r_megatron.config.options import TrainConfig, resolve_preset
+from g2r_megatron.config.serve_options import ServeConfig
 from g2r_megatron.plan.config import PlanConfig
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +37,7 @@ CONFIG_CLASSES = {
     "probe": ProbeConfig,
     "eval": EvalConfig,
     "plan": PlanConfig,
+    "serve": ServeConfig,
 }
 
 
@@ -60,7 +63,7 @@ def g2r(arguments: list[str], cwd: Path) -> str:
     """Run a g2r command; its output."""
     done = subprocess.run(
         [sys.executable, "-m", "g2r_megatron.cli", *arguments],
-        capture_output=True, text=True, timeout=280, cwd=cwd,
+        capture_output=True, text=True, timeout=800, cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -244,7 +247,7 @@ def test_pictures_are_what_their_scripts_draw(name, tmp_path):
     script, drawn = ROOT / f"docs/images/draw_{name}.py", tmp_path / "drawn.svg"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), "--output", str(drawn)]
-    subprocess.run(command, check=True, timeout=280, env=environment, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, timeout=800, env=environment, stdout=subprocess.DEVNULL)
     assert texts_of(drawn) == texts_of(script.with_name(f"{name}.svg"))
 
 

@@ -1,9 +1,10 @@
 """Training on rows with an answer: examples/arithmetic with a model of a few optimizer steps, by verifier and judge.
 
-Leaves out whether it learns (docs/verifiable.md has numbers of the whole example), and the verifier itself (unit/test_verify.py).
+Leaves out whether it learns (docs/verifiable.md has numbers of the whole example), and the verifier itself (unit/test_verifier.py).
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +20,47 @@ EXAMPLE = ROOT / "examples" / "arithmetic"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     directory = tmp_path_factory.mktemp("arithmetic") / "model"
-    command = [sys.executable, str(EXAMPLE / "make_model.py"), "--output", str(directory), "--steps", "60"]
-    subprocess.run(command, check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=200)
+    script("make_model.py", "--output", str(directory), "--steps", "60")
     return str(directory)
+
+
+def script(name: str, *arguments: str) -> None:
+    command = [sys.executable, str(EXAMPLE / name), *arguments]
+    subprocess.run(command, check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=800)
+
+
+def test_the_example_as_a_command(model, tmp_path):
+    """run.py finds the model that is there, trains, and writes its report (one step here); make_data.py makes its rows again."""
+    shutil.copytree(model, tmp_path / "run" / "model")
+    few = [
+        "--steps",
+        "1",
+        "--rollout.prompts_per_step",
+        "2",
+        "--rollout.responses_per_prompt",
+        "2",
+        "--eval.data",
+        "[]",
+    ]
+    script("run.py", "--output", str(tmp_path / "run"), "--presets", "grpo", *few, "--eval.every", "0")
+    assert (tmp_path / "run" / "report.html").stat().st_size > 0
+    script("make_data.py", "--output", str(tmp_path / "data"))
+    for name in ("train", "eval"):
+        file = f"{name}.jsonl"
+        assert (tmp_path / "data" / file).read_text() == (EXAMPLE / "data" / file).read_text()
+
+
+def test_rows_of_the_example():
+    """Prompts are task.py's; answers are the sums that the prompts ask for, and no prompt is in both files."""
+    rows = {
+        name: [json.loads(line) for line in (EXAMPLE / "data" / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "eval")
+    }
+    for row in rows["train"] + rows["eval"]:
+        words = row["prompt"].split()
+        assert words[0] == "add" and sum(map(int, words[1:])) == int(row["answer"])
+    prompts = {name: {row["prompt"] for row in own} for name, own in rows.items()}
+    assert len(prompts["train"]) == 300 and len(prompts["eval"]) == 64 and not prompts["train"] & prompts["eval"]
 
 
 def train(model: str, output: Path, *options: str) -> list[str]:

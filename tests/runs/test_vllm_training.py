@@ -39,7 +39,7 @@ def train(arguments: list[str], ranks: int = 1) -> subprocess.CompletedProcess:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *launcher, "-m", "g2r_megatron.cli", "train", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800)
 
 
 def in_another_process(commands: list[list[str]]) -> list[list]:
@@ -98,7 +98,7 @@ class TestRuns:
         sizes = ["--prompts", "2", "--prompt_tokens", "4", "--tokens", "4", "--rounds", "1"]
         command = [sys.executable, "benchmarks/rollout.py", "--model", str(model), *sizes]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800)
         assert done.returncode == 0, done.stderr
         assert "our vLLM engine" in done.stdout and "of raw vLLM" in done.stdout and "ratio" in done.stdout
 

@@ -11,7 +11,7 @@ import pytest
 from g2r_megatron.alarms.rules import RULES
 from g2r_megatron.alarms.watch import Watch
 from g2r_megatron.config.alarm_options import ALARMS, AlarmsConfig
-from g2r_megatron.config.checks import TRAIN_RANGES
+from g2r_megatron.config.ranges import TRAIN_RANGES
 from g2r_megatron.credit.faithfulness import CREDIT, FEWEST_PAIRS, PAIRS, PLACEBO
 
 QUIET = replace(AlarmsConfig(window=2), **dict.fromkeys(ALARMS))

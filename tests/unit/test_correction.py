@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from g2r_megatron.config.options import GrpoConfig, RolloutConfig
-from g2r_megatron.errors import RunError
+from g2r_megatron.errors import RunError, warn
 from g2r_megatron.policy.correction import BOUNDS, check_sampler, correct
 from g2r_megatron.policy.losses import policy_loss
 
@@ -84,3 +84,13 @@ def test_a_sampler_with_other_weights_ends_the_run(shift, dtype):
     check_sampler(trainer, [part + 1e-4 for part in trainer], dtype)
     with pytest.raises(RunError, match="rollout/sync_error is .* the sampler gives its tokens a mean log-prob"):
         check_sampler(trainer, [part + shift for part in trainer], dtype)
+
+
+@pytest.mark.parametrize(("shift", "dtype"), [(5e-4, torch.float32), (0.05, torch.bfloat16)])
+def test_a_sampler_near_the_bound_is_named_in_a_warning(shift, dtype, capsys):
+    trainer, _ = log_probs(0.0)
+    warn.cache_clear()
+    check_sampler(trainer, [part + shift / 10 for part in trainer], dtype)
+    assert not capsys.readouterr().err
+    check_sampler(trainer, [part + shift for part in trainer], dtype)
+    assert "warning: rollout/sync_error is above" in capsys.readouterr().err

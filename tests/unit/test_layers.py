@@ -18,6 +18,7 @@ MAP = {
     # part: (what it is, what it may import)
     "errors": ("exceptions that end a command with one line", ""),
     "device": ("which device there is, its memory and clocks", ""),
+    "client": ("the judge service's client: needs none of the rest", ""),
     "config": ("options, their parsing and cross-checks", "errors"),
     "data": ("rows, tokenizers, token spans", "errors"),
     "parallel": ("process groups, sides, preemption, Megatron-Core on CPU", "config device errors"),
@@ -36,7 +37,7 @@ MAP = {
         "judging as a service",
         "config credit data device errors judge model parallel records",
     ),
-    "adapters": ("glue for other training frameworks: light, no model of ours", "credit serve"),
+    "adapters": ("glue for other training frameworks: light, no model of ours", "client credit serve"),
     "verify": ("whether a final answer is right", "config data errors"),
     "workers": (
         "the models and inputs of a run, built from its config",

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from g2r_megatron.config.checks import check_judge_config
-from g2r_megatron.config.options import JudgeConfig, OfflineJudgeConfig
+from g2r_megatron.config.command_options import OfflineJudgeConfig
+from g2r_megatron.config.options import JudgeConfig
 from g2r_megatron.credit.attribution import pooled_weights
 from g2r_megatron.credit.judgements import ItemJudgement, backward_passes
 from g2r_megatron.errors import UserError

@@ -272,6 +272,21 @@ def test_a_run_of_one_step_and_one_without_samples_are_drawn(tmp_path):
     assert "Too few steps" in (tmp_path / "report.html").read_text() and "–" in summary_table([directory])
 
 
+@pytest.mark.parametrize(("value", "flagged"), [(0.002, False), (0.3, True)])
+def test_a_sampler_far_from_the_trainer_is_marked(tmp_path, value, flagged):
+    """A vLLM engine's metrics; the table has no row of them where no run logged any."""
+    log = MetricsLog(make_run(tmp_path / "run", "robust", steps=1), LogConfig(tensorboard=False), {})
+    write_report([tmp_path / "run"], tmp_path / "report.html")
+    assert "Corrected tokens" not in (tmp_path / "report.html").read_text()
+    log.log(2, {"rollout/kl": value, "rollout/corrected_share": value})
+    log.close()
+    write_report([tmp_path / "run"], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    for label in ("Sampler and trainer", "Corrected tokens"):
+        (shown,) = re.findall(rf"<td>{label} <span.*?</span></td><td(.*?)>(.*?)</td></tr>", page)
+        assert (shown[0], float(shown[1])) == (" class=flag" if flagged else "", value)
+
+
 def test_a_running_job_is_reported_with_its_state(tmp_path):
     """A torn last line of the records is left out; the heartbeat says where it is, and for how long it has been silent."""
     run = make_run(tmp_path / "run", "paper", steps=9)

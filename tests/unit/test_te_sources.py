@@ -46,7 +46,7 @@ def found(sources, tmp_path_factory) -> dict:
     model = build_tiny_hf("qwen3", tmp_path_factory.mktemp("model"), **sizes)
     command = [sys.executable, str(ROOT / "tests" / "te_sources.py"), str(sources), str(model)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=800, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 

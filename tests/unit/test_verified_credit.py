@@ -1,6 +1,6 @@
 """The verifier's verdicts in the judge stage: they are the reward, and credit is computed only where the judge agrees.
 
-Leaves out real judges (runs/test_verifiable_training.py) and what a verifier decides (test_verify.py).
+Leaves out real judges (runs/test_verifiable_training.py) and what a verifier decides (test_verifier.py).
 """
 
 from g2r_megatron.credit.judgements import ItemJudgement
