@@ -18,13 +18,13 @@ from g2r_megatron.config.options import (
     VerifierConfig,
 )
 from g2r_megatron.credit.judgements import JudgementRow
-from g2r_megatron.data.chat_template import check_template_options, with_system_prompt
+from g2r_megatron.data.chat_template import check_system_prompt, check_template_options, with_system_prompt
 from g2r_megatron.data.order import epoch_batch
 from g2r_megatron.data.prompts import Prompts
 from g2r_megatron.data.readers import read_queries
 from g2r_megatron.data.tokenizer import encode_text, stop_token_ids
 from g2r_megatron.data.types import Query
-from g2r_megatron.errors import UserError
+from g2r_megatron.errors import UserError, warn
 from g2r_megatron.judge.frozen import FrozenJudge
 from g2r_megatron.judge.length_bound import check_judge_positions
 from g2r_megatron.judge.own_ranks import OwnRanks
@@ -98,8 +98,13 @@ class Workers:
         self.host_weights.release()
 
 
-def read_policy(section: PolicyConfig | SampledPolicyConfig, rollout: RolloutConfig) -> PolicyInputs:
-    """Read and check the policy's config and tokenizer, and the options of sampling. Raises ``UserError``."""
+def read_policy(
+    section: PolicyConfig | SampledPolicyConfig, rollout: RolloutConfig, system_prompt: str, option: str
+) -> PolicyInputs:
+    """Read and check the policy's config and tokenizer, and the options of sampling; ``option`` gives ``system_prompt``.
+
+    Raises ``UserError``.
+    """
     policy = open_hf_model(section.model, "policy.model")
     if policy.geometry.is_reward_model:
         raise UserError(
@@ -110,6 +115,7 @@ def read_policy(section: PolicyConfig | SampledPolicyConfig, rollout: RolloutCon
         check_engine(policy, rollout, section.precision.dtype)
     tokenizer = load_model_tokenizer(policy)
     check_template_options(tokenizer, rollout.template_options, "rollout.template_options", rollout.chat_template)
+    check_system_prompt(tokenizer, system_prompt, rollout.template_options, option, rollout.chat_template)
     policy.check_positions(rollout.max_prompt_tokens + rollout.max_response_tokens, POLICY_LENGTH)
     return PolicyInputs(
         policy=policy,
@@ -122,7 +128,8 @@ def read_policy(section: PolicyConfig | SampledPolicyConfig, rollout: RolloutCon
 
 def read_inputs(config: TrainConfig) -> Inputs:
     """Read and check models' configs, tokenizers and data. Raises ``UserError``; writes nothing."""
-    of_policy, rollout = read_policy(config.policy, config.rollout), config.rollout
+    rollout, system_prompt = config.rollout, config.data.system_prompt
+    of_policy = read_policy(config.policy, rollout, system_prompt, "data.system_prompt")
     policy, tokenizer, prompts = of_policy.policy, of_policy.tokenizer, of_policy.prompt_ids
     gold = read_verdict_judge(config.eval.judge, "eval.judge") if config.eval.judge.model else None
     judge = policy if config.judge.model is None else open_hf_model(config.judge.model, "judge.model")
@@ -138,7 +145,7 @@ def read_inputs(config: TrainConfig) -> Inputs:
         raise UserError("judge.model", found, "give a language model: its verdicts are compared with the verifier's")
 
     def with_system(query: Query) -> Query:
-        return replace(query, messages=with_system_prompt(query.messages, config.data.system_prompt))
+        return replace(query, messages=with_system_prompt(query.messages, system_prompt))
 
     def check(query: Query) -> None:
         prompts.check(with_system(query))
@@ -177,6 +184,8 @@ def read_inputs(config: TrainConfig) -> Inputs:
 def verifier_for(config: VerifierConfig, queries: Sequence[Query]) -> Verifier | None:
     """What decides on the rows with an answer, None if there are none. Raises ``UserError`` for answers that cannot work."""
     if not any(query.answer is not None for query in queries):
+        if config != VerifierConfig():
+            warn("verifier: its options have no effect; no row has an answer")
         return None
     verifier = Verifier(config)
     for query in queries:

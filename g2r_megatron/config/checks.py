@@ -9,7 +9,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from g2r_megatron.config.alarm_options import ALARMS
+from g2r_megatron.config.alarm_checks import check_alarms
 from g2r_megatron.config.command_options import EvalConfig, OfflineJudgeConfig, ProbeConfig
 from g2r_megatron.config.layout import check_layout
 from g2r_megatron.config.options import (
@@ -58,7 +58,7 @@ def check_train_config(config: TrainConfig, world_size: int) -> None:
     _check_schedule(config)
     _check_evaluation(config, world_size)
     _check_verifier(config.verifier)
-    _check_alarms(config)
+    check_alarms(config)
     warn_of_unused(config, resolve_preset(TrainConfig(grpo=GrpoConfig(preset=config.grpo.preset))))
     _warn_of_small_budget(config)
     check_packages(config.log)
@@ -166,6 +166,9 @@ def _check_verdicts(
     check_template(judge.template, section)
     require_given(f"{section}.true_words", judge.true_words, "give at least one spelling of a positive verdict")
     require_given(f"{section}.false_words", judge.false_words, "give at least one spelling of a negative verdict")
+    for option, words in (("true_words", judge.true_words), ("false_words", judge.false_words)):
+        if not all(word.strip() for word in words):
+            raise UserError(f"{section}.{option}", f"{words} has a blank word", "give what the judge is to say")
     shared = sorted(set(judge.true_words) & set(judge.false_words))
     if shared:
         raise UserError(
@@ -290,19 +293,6 @@ def _check_evaluation(config: TrainConfig, world_size: int) -> None:
         warn(
             f"eval.judge.model {gold.model} is the judge that training learns from: what exploits it scores well there too"
         )
-
-
-def _check_alarms(config: TrainConfig) -> None:
-    for name in config.alarms.stop_on:
-        if name not in ("all", *ALARMS):
-            raise UserError("alarms.stop_on", f"{name!r} is no alarm", f"give all, or some of {', '.join(ALARMS)}")
-        if name != "all" and getattr(config.alarms, name) is None:
-            raise UserError(
-                "alarms.stop_on", f"{name}, but alarms.{name} is null", "give it a threshold, or leave it out"
-            )
-    if config.checkpoint.keep_best and not config.eval.data:
-        found = f"{config.checkpoint.keep_best} without eval.data"
-        raise UserError("checkpoint.keep_best", found, "it is a metric of evaluations: give eval.data files")
 
 
 def _check_verifier(verifier: VerifierConfig) -> None:

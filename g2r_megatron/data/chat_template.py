@@ -65,7 +65,8 @@ def template_source(tokenizer: PreTrainedTokenizerFast, options: Mapping, where:
 def check_template_options(
     tokenizer: PreTrainedTokenizerFast, options: Mapping, option: str, chat_template: bool
 ) -> None:
-    """Raise ``UserError`` for template options that do nothing: reserved names, or names that the template never reads."""
+    """Raise ``UserError`` for template options that do nothing: reserved names, names that the template never reads, and
+    truth values in quotes, which all count as true."""
     if not options:
         return
     if not chat_template:
@@ -76,6 +77,21 @@ def check_template_options(
             raise UserError(option, f"{name!r} is not the template's to read", "leave it out")
         if name != "chat_template" and not re.search(rf"\b{re.escape(name)}\b", source):
             raise UserError(option, f"the chat template never reads {name!r}", "leave it out, or correct its name")
+        value = options[name]
+        if isinstance(value, str) and value.lower() in ("true", "false", "none", "null"):
+            raise UserError(option, f"{name} is the text {value!r}, which counts as true", "write it without quotes")
+
+
+def check_system_prompt(
+    tokenizer: PreTrainedTokenizerFast, prompt: str, options: Mapping, option: str, chat_template: bool
+) -> None:
+    """Raise ``UserError`` where the chat template leaves out, or rejects, the system message that ``option`` gives."""
+    if not prompt or not chat_template:
+        return
+    (mark,) = placeholders(1)
+    messages = [{"role": "system", "content": mark}, {"role": "user", "content": "a"}]
+    if mark not in render(tokenizer, messages, option, True, options):
+        raise UserError(option, "the chat template does not print system messages", "put it into the prompts")
 
 
 def render(

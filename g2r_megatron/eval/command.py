@@ -70,7 +70,9 @@ def evaluate_model(config: EvalConfig) -> None:
     if config.policy.model:
         config = replace(config, policy=replace(config.policy, model=newest_weights(config)))
     judge = read_verdict_judge(config.judge, "judge") if config.judge.model else None
-    policy = read_policy(config.policy, config.rollout) if config.policy.model else None
+    policy = None
+    if config.policy.model:
+        policy = read_policy(config.policy, config.rollout, config.system_prompt, "system_prompt")
     queries = read_rows(config)
     if judge is None and any(query.answer is None for query in queries):
         raise UserError("judge.model", "missing", "give the Hugging Face directory of the judge: rows have rubrics")

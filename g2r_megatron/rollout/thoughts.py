@@ -14,6 +14,7 @@ from g2r_megatron.config.options import RolloutConfig
 from g2r_megatron.data.chat_template import template_source, template_sources
 from g2r_megatron.data.thoughts import is_thought_mark, open_thought, opening_mark, thought_end_of
 from g2r_megatron.data.tokenizer import generation_prompt, token_texts
+from g2r_megatron.errors import UserError
 from g2r_megatron.rollout.types import Response
 
 
@@ -66,7 +67,8 @@ def thought_end(tokenizer: PreTrainedTokenizerFast, config: RolloutConfig) -> Th
     """What ends the policy's thoughts by ``rollout.think_end``; None: its responses are answers from the first token.
 
     ``auto``: the mark of the thought that the chat template opens for the assistant, else one that the template speaks
-    of, else one that is an added token; the latter two where a response begins with the opening mark.
+    of, else one that is an added token; the latter two where a response begins with the opening mark. Raises ``UserError``
+    for the mark of another thought than the one that the template opens.
     """
     if config.think_end == "none":
         return None
@@ -74,6 +76,12 @@ def thought_end(tokenizer: PreTrainedTokenizerFast, config: RolloutConfig) -> Th
     found = open_thought(prompt)
     if config.think_end != "auto":
         named = config.think_end
+        if found is not None and found[0] != named and is_thought_mark(named):
+            raise UserError(
+                "rollout.think_end",
+                f"{named!r}, but the chat template opens a thought that {found[0]!r} closes",
+                f"set it to auto or {found[0]!r}, or turn thinking off with rollout.template_options",
+            )
         return ThoughtEnd(named, (found is not None and found[0] == named) or opening_mark(named) is None, own=False)
     if found is not None:
         return ThoughtEnd(found[0], opened=True, own=True)

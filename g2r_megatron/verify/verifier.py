@@ -1,12 +1,12 @@
 """Whether the final answer of a response is right (``verifier.*``): the reward of rows with an answer."""
 
 import json
-import re
 import shutil
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
+import regex
 import torch.distributed as dist
 
 from g2r_megatron.config.options import VerifierConfig
@@ -37,12 +37,12 @@ class Verifier:
         if query.answer is None:
             return
         where = f"query {query.id!r}"
-        if self.config.kind == "choice" and letter(query.answer) is None:
+        if self.config.kind == "choice" and letter(final_answer(query.answer) or query.answer) is None:
             raise UserError(where, f"answer {query.answer!r} with verifier.kind choice", "it must be one letter")
         if self.config.kind == "regex":
             try:
-                re.compile(query.answer)
-            except re.error as error:
+                regex.compile(query.answer)
+            except regex.error as error:
                 raise UserError(
                     where, f"answer {query.answer!r} is no regular expression ({error})", "correct it"
                 ) from error
@@ -62,7 +62,7 @@ class Verifier:
         if config.kind == "choice":
             return letter(found) == letter(expected)
         if config.kind == "regex":
-            return re.fullmatch(expected, plain(found)) is not None
+            return _matches(expected, plain(found), config.timeout_seconds)
         if plain(found) == plain(expected):
             return True
         return config.kind == "math" and self._math.same(expected, found) is True
@@ -83,3 +83,11 @@ class Verifier:
     def close(self) -> None:
         """End the process that it may have started."""
         self._math.close()
+
+
+def _matches(pattern: str, text: str, timeout_seconds: float) -> bool:
+    """Whether the whole ``text`` matches; one that takes longer does not."""
+    try:
+        return regex.fullmatch(pattern, text, timeout=timeout_seconds) is not None
+    except TimeoutError:
+        return False

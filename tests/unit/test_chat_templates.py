@@ -16,7 +16,13 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from g2r_megatron.config.options import JudgeConfig, RolloutConfig
-from g2r_megatron.data.chat_template import DATE_STRING, TEMPLATE_DATE, check_template_options, with_system_prompt
+from g2r_megatron.data.chat_template import (
+    DATE_STRING,
+    TEMPLATE_DATE,
+    check_system_prompt,
+    check_template_options,
+    with_system_prompt,
+)
 from g2r_megatron.data.thoughts import is_thought_mark
 from g2r_megatron.data.tokenizer import (
     chat_parts,
@@ -314,6 +320,7 @@ def test_template_options(tmp_path):
     check_template_options(tokenizer, options, "rollout.template_options", True)
     for wrong, chat, found in (
         ({"enable_thoughts": False}, True, "never reads"),
+        ({"enable_thinking": "false"}, True, "the text 'false', which counts as true"),
         ({"tokenize": True}, True, "not the template's"),
         ({"chat_template": "rag"}, True, "no chat template 'rag'"),
         (options, False, "no template to read"),
@@ -389,6 +396,12 @@ def test_reward_model_reads_one_thought():
 def test_system_prompt():
     """It leads every conversation that has none of its own."""
     assert with_system_prompt([user("a")], "Be brief.") == ({"role": "system", "content": "Be brief."}, user("a"))
+    without = made("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}")
+    with pytest.raises(UserError, match="data.system_prompt: the chat template does not print system messages"):
+        check_system_prompt(without, "Be brief.", {}, "data.system_prompt", True)
+    check_system_prompt(without, "", {}, "data.system_prompt", True)
+    check_system_prompt(without, "Be brief.", {}, "data.system_prompt", False)  # as "system: ..." lines
+    check_system_prompt(made(CHATML), "Be brief.", {}, "data.system_prompt", True)
     own = [{"role": "system", "content": "b"}, user("a")]
     assert with_system_prompt(own, "Be brief.") == tuple(own) and with_system_prompt([user("a")], "") == (user("a"),)
 

@@ -14,6 +14,7 @@ from g2r_megatron.credit.judgements import ItemJudgement
 from g2r_megatron.data.thoughts import closed, is_thought_mark, open_thought, opening_mark, without_empty_thought
 from g2r_megatron.data.tokenizer import encode_text
 from g2r_megatron.data.types import Query, RubricItem
+from g2r_megatron.errors import UserError
 from g2r_megatron.experience import Rollouts, assign_credit
 from g2r_megatron.judge.health import JudgeHealth
 from g2r_megatron.rollout.thoughts import ThoughtEnd, thought_end
@@ -160,3 +161,13 @@ def test_health_of_a_judge():
         assert word in mass
     assert "1 of 2 backward passes" in gradients and "b item 1 (zero)" in gradients
     assert JudgeHealth(0.95).summary() is None and JudgeHealth(0.95).warnings() == []
+
+
+def test_the_mark_of_another_thought_is_refused(tokenizers):
+    """A closing mark that the opened thought never has would hide nothing; other texts may end a thought."""
+    for tokenizer in tokenizers:
+        with pytest.raises(
+            UserError, match="think_end: '</thinking>', but the chat template opens .* '</think>' closes"
+        ):
+            thought_end(tokenizer, RolloutConfig(think_end="</thinking>"))
+        assert thought_end(tokenizer, RolloutConfig(think_end="Answer:")) == ThoughtEnd("Answer:", True, own=False)

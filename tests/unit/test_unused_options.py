@@ -6,8 +6,10 @@ Leaves out options whose value cannot work at all, which are refused (test_bad_i
 import pytest
 
 from g2r_megatron.config import parsing
+from g2r_megatron.config.checks import check_train_config
 from g2r_megatron.config.options import GrpoConfig, TrainConfig, resolve_preset
 from g2r_megatron.config.unused import warn_of_unused
+from g2r_megatron.errors import UserError
 
 UNUSED = [
     (["--grpo.false_scale", "0.5", "--grpo.preset", "paper"], "grpo.false_scale", "itemwise"),
@@ -20,6 +22,32 @@ UNUSED = [
     (["--eval.greedy", "true"], "eval.greedy", "eval.data"),
     (["--log.wandb_project", "mine"], "log.wandb_project", "log.wandb"),
 ]
+
+
+# options whose effect can never come: refused (config/alarm_checks.py, config/checks.py)
+NEVER = [
+    (
+        ["--alarms.stop_on", "[master_keys]", "--alarms.every", "0"],
+        "alarms.stop_on: master_keys, but alarms.every is 0",
+    ),
+    (["--alarms.stop_on", "[gold_down]"], "alarms.stop_on: gold_down, but there is no eval.data"),
+    (["--alarms.stop_on", "[faithless]", "--grpo.preset", "grpo"], "alarms.stop_on: faithless, but no token credit"),
+    (["--alarms.stop_on", "[length]", "--steps", "19"], "alarms.stop_on: length, but steps 19 are fewer than two"),
+    (["--alarms.on_faithless", "grpo", "--grpo.preset", "grpo"], "alarms.on_faithless: grpo, but no token credit"),
+    (
+        ["--alarms.on_faithless", "grpo", "--alarms.faithless", "null"],
+        "alarms.on_faithless: grpo, but alarms.faithless",
+    ),
+    (["--judge.true_words", '["True", " "]'], "judge.true_words: .*blank word"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "found"), NEVER)
+def test_an_option_that_can_never_act_is_refused(arguments, found, tmp_path):
+    needed = ["--policy.model", "m", "--data.train", '["a"]', "--output_dir", str(tmp_path)]
+    config = resolve_preset(parsing.parse(TrainConfig, "g2r train", [*needed, *arguments]))
+    with pytest.raises(UserError, match=found):
+        check_train_config(config, 1)
 
 
 def warnings_of(arguments: list[str], capsys) -> list[str]:

@@ -126,3 +126,13 @@ def test_rows_with_an_answer(tmp_path):
             read(tmp_path, line, format)
     with pytest.raises(UserError, match="hold no rubric; "):  # g2r judge: answers mean nothing
         read(tmp_path, '{"question": "q", "answer": 42}', criterion=None)
+
+
+def test_a_pattern_that_takes_too_long():
+    """It decides nothing: the answer is wrong, after the time that a decision may take."""
+    assert right("regex", "a*b", "\\boxed{aab}")
+    assert not right("regex", "(a|aa)+b", "\\boxed{" + "a" * 200 + "}", timeout_seconds=0.2)
+
+
+def test_a_worked_solution_as_the_answer_of_a_choice():
+    assert right("choice", "Both are gases.\n#### B", "\\boxed{B}")
