@@ -84,7 +84,6 @@ OFFLINE_JUDGE_RANGES = {
     "shards": Range(1, 99999),  # as many digits as the parts' names have
     "shard": NOT_NEGATIVE,
 }
-PROBE_RANGES = {**JUDGE_RANGES, "sample": COUNT, "false_sample": COUNT_OR_OFF, "seed": SEED}
 VERIFIER_RANGES = {"verifier.timeout_seconds": POSITIVE, "verifier.memory_mib": Range(64)}
 SAMPLING_RANGES = {
     "rollout.temperature": NOT_NEGATIVE,
@@ -94,6 +93,7 @@ SAMPLING_RANGES = {
     "rollout.max_response_tokens": COUNT,
     "rollout.batch_size": COUNT,
 }
+PROBE_RANGES = {**JUDGE_RANGES, **SAMPLING_RANGES, "sample": COUNT, "false_sample": COUNT_OR_OFF, "seed": SEED}
 EVAL_RANGES = {
     **SAMPLING_RANGES,
     **VERIFIER_RANGES,
@@ -219,6 +219,7 @@ def check_probe_config(config: ProbeConfig, world_size: int) -> None:
         if (value := getattr(config.judge, option)) != getattr(JudgeConfig(), option):
             raise UserError(f"judge.{option}", f"{value} in g2r probe", f"leave it out, and give {instead}")
     _check_judge(fill_from_preset(config.judge, PRESETS["robust"]["judge"]), world_size)
+    _check_sampling(config, world_size, "g2r probe")
     _check_directory("output", config.output)
 
 
@@ -230,19 +231,24 @@ def check_eval_config(config: EvalConfig, world_size: int) -> None:
         raise UserError("policy.model", found, "give either a model to sample from, or responses in files")
     if config.policy.model:
         _require_given("data", config.data, "give at least one file of rows (.jsonl, .parquet, ...)")
+    _check_ranges(config, EVAL_RANGES)
+    _check_samples(config.samples, config.greedy, "")
+    _check_sampling(config, world_size, "g2r eval")
+    _check_verdicts("judge", config.judge, world_size)
+    _check_verifier(config.verifier)
+    _check_directory("output", config.output)
+
+
+def _check_sampling(config: ProbeConfig | EvalConfig, world_size: int, command: str) -> None:
+    if config.policy.model:
         check_layout("policy", config.policy.layout, world_size)
         _require_given(
             "rollout.think_end", config.rollout.think_end, "give auto, none, or the text that ends a thought"
         )
-    _check_ranges(config, EVAL_RANGES)
-    _check_samples(config.samples, config.greedy, "")
     for option in ("prompts_per_step", "responses_per_prompt", "correction", "correction_bounds"):
         if (value := getattr(config.rollout, option)) != getattr(RolloutConfig(), option):
-            raise UserError(f"rollout.{option}", f"{value} in g2r eval", "leave it out: it is of training")
+            raise UserError(f"rollout.{option}", f"{value} in {command}", "leave it out: it is of training")
     _check_engine(config.rollout)
-    _check_verdicts("judge", config.judge, world_size)
-    _check_verifier(config.verifier)
-    _check_directory("output", config.output)
 
 
 def _check_samples(samples: int, greedy: bool, section: str) -> None:
