@@ -58,6 +58,7 @@ from g2r_megatron.parallel import cpu
 from g2r_megatron.parallel.groups import build_groups, initialize
 
 WAYS = ("a", "b", "b-own", "c", "d", "e", "d-all", "e-all", "d-rec", "e-rec")
+SHAPES_7B = dict(hidden=3584, inner=18944, keys=512, layers=28, vocab=152064)  # Qwen2.5-7B
 GATE_WAYS = ("contracted-all", "gate", "gate-all", "a-one", "gate-twice")
 WORDS = ["fever", "rash", "doctor", "water", "rest", "pain", "dose", "day", "child", "test", "advice", "sleep", "heart"]
 
@@ -336,13 +337,16 @@ def targets(args: argparse.Namespace, results: dict[str, dict]) -> str:
         if way in results and beside in results:
             found = results[way][key] / results[beside][key]
             lines.append(f"- {name}: {found:.2f}, {'met' if found <= goal else 'missed'} ({goal:.2g})")
+    if args.prefix_tokens:
+        lines.append(counted_at_7b(args))
     return "\n".join(lines)
 
 
 def _sizes(args: argparse.Namespace) -> tuple[float, float, float, float]:
     """FLOPs of a token's products in one layer, of its MLP alone, of one query-key pair in one layer, of one verdict's logits."""
     h, q, k = args.hidden, args.hidden, 64 * max(args.hidden // 128, 1)
-    mlp = 2 * 3 * h * 3 * h
+    k, inner = getattr(args, "keys", k), getattr(args, "inner", 3 * h)
+    mlp = 2 * 3 * h * inner
     return 2 * h * (2 * q + 2 * k) + mlp, mlp, 4 * q, 2 * h * args.vocab
 
 
@@ -368,6 +372,16 @@ def gate_flops(args: argparse.Namespace) -> float:
     prefix = args.prefix_tokens * (args.layers * token - mlp) + args.layers * pair * args.prefix_tokens**2 / 2
     branches = args.items * args.item_tokens * token * 2 + pair * 2.5 * _branch_pairs(args)
     return prefix + args.layers * branches + 2 * args.items * logits
+
+
+def counted_at_7b(args: argparse.Namespace) -> str:
+    """FLOPs of gate beside those of c, counted, for a judge of 7B and the same items."""
+    found = []
+    for prefix, goal in ((1500, 1.4), (5000, 1.2)):
+        large = argparse.Namespace(**{**vars(args), **SHAPES_7B, "prefix_tokens": prefix})
+        ratio = gate_flops(large) / sparse_flops(large)
+        found.append(f"{ratio:.2f} with a prefix of {prefix}, {'met' if ratio <= goal else 'missed'} ({goal})")
+    return "- counted FLOPs of gate beside c at 7B shapes: " + "; ".join(found)
 
 
 def main() -> None:

@@ -107,6 +107,7 @@ def check_probe_config(config: ProbeConfig, world_size: int) -> None:
         if (value := getattr(config.judge, option)) != getattr(JudgeConfig(), option):
             raise UserError(f"judge.{option}", f"{value} in g2r probe", f"leave it out, and give {instead}")
     check_judge(fill_from_preset(config.judge, PRESETS["robust"]["judge"]), world_size)
+    _check_sampling(config, world_size, "g2r probe")
     check_directory("output", config.output)
 
 
@@ -118,17 +119,22 @@ def check_eval_config(config: EvalConfig, world_size: int) -> None:
         raise UserError("policy.model", found, "give either a model to sample from, or responses in files")
     if config.policy.model:
         require_given("data", config.data, "give at least one file of rows (.jsonl, .parquet, ...)")
-        check_layout("policy", config.policy.layout, world_size)
-        require_given("rollout.think_end", config.rollout.think_end, "give auto, none, or the text that ends a thought")
     check_ranges(config, EVAL_RANGES)
     _check_samples(config.samples, config.greedy, "")
-    for option in ("prompts_per_step", "responses_per_prompt", "correction", "correction_bounds"):
-        if (value := getattr(config.rollout, option)) != getattr(RolloutConfig(), option):
-            raise UserError(f"rollout.{option}", f"{value} in g2r eval", "leave it out: it is of training")
-    _check_engine(config.rollout)
+    _check_sampling(config, world_size, "g2r eval")
     _check_verdicts("judge", config.judge, world_size)
     _check_verifier(config.verifier)
     check_directory("output", config.output)
+
+
+def _check_sampling(config: ProbeConfig | EvalConfig, world_size: int, command: str) -> None:
+    if config.policy.model:
+        check_layout("policy", config.policy.layout, world_size)
+        require_given("rollout.think_end", config.rollout.think_end, "give auto, none, or the text that ends a thought")
+    for option in ("prompts_per_step", "responses_per_prompt", "correction", "correction_bounds"):
+        if (value := getattr(config.rollout, option)) != getattr(RolloutConfig(), option):
+            raise UserError(f"rollout.{option}", f"{value} in {command}", "leave it out: it is of training")
+    _check_engine(config.rollout)
 
 
 def _check_samples(samples: int, greedy: bool, section: str) -> None:

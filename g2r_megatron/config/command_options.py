@@ -52,11 +52,23 @@ class OfflineJudgeConfig:
 
 
 @dataclass
+class SampledPolicyConfig:
+    """The model that responses are sampled from."""
+
+    model: str = ""
+    """Hugging Face directory, Megatron checkpoint, or output_dir of a g2r train run (its newest checkpoint)"""
+    layout: Layout = field(default_factory=Layout)
+    precision: Precision = field(default_factory=Precision)
+    spec: Literal["auto", "torch", "te"] = "auto"
+    """as policy.spec of g2r train"""
+
+
+@dataclass
 class ProbeConfig:
     """Everything `g2r probe` reads."""
 
     input: str = ""
-    """rows, as of g2r judge: a query and its "response", or outputs of other tools"""
+    """rows, as of g2r judge: a query and its "response", or outputs of other tools; policy.model answers those without a response"""
     output: str = ""
     """directory to write probe.json and probe.html to; the same command goes on with a probe that was stopped"""
     sample: int = 40
@@ -87,18 +99,8 @@ class ProbeConfig:
     on_bad_row: Literal["refuse", "skip"] = "refuse"
     """as data.on_bad_row"""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
-
-
-@dataclass
-class SampledPolicyConfig:
-    """The model that is evaluated."""
-
-    model: str = ""
-    """Hugging Face directory, Megatron checkpoint, or output_dir of a g2r train run (its newest checkpoint)"""
-    layout: Layout = field(default_factory=Layout)
-    precision: Precision = field(default_factory=Precision)
-    spec: Literal["auto", "torch", "te"] = "auto"
-    """as policy.spec of g2r train"""
+    policy: SampledPolicyConfig = field(default_factory=SampledPolicyConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
 
 @dataclass

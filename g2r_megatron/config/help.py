@@ -56,9 +56,13 @@ GUIDES = {
         "g2r probe --judge.model DIR --input FILE --output DIR [--sample N] [--option VALUE ...]",
         "Is this judge's credit true? Attributions against what the verdict loses when a sentence is really hidden or deleted.\n"
         "Rows:              as of g2r judge: a query in any format of data.format, and its \"response\"\n"
+        "Without responses: --policy.model DIR samples them\n"
         "Several ranks:     torchrun --nproc-per-node N -m g2r_megatron.cli probe ...\n"
         "Look at it:        OUTPUT/probe.html; what the numbers mean: docs/probe.md",
-        ("judge.model", "input", "output", "sample", "false_sample", "attributions", "seed", "format", "judge.template"),
+        (
+            *("judge.model", "input", "output", "sample", "false_sample", "attributions", "seed", "format"),
+            *("judge.template", "policy.model", "rollout.max_response_tokens"),
+        ),
     ),
     "g2r eval": Guide(
         "g2r eval --policy.model DIR --data FILE... --judge.model DIR --output DIR [--option VALUE ...]",

@@ -57,7 +57,6 @@ OFFLINE_JUDGE_RANGES = {
     "shards": Range(1, 99999),  # as many digits as the parts' names have
     "shard": NOT_NEGATIVE,
 }
-PROBE_RANGES = {**JUDGE_RANGES, "sample": COUNT, "false_sample": COUNT_OR_OFF, "seed": SEED}
 VERIFIER_RANGES = {"verifier.timeout_seconds": POSITIVE, "verifier.memory_mib": Range(64)}
 SERVE_RANGES = {
     **JUDGE_RANGES,
@@ -85,6 +84,7 @@ SAMPLING_RANGES = {
     "rollout.max_response_tokens": COUNT,
     "rollout.batch_size": COUNT,
 }
+PROBE_RANGES = {**JUDGE_RANGES, **SAMPLING_RANGES, "sample": COUNT, "false_sample": COUNT_OR_OFF, "seed": SEED}
 EVAL_RANGES = {
     **SAMPLING_RANGES,
     **VERIFIER_RANGES,

@@ -28,6 +28,7 @@ def read_queries(
     check: Callable[[Query], None] | None = None,
     queries: dict[str, Query] | None = None,
     criterion: str | None = None,
+    may_lack_response: bool = False,
 ) -> list[Query]:
     """All queries of the files, in order.
 
@@ -37,7 +38,8 @@ def read_queries(
     goes by the phrase alone, so look at the items: in HealthBench "does not mention ..." is a fault when met, so there the
     option is refused. None is ``raw``, but refuses items that are called pitfalls and have no number.
     ``require_response``: rows to be judged, one query for each response; ids and responses may recur, and rows may name
-    one of ``queries`` (by id) instead of holding a conversation. Otherwise an id may be there once.
+    one of ``queries`` (by id) instead of holding a conversation; rows that ``may_lack_response`` give a query without one.
+    Otherwise an id may be there once, and so may that of a row without a response.
     ``require_rubric``: else rows may lack it (``Query.rubric`` is then empty). ``check`` may raise ``UserError`` for a
     query. An id is the row's own, else a hash of its conversation. ``criterion``: rows with an answer and no rubric are
     taken, with this as their rubric's only item.
@@ -45,7 +47,10 @@ def read_queries(
     Raises ``UserError`` naming the first bad row and the number of bad rows; with ``on_bad_row`` "skip" up to 5% of the
     rows are left out with a warning instead.
     """
-    reader = RowReader(format, polarity, fields or {}, require_rubric, responses=require_response, criterion=criterion)
+    reader = RowReader(
+        *(format, polarity, fields or {}, require_rubric, require_response, criterion),
+        may_lack_response=may_lack_response,
+    )
     bad = BadRows(paths, on_bad_row)
     seen: dict[str, str] = {}
     result: list[Query] = []
@@ -58,7 +63,7 @@ def read_queries(
             _check_format(row, format, reader, queries is None)
             found = reader.judged(row, queries) if require_response else [reader.query(row)]
             for query in found:
-                if not require_response:
+                if query.response is None:
                     _check_new(row, reader, query, seen)
                 if check is not None:
                     check(query)

@@ -34,6 +34,11 @@ KEPT_TEXT, KEPT_NUMBERS = 1000, 64  # what comes back: texts of so many characte
 Found = tuple[int | None, str]
 
 
+def has_responses(row: Fields, names: tuple[str, ...]) -> bool:
+    """Whether one of ``names`` is there, empty or not."""
+    return any(name in row.data or row.has(name) for name in names)
+
+
 def read_responses(row: Fields, names: tuple[str, ...], answer: str | None) -> list[Found]:
     """All responses of a row with their numbers, at least one; "" for one without text.
 

@@ -7,12 +7,13 @@ looked for. ``data.format`` fixes the names of one data set, ``data.fields`` tho
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 from g2r_megatron.data.conversations import MATERIAL, Messages, is_rendered, read_conversation, refuse_other_media
 from g2r_megatron.data.fields import MISSING, Fields, decoded
 from g2r_megatron.data.responses import NAMES as RESPONSE_NAMES
-from g2r_megatron.data.responses import kept, read_responses
+from g2r_megatron.data.responses import has_responses, kept, read_responses
 from g2r_megatron.data.rubrics import RubricReader, read_tags
 from g2r_megatron.data.types import Dataset, Given, Query, RubricItem
 from g2r_megatron.errors import UserError, warn
@@ -106,13 +107,14 @@ class RowReader:
         require_rubric: bool,
         responses: bool = False,
         criterion: str | None = None,
+        may_lack_response: bool = False,
     ):
-        """``require_rubric``: else rows may lack it (``Query.rubric`` is then empty). ``responses``: of rows to be judged.
-        ``criterion``: what a judge is asked of a row with an answer and no rubric (``verifier.criterion``); None where answers
-        mean nothing."""
+        """``require_rubric``: else rows may lack it (``Query.rubric`` is then empty). ``responses``: of rows to be judged,
+        of which some ``may_lack_response``. ``criterion``: what a judge is asked of a row with an answer and no rubric
+        (``verifier.criterion``); None where answers mean nothing."""
         self.names = names_of(format, fields)
         self.dataset = cast(Dataset, format) if format in DATASET_FIELDS else None
-        self.mapped, self.responses = dict(fields), responses
+        self.mapped, self.responses, self.may_lack_response = dict(fields), responses, may_lack_response
         self._found: set[str] = set()  # roles of data.fields that some row has
         self._without_id = 0
         self._material = () if "prompt" in fields else MATERIAL if responses else (*MATERIAL, "choices")
@@ -176,7 +178,7 @@ class RowReader:
         return None
 
     def judged(self, row: Fields, queries: dict[str, Query] | None) -> list[Query]:
-        """A query for every response of a row to be judged.
+        """A query for every response of a row to be judged; one without a response where the row has none and may lack it.
 
         ``queries``: by id, those that the rows answer when they hold no conversation themselves.
         """
@@ -188,7 +190,8 @@ class RowReader:
             self.answers += answer is not None and bool(row.there(self.names["response"]))
         else:
             query, answer, sources = self._known(row, queries)
-        responses = read_responses(row, self.names["response"], answer)
+        lacks = self.may_lack_response and answer is None and not has_responses(row, self.names["response"])
+        responses = [] if lacks else read_responses(row, self.names["response"], answer)
         name = row.first(self._id_names)
         used = self._used | set(self._used_item_names())
         given = Given(
@@ -197,7 +200,9 @@ class RowReader:
             kept(row.data, self._used | {(name or "").partition(".")[0]}),
             tuple(kept(source.data, used) for source in sources),
         )
-        return [given.answered(query, choice, response) for choice, response in responses]
+        return [given.answered(query, choice, response) for choice, response in responses] or [
+            replace(query, given=given)
+        ]
 
     def settle(self, joined: bool) -> None:
         """Raise ``UserError`` for a role of ``data.fields`` that no row has, and say what many rows lack.

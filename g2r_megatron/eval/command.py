@@ -1,13 +1,9 @@
 """``g2r eval``: is this model better? Rows in, scored responses, a table and a page out (docs/eval.md)."""
 
-import gc
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
-import yaml
 
 from g2r_megatron.config.command_options import EvalConfig
 from g2r_megatron.credit.hazards import answer_mass_warning
@@ -27,15 +23,12 @@ from g2r_megatron.eval.records import (
     verified_record,
     write_results,
 )
+from g2r_megatron.eval.sampling import newest_weights, run_options, sampled
 from g2r_megatron.eval.table import summary_table
-from g2r_megatron.experience import respond
 from g2r_megatron.judge.output_file import job_key
-from g2r_megatron.model.build import build_model
 from g2r_megatron.parallel import groups
-from g2r_megatron.policy.checkpoint import complete_checkpoints
 from g2r_megatron.records.progress_bar import CountProgress
 from g2r_megatron.rollout.vllm.check_servers import check_servers
-from g2r_megatron.run import CONFIG_FILE
 from g2r_megatron.verify.verifier import Verifier
 from g2r_megatron.workers import (
     PolicyInputs,
@@ -43,14 +36,10 @@ from g2r_megatron.workers import (
     judge_texts,
     read_policy,
     read_verdict_judge,
-    start_engine,
     verifier_for,
 )
 
 FREE = ("data", "responses", "output", "batch_rows")  # the rows count, not their paths
-# vLLM takes the next prompt as soon as one is finished: calls of many batches keep it busy. Between calls answers are kept.
-VLLM_BATCHES = 8
-ENGINE_CHECK_TOKENS = 8192  # of a row in which the policy runs what a vLLM engine is compared on
 
 
 @dataclass(frozen=True)
@@ -68,7 +57,8 @@ def evaluate_model(config: EvalConfig) -> None:
     read.
     """
     if config.policy.model:
-        config = replace(config, policy=replace(config.policy, model=newest_weights(config)))
+        warn_of_own_judge(config)
+        config = replace(config, policy=replace(config.policy, model=newest_weights(config.policy.model)))
     judge = read_verdict_judge(config.judge, "judge") if config.judge.model else None
     policy = None
     if config.policy.model:
@@ -95,24 +85,13 @@ def evaluate_model(config: EvalConfig) -> None:
         finish(config, tasks, file)
 
 
-def newest_weights(config: EvalConfig) -> str:
-    """``policy.model``, or of a training run its newest checkpoint, or its export where no checkpoint is left."""
-    run = Path(config.policy.model)
-    if not (run / CONFIG_FILE).is_file() or (run / "config.json").is_file():
-        return config.policy.model
-    trained = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
-    if not isinstance(trained, dict) or not {"judge", "policy"} <= trained.keys():
-        raise UserError("policy.model", f"{run / CONFIG_FILE} is not of a g2r train run", "give a model directory")
-    trained_by = trained["judge"]["model"] or trained["policy"]["model"]
-    if config.judge.model and os.path.realpath(config.judge.model) == os.path.realpath(trained_by):
+def warn_of_own_judge(config: EvalConfig) -> None:
+    """Say so if the judge is the one that trained the policy."""
+    options = run_options(config.policy.model) or {}
+    trained_by = options and (options["judge"]["model"] or options["policy"]["model"])
+    if trained_by and config.judge.model and os.path.realpath(config.judge.model) == os.path.realpath(trained_by):
+        run = config.policy.model
         warn(f"judge.model {config.judge.model} has trained {run}: what exploits it scores well; give another judge")
-    checkpoints = complete_checkpoints(run / "checkpoints")
-    found = checkpoints[-1][1] if checkpoints else run / "hf"
-    if not found.is_dir():
-        raise UserError(
-            "policy.model", f"{run} has no checkpoint yet", "let the run save one, or give a model directory"
-        )
-    return str(found)
 
 
 def read_rows(config: EvalConfig) -> list[Query]:
@@ -173,31 +152,15 @@ def answer_of(task: Task, judge: VerdictJudge | None) -> Answer:
 
 
 def sample_missing(config: EvalConfig, policy: PolicyInputs, tasks: Sequence[Task], file: LedgerFile) -> None:
-    """Sample the responses that are not there yet, prompts of near lengths together (collective)."""
+    """Sample the responses that are not there yet (collective)."""
     todo = [place for place in range(len(tasks)) if place not in file.ledger.answers]
-    if not todo:
-        return
-    layout = groups.build_groups("policy", config.policy.layout)
-    section, rollout = config.policy, config.rollout
-    model = build_model("policy", policy.policy, layout, section.precision, "none", section.spec)
-    model.freeze()
-    engine = start_engine(model, rollout, section.precision.dtype, policy.stop_ids, ENGINE_CHECK_TOKENS)
-    engine.take_weights()
-    todo.sort(key=lambda place: len(policy.prompt_ids[tasks[place].query.id]))
-    chunk = rollout.batch_size * layout.dp_size * (VLLM_BATCHES if rollout.engine == "vllm" else 1)
-    before = len(tasks) - len(todo)
-    with CountProgress("sampled", "responses", len(tasks), before, enabled=file.is_writer) as progress:
-        for first in range(0, len(todo), chunk):
-            places = todo[first : first + chunk]
-            queries = [tasks[place].query for place in places]
-            keys = [f"{config.seed}/eval/{tasks[place].query.id}/{tasks[place].sample}" for place in places]
-            found = respond(engine, policy, queries, keys, 0.0 if config.greedy else None)
-            file.sampled(places, [Answer(r.text, len(r.token_ids), r.answered) for r in found])
-            progress.done(before + first + len(places))
-    engine.rest()
-    del engine, model  # the judge takes their place
-    gc.collect()
-    torch.cuda.empty_cache()
+    asked = [(tasks[p].query, f"{config.seed}/eval/{tasks[p].query.id}/{tasks[p].sample}") for p in todo]
+    temperature, done = 0.0 if config.greedy else None, len(tasks) - len(todo)
+    with CountProgress("sampled", "responses", len(tasks), done, enabled=file.is_writer and bool(todo)) as progress:
+        for places, found in sampled(config.policy, config.rollout, policy, asked, temperature):
+            file.sampled([todo[i] for i in places], [Answer(r.text, len(r.token_ids), r.answered) for r in found])
+            done += len(places)
+            progress.done(done)
 
 
 def judge_missing(config: EvalConfig, judge: VerdictJudge, tasks: Sequence[Task], file: LedgerFile) -> None:

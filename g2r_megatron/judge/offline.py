@@ -147,8 +147,13 @@ def own_rows(config: OfflineJudgeConfig, rows: list[Query]) -> list[Query]:
     return [rows[i] for i in share_of(len(rows), config.shard, config.shards)]
 
 
-def read_rows(config: OfflineJudgeConfig | ProbeConfig, prompt: JudgePrompt | RewardPrompt) -> list[Query]:
-    """Every response of the input with its query. Raises ``UserError`` for bad rows, also those too long to be judged."""
+def read_rows(
+    config: OfflineJudgeConfig | ProbeConfig, prompt: JudgePrompt | RewardPrompt, may_lack_response: bool = False
+) -> list[Query]:
+    """Every response of the input with its query, and the queries of rows that ``may_lack_response``.
+
+    Raises ``UserError`` for bad rows, also for responses too long to be judged.
+    """
     read = partial(
         read_queries,
         format=config.format,
@@ -162,10 +167,12 @@ def read_rows(config: OfflineJudgeConfig | ProbeConfig, prompt: JudgePrompt | Re
         known = {q.id: q for q in read(config.queries)}
 
     def check(query: Query) -> None:
+        if query.response is None:
+            return
         if prompt.longest(query)[0] + most_tokens(prompt.tokenizer, [query.response]) > prompt.max_length:
             prompt.build_items(query, encode_text(prompt.tokenizer, query.response))
 
-    rows = read([config.input], require_response=True, check=check, queries=known)
+    rows = read([config.input], require_response=True, may_lack_response=may_lack_response, check=check, queries=known)
     unanswered = set(known or ()) - {query.id for query in rows}
     if unanswered:
         warn(f"{len(unanswered)} of {len(known)} queries have no row in {config.input}")

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -10,7 +10,9 @@ import torch.distributed as dist
 from g2r_megatron.config.command_options import ProbeConfig
 from g2r_megatron.credit.faithfulness import FEWEST_SENTENCES
 from g2r_megatron.data.tokenizer import token_texts
+from g2r_megatron.data.types import Query
 from g2r_megatron.errors import UserError, warn
+from g2r_megatron.eval.sampling import newest_weights, sampled
 from g2r_megatron.judge.length_bound import check_judge_positions
 from g2r_megatron.judge.offline import read_rows
 from g2r_megatron.judge.output_file import job_key
@@ -28,6 +30,8 @@ from g2r_megatron.probe.statistics import summary
 from g2r_megatron.probe.table import summary_table
 from g2r_megatron.records.files import replace_text
 from g2r_megatron.records.progress_bar import CountProgress
+from g2r_megatron.rollout.vllm.check_servers import check_servers
+from g2r_megatron.workers import PolicyInputs, read_policy
 
 FREE = ("input", "queries", "output", "sample", "false_sample")  # what may differ between two attempts at one directory
 ROWS_AT_ONCE = 4
@@ -39,21 +43,24 @@ def probe_judge(config: ProbeConfig) -> None:
     ``config`` has passed ``check_probe_config`` and is filled from a preset. Raises ``UserError`` for bad rows, models or
     layouts before the weights are read, and where there are too few pairs.
     """
+    if config.policy.model:
+        config = replace(config, policy=replace(config.policy, model=newest_weights(config.policy.model)))
     hf = open_hf_model(config.judge.model, "judge.model")
     prompt = judge_prompt(hf, load_model_tokenizer(hf), config.judge)
     if not isinstance(prompt, JudgePrompt):
         raise UserError("judge.model", "a reward model has no verdicts to probe", "give a language model as the judge")
-    queries = read_rows(config, prompt)
-    check_judge_positions(hf, config.judge, ((query, len(query.response.encode())) for query in queries))
-    responses = eligible(queries, prompt, config.seed)
-    if not responses:
-        raise UserError(
-            "input",
-            f"none of {len(queries)} responses has {FEWEST_SENTENCES} sentences or more",
-            "give longer responses: sentences are what is measured",
-        )
+    queries = read_rows(config, prompt, may_lack_response=True)
+    policy = read_asked_policy(config, prompt, queries)
+    most = config.rollout.max_response_tokens
+    lengths = ((q, most if q.response is None else len(q.response.encode())) for q in queries)
+    check_judge_positions(hf, config.judge, lengths)
+    if policy is None:
+        responses_of(config, prompt, queries)  # before a file is made for nothing
     groups.initialize(config.seed)
     file, ledger = _opened(config, job_key(config, queries, FREE))
+    if policy is not None:
+        queries = answered(config, policy, queries, ledger, file)
+    responses = responses_of(config, prompt, queries)
     layout = groups.build_groups("judge", config.judge.layout)
     model = build_model("judge", hf, layout, config.judge.precision, config.judge.recompute, config.judge.spec)
     prober = Prober(model, prompt, config)
@@ -62,6 +69,55 @@ def probe_judge(config: ProbeConfig) -> None:
     measure_pairs(prober, chosen, ledger, file, layout.dp_size)
     if file is not None:
         write_results(config, prompt, judged, chosen, ledger)
+
+
+def read_asked_policy(config: ProbeConfig, prompt: JudgePrompt, queries: Sequence[Query]) -> PolicyInputs | None:
+    """The policy, with the prompts that it must answer; None if all rows have a response. Raises ``UserError``."""
+    asked = [query for query in queries if query.response is None]
+    if not asked:
+        if config.policy.model:
+            warn(f"policy.model: {config.policy.model} has no effect: every row has a response")
+        return None
+    if not config.policy.model:
+        found = f"missing, and {len(asked)} of {len(queries)} rows have no response (the first: {asked[0].id!r})"
+        raise UserError("policy.model", found, "give the model that answers them, or rows with responses")
+    policy = read_policy(config.policy, config.rollout, "", "system_prompt")
+    for query in asked:
+        policy.prompt_ids.check(query)
+        prompt.check_query(query, config.rollout.max_response_tokens)
+    policy.prompt_ids.add(asked)
+    check_servers(policy.policy, config.rollout, config.policy.precision.dtype)
+    return policy
+
+
+def answered(
+    config: ProbeConfig, policy: PolicyInputs, queries: Sequence[Query], ledger: Ledger, file: LedgerFile | None
+) -> list[Query]:
+    """``queries``, each with a response: its own, or one that is sampled now or was before (collective)."""
+    rows = [row for row, query in enumerate(queries) if query.response is None]
+    todo = [row for row in rows if row not in ledger.responses]
+    asked = [(queries[row], f"{config.seed}/probe/{queries[row].id}") for row in todo]
+    done = len(rows) - len(todo)
+    with CountProgress("sampled", "responses", len(rows), done, enabled=file is not None and bool(todo)) as progress:
+        for places, found in sampled(config.policy, config.rollout, policy, asked):
+            new = {todo[place]: response.text for place, response in zip(places, found, strict=True)}
+            ledger.responses |= new
+            if file is not None:
+                file.responses(new)
+            done += len(new)
+            progress.done(done)
+    return [replace(query, response=ledger.responses.get(row, query.response)) for row, query in enumerate(queries)]
+
+
+def responses_of(config: ProbeConfig, prompt: JudgePrompt, queries: Sequence[Query]) -> list[Response]:
+    """What can be measured of ``queries``. Raises ``UserError`` if nothing can."""
+    if responses := eligible(queries, prompt, config.seed):
+        return responses
+    raise UserError(
+        "input",
+        f"none of {len(queries)} responses has {FEWEST_SENTENCES} sentences or more",
+        "give longer responses: sentences are what is measured",
+    )
 
 
 def _opened(config: ProbeConfig, key: str) -> tuple[LedgerFile | None, Ledger]:

@@ -1,4 +1,4 @@
-"""What a probe has measured so far: one line a row judged or pair measured, kept when the process dies."""
+"""What a probe has measured so far: one line a response sampled, row judged or pair measured, kept when the process dies."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,8 +11,9 @@ NAME = "measured.jsonl"
 
 @dataclass
 class Ledger:
-    """``rows``: verdicts by the row's number; ``pairs`` by (row, item)."""
+    """By the row's number: ``responses`` that were sampled and ``rows``, their verdicts; ``pairs`` by (row, item)."""
 
+    responses: dict[int, str] = field(default_factory=dict)
     rows: dict[int, RowVerdicts] = field(default_factory=dict)
     pairs: dict[tuple[int, int], Pair] = field(default_factory=dict)
 
@@ -21,6 +22,8 @@ class Ledger:
         if "pair" in record:
             pair = Pair(**record["pair"])
             self.pairs[pair.row, pair.item] = pair
+        elif "response" in record:
+            self.responses[record["row"]] = record["response"]
         else:
             self.rows[record["row"]] = RowVerdicts(**record["verdicts"])
 
@@ -33,6 +36,10 @@ class LedgerFile:
         self._file, self.ledger = JobFile(directory / NAME, key), Ledger()
         for record in self._file.records:
             self.ledger.add(record)
+
+    def responses(self, found: dict[int, str]) -> None:
+        """Append sampled responses of rows."""
+        self._file.append({"row": row, "response": text} for row, text in found.items())
 
     def rows(self, found: dict[int, RowVerdicts]) -> None:
         """Append the verdicts of rows."""

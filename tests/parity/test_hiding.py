@@ -1,7 +1,7 @@
 """Hidden and deleted sentences, and attention paid, equal transformers with a mask, without the tokens, and with its attentions.
 
-Log-probabilities to 1e-5, occlusion and attention to 1e-5 of their norm (fp32), of every item of one response. Leaves out experts,
-which choose for themselves in every run, and GPUs.
+Log-probabilities to 1e-5, occlusion and attention to 1e-5 of their norm (fp32), of every item of one response; and what
+training calls faithfulness, which is made of them. Leaves out experts, which choose for themselves in every run, and GPUs.
 """
 
 from dataclasses import replace
@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from g2r_megatron.config.options import Layout
 from g2r_megatron.credit.attribution import pooled_weights
+from g2r_megatron.credit.faithfulness import Faithful
 from g2r_megatron.data.tokenizer import encode_text, load_tokenizer
 from g2r_megatron.judge.prompt import JudgePrompt
 from test_parity_gates import Way, mask_of
@@ -31,7 +32,8 @@ def options(budget: int, attribution: str, credit: str = "per_item"):
 
 
 def measured(layout: Layout, path: str, name: str, budget: int) -> dict:
-    """Spans of the sentences; log-probs [items][1 + sentences][2] hidden and deleted; b of each attribution."""
+    """Spans of the sentences; log-probs [items][1 + sentences][2] hidden and deleted; b of each attribution, its faithfulness."""
+    from g2r_megatron.judge.faithfulness import measure_faithfulness
     from g2r_megatron.judge.hiding import read_deleted, read_hidden
 
     found: dict = {}
@@ -43,6 +45,8 @@ def measured(layout: Layout, path: str, name: str, budget: int) -> dict:
         stage.attribute(rows, judgements, [[True] * 3], [list(WEIGHTS)])
         found[kind, credit] = [judgement.attribution.tolist() for judgement in judgements[0]]
         spans = stage.sentences(rows[0][0])
+        (faithful,) = measure_faithfulness(stage, rows, judgements, [list(WEIGHTS)], ["0"], 1) or [None]
+        found["faithful", kind, credit] = faithful
     found["spans"] = spans
     found["hidden"] = [values.tolist() for values in read_hidden(stage.judge, rows[0], [spans] * 3)]
     found["deleted"] = [values.tolist() for values in read_deleted(stage.judge, rows[0], [spans] * 3)]
@@ -98,7 +102,7 @@ def test_equals_transformers(worlds, tmp_path, layout, family, budget):
     found = on(worlds, layout, measured, path, layout, budget)
     reference, spans = Reference(path), found["spans"]
     assert len(spans) == 3 and spans[0][0] == 0
-    masses = []
+    masses, losses = [], []
     for k, item in enumerate(reference.items):
         whole = reference.log_probs(item.input_ids)
         hidden = [reference.hidden(item, *span) for span in spans]
@@ -106,10 +110,18 @@ def test_equals_transformers(worlds, tmp_path, layout, family, budget):
         deleted = [reference.deleted(item, *span) for span in spans]
         torch.testing.assert_close(*map(torch.tensor, (found["deleted"][k], [whole, *deleted])), atol=1e-5, rtol=0)
         lost = [(whole[0] - whole[1]) - (true - false) for true, false in hidden]
+        losses.append(lost)
         b = [loss / (end - begin) for loss, (begin, end) in zip(lost, spans, strict=True) for _ in range(begin, end)]
         assert found["occlusion", "per_item"][k] == pytest.approx(b, abs=1e-5)
         masses.append(reference.attention(item))
         close(found["attention", "per_item"][k], masses[-1])
-    combined = sum(c * mass for c, mass in zip(pooled_weights(list(WEIGHTS)), masses, strict=True))
+    factors = pooled_weights(list(WEIGHTS))
+    combined = sum(c * mass for c, mass in zip(factors, masses, strict=True))
     for b in found["attention", "per_response"]:
         close(b, combined)
+    combined_loss = [sum(c * loss for c, loss in zip(factors, of, strict=True)) for of in zip(*losses, strict=True)]
+    credit = [float(combined[begin:end].sum()) for begin, end in spans]
+    assert found["faithful", "attention", "per_response"] == Faithful.of(credit, combined_loss, "0")
+    credits = [[float(mass[begin:end].sum()) for begin, end in spans] for mass in masses]
+    of_items = [Faithful.of(credit, lost, "0") for credit, lost in zip(credits, losses, strict=True)]
+    assert found["faithful", "attention", "per_item"] in of_items and found["faithful", "occlusion", "per_item"] is None

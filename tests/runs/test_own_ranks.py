@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from g2r_megatron.cli import main
-from g2r_megatron.credit.faithfulness import Faithful
+from g2r_megatron.credit.faithfulness import CREDIT, PAIRS, Faithful
 from g2r_megatron.credit.judgements import ItemJudgement
 from g2r_megatron.data.types import Query, RubricItem
 from g2r_megatron.errors import UserError
@@ -237,6 +237,8 @@ def test_a_tensor_parallel_judge(shared_tp2, own_tp2):
     times = [set(json.loads(line)) for line in (own_tp2 / "metrics.jsonl").read_text().splitlines()]
     assert all({"time/judge_wait", "time/judge_busy_share", "time/attribution"} <= keys for keys in times[1:])
     assert not any("judge_wait" in key for line in records(shared_tp2, "metrics.jsonl") for key in line)
+    measured = [line[PAIRS] for line in records(own_tp2, "metrics.jsonl") if PAIRS in line]
+    assert measured == [1, 2] and all({CREDIT, "time/faithfulness"} <= keys for keys in times[1:])
 
 
 def test_resumed_with_own_ranks(worlds, task, own_tp2, tmp_path):

@@ -68,6 +68,33 @@ def test_a_judge_that_reads_its_responses(worlds, tmp_path):
     assert_refused(result, "output", NAME, "other options")
 
 
+def test_rows_without_a_response(worlds, tmp_path):
+    """The policy answers them, and them alone; what it said is kept, and the same command measures it again."""
+    lines = [json.loads(line) for line in (QUICKSTART / "data" / "responses.jsonl").read_text().splitlines()]
+    asked = {row for row in range(len(lines)) if row % 3}
+    rows = [
+        {name: line[name] for name in line if row not in asked or name != "response"} for row, line in enumerate(lines)
+    ]
+    file, output = tmp_path / "rows.jsonl", tmp_path / "out"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--sample", "3", "--attributions", "[attention]", "--policy.model", str(QUICKSTART / "model")]
+    options += ["--rollout.chat_template", "false", "--rollout.max_response_tokens", "42"]
+    [(code, _, err)] = worlds[1].run(run, argv(output, *options, rows=file))
+    assert code == 0 and "sampled 3/3 responses" in err
+    sampled = {line["row"]: line["response"] for line in measured(output) if "response" in line}
+    assert set(sampled) == asked and all(text.count(".") > 1 for text in sampled.values())
+    before = json.loads((output / "probe.json").read_text())
+
+    kept = [line for line in (output / NAME).read_text().splitlines(keepends=True) if '"pair"' not in line]
+    (output / NAME).write_text("".join(kept))
+    [(code, _, err)] = worlds[1].run(run, argv(output, *options, rows=file))
+    assert code == 0 and "sampled" not in err
+    again = json.loads((output / "probe.json").read_text())
+    assert [(p["masked"], p["tokens"]) for p in again["pairs"]] == [(p["masked"], p["tokens"]) for p in before["pairs"]]
+    answered = {row["id"]: row["response"] if row.get("response") else sampled[n] for n, row in enumerate(rows)}
+    assert all("".join(pair["tokens"]).strip() == answered[pair["id"]].strip() for pair in again["pairs"])
+
+
 def test_bad_input(worlds, tmp_path):
     """One line each; the last two are found after the weights were read."""
     refused = {
@@ -76,12 +103,16 @@ def test_bad_input(worlds, tmp_path):
         ("--attributions", "[]"): ["attributions", "missing"],
         ("--attributions", "[gate]"): ["attributions", "gate"],
         ("--sample", "0"): ["sample", "0", "at least 1"],
+        ("--rollout.prompts_per_step", "2"): ["rollout.prompts_per_step", "2 in g2r probe"],
         ("--judge.ranks", "1"): ["judge.ranks", "1 in g2r probe"],
     }
     for options, said in refused.items():
         assert_refused(run(argv(tmp_path / "out", *options)), *said)
     assert not list(tmp_path.iterdir())
 
+    unanswered = tmp_path / "unanswered.jsonl"
+    unanswered.write_text(json.dumps(ROW) + "\n")
+    assert_refused(run(argv(tmp_path / "out", rows=unanswered)), "policy.model", "1 of 1 rows have no response")
     short, false = tmp_path / "short.jsonl", tmp_path / "false.jsonl"
     short.write_text(json.dumps({**ROW, "response": "try slow turns. file updated."}) + "\n")
     assert_refused(run(argv(tmp_path / "out", rows=short)), "input", "none of 1 responses has 3 sentences")

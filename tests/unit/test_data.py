@@ -175,7 +175,10 @@ def path_of(tmp_path: Path) -> Path:
 
 
 def test_responses(tmp_path):
-    """Rows to be judged carry a response, which may be empty; several to one query are fine, also the same one twice."""
+    """Rows to be judged carry a response, which may be empty; several to one query are fine, also the same one twice.
+
+    Rows that may lack it give a query without one, and then need an id of their own.
+    """
     rows = [G2R | {"response": "fever"}, G2R | {"response": "rash"}]
     queries = read_queries([write(tmp_path / "x.jsonl", *rows)], "auto", "raw", require_response=True)
     assert [q.response for q in queries] == ["fever", "rash"]
@@ -190,6 +193,15 @@ def test_responses(tmp_path):
     same = [rows[0], rows[0], G2R | {"response": ""}, G2R | {"response": None}]
     queries = read_queries([write(tmp_path / "x.jsonl", *same)], "auto", "raw", require_response=True)
     assert [q.response for q in queries] == ["fever", "fever", "", ""]
+
+    def mixed(*rows: dict) -> list[str | None]:
+        file = write(tmp_path / "x.jsonl", *rows)
+        found = read_queries([file], "auto", "raw", require_response=True, may_lack_response=True)
+        return [query.response for query in found]
+
+    assert mixed(rows[0], G2R, G2R | {"response": None}) == ["fever", None, ""]
+    with pytest.raises(UserError, match="is also at"):
+        mixed(G2R, G2R)
 
 
 BAD_ROWS = {

@@ -62,7 +62,7 @@ MAP = {
     ),
     "probe": (
         "is a judge's credit true",
-        "config credit data errors judge model parallel records report",
+        "config credit data errors eval judge model parallel records report rollout workers",
     ),
     "plan": ("memory and time of a job before it runs, doctor", "config data device errors judge model parallel workers"),
     "train": (
