@@ -33,10 +33,10 @@ from g2r_megatron.model.hf import HFModel, open_hf_model
 from g2r_megatron.model.schedule import forward_tokens, run_schedule
 from g2r_megatron.parallel.groups import build_groups, initialize
 from g2r_megatron.plan.activations import Kind
-from g2r_megatron.plan.config import Hardware
+from g2r_megatron.plan.config import GIB, Hardware
 from g2r_megatron.plan.cost import backward_flop, forward_flop
 from g2r_megatron.plan.models import PlannedModel
-from g2r_megatron.plan.rank_memory import GIB, training_state, update_bytes
+from g2r_megatron.plan.rank_memory import training_state, update_bytes
 from g2r_megatron.plan.stages import expected_stages
 from g2r_megatron.plan.workload import Passes
 from g2r_megatron.policy.correction import correct

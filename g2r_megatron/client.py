@@ -14,9 +14,10 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import httpx
 
@@ -25,6 +26,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0  # seconds
 
 Response = str | tuple[Sequence[int], bool]
 Criterion = str | Mapping[str, Any]
+Judged = TypeVar("Judged")
 
 
 class JudgeError(Exception):
@@ -35,8 +37,8 @@ class JudgeError(Exception):
         super().__init__(message if status is None else f"{status}: {message}")
 
 
-class _Shared:
-    """What both clients know: the address, the key, how long to try."""
+class _Shared(ABC, Generic[Judged]):
+    """What both clients know and ask for. ``Judged``: an entry a response, or the coroutine that gives them."""
 
     def __init__(self, url: str, api_key: str | None = None, timeout: float = 300.0, retry_seconds: float = 300.0):
         """``api_key``: default G2R_API_KEY of the environment. ``timeout``: seconds for one try. ``retry_seconds``: for so
@@ -56,6 +58,39 @@ class _Shared:
         while time.monotonic() + pause < end:
             yield pause * random.uniform(0.5, 1.5)
             pause = min(2 * pause, LONGEST_PAUSE)
+
+    def credit(
+        self,
+        responses: Sequence[Response],
+        rubric: Sequence[Criterion] = (),
+        *,
+        prompt: str | None = None,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        tokenizer: str | None = None,
+        **options: Any,
+    ) -> Judged:
+        """Score, verdicts and token credit of each of one prompt's ``responses``; of several also advantages.
+
+        ``options``: attribution, advantage, mix, ... (docs/serve.md). Raises ``JudgeError``.
+        """
+        return self._judged("/v1/credit", _request(responses, rubric, prompt, messages, tokenizer, options))
+
+    def score(
+        self,
+        responses: Sequence[Response],
+        rubric: Sequence[Criterion] = (),
+        *,
+        prompt: str | None = None,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        tokenizer: str | None = None,
+        **options: Any,
+    ) -> Judged:
+        """Score and verdicts, as ``credit`` gives them."""
+        return self._judged("/v1/score", _request(responses, rubric, prompt, messages, tokenizer, options))
+
+    @abstractmethod
+    def _judged(self, path: str, request: dict[str, Any]) -> Judged:
+        """The answer's entries of the responses."""
 
 
 def _request(
@@ -92,13 +127,27 @@ def _result(response: httpx.Response) -> Any:
     raise JudgeError(response.status_code, str(message))
 
 
+def _next_pause(response: httpx.Response | None, problem: str, pauses: Iterator[float]) -> float | None:
+    """Seconds until the next try; None if ``response`` is the answer. Raises ``JudgeError`` after the last try.
+
+    ``problem``: why there is no response.
+    """
+    if response is not None and response.status_code not in RETRIED:
+        return None
+    if (pause := next(pauses, None)) is not None:
+        return _wait(response, pause)
+    if response is None:
+        raise JudgeError(None, f"the service cannot be reached ({problem.strip()})")
+    return None
+
+
 def _wait(response: httpx.Response | None, pause: float) -> float:
     """Seconds until the next try: at least what the service asks for."""
     after = "" if response is None else response.headers.get("Retry-After", "")
     return max(pause, min(float(after), LONGEST_PAUSE)) if after.isdigit() else pause
 
 
-class Judge(_Shared):
+class Judge(_Shared[list[dict[str, Any]]]):
     """Blocking client; one object may be used by several threads."""
 
     def __init__(self, url: str, api_key: str | None = None, timeout: float = 300.0, retry_seconds: float = 300.0):
@@ -114,40 +163,12 @@ class Judge(_Shared):
     def close(self) -> None:
         self._http.close()
 
-    def credit(
-        self,
-        responses: Sequence[Response],
-        rubric: Sequence[Criterion] = (),
-        *,
-        prompt: str | None = None,
-        messages: Sequence[Mapping[str, str]] | None = None,
-        tokenizer: str | None = None,
-        **options: Any,
-    ) -> list[dict[str, Any]]:
-        """Score, verdicts and token credit of each of one prompt's ``responses``; of several also advantages.
-
-        ``options``: attribution, advantage, mix, ... (docs/serve.md). Raises ``JudgeError``.
-        """
-        request = _request(responses, rubric, prompt, messages, tokenizer, options)
-        return self._send("POST", "/v1/credit", request)["responses"]
-
-    def score(
-        self,
-        responses: Sequence[Response],
-        rubric: Sequence[Criterion] = (),
-        *,
-        prompt: str | None = None,
-        messages: Sequence[Mapping[str, str]] | None = None,
-        tokenizer: str | None = None,
-        **options: Any,
-    ) -> list[dict[str, Any]]:
-        """Score and verdicts, as ``credit`` gives them."""
-        request = _request(responses, rubric, prompt, messages, tokenizer, options)
-        return self._send("POST", "/v1/score", request)["responses"]
-
     def model(self) -> dict[str, Any]:
         """The judge behind the service: its attributions, tokenizers, lengths."""
         return self._send("GET", "/v1/models", None)["data"][0]
+
+    def _judged(self, path: str, request: dict[str, Any]) -> list[dict[str, Any]]:
+        return self._send("POST", path, request)["responses"]
 
     def _send(self, method: str, path: str, request: dict[str, Any] | None) -> Any:
         pauses = self._pauses()
@@ -157,15 +178,13 @@ class Judge(_Shared):
                 response = self._http.request(method, path, json=request)
             except httpx.TransportError as error:
                 problem = f"{type(error).__name__} {error}"
-            if response is not None and response.status_code not in RETRIED:
+            if (pause := _next_pause(response, problem, pauses)) is None:
                 return _result(response)
-            if (pause := next(pauses, None)) is None:
-                return _gave_up(response, problem)
-            time.sleep(_wait(response, pause))
+            time.sleep(pause)
 
 
-class AsyncJudge(_Shared):
-    """Client for coroutines of one event loop."""
+class AsyncJudge(_Shared[Coroutine[Any, Any, list[dict[str, Any]]]]):
+    """Client for coroutines of one event loop: ``await judge.credit(...)``."""
 
     def __init__(self, url: str, api_key: str | None = None, timeout: float = 300.0, retry_seconds: float = 300.0):
         super().__init__(url, api_key, timeout, retry_seconds)
@@ -182,37 +201,12 @@ class AsyncJudge(_Shared):
     async def close(self) -> None:
         await self._http.aclose()
 
-    async def credit(
-        self,
-        responses: Sequence[Response],
-        rubric: Sequence[Criterion] = (),
-        *,
-        prompt: str | None = None,
-        messages: Sequence[Mapping[str, str]] | None = None,
-        tokenizer: str | None = None,
-        **options: Any,
-    ) -> list[dict[str, Any]]:
-        """See ``Judge.credit``."""
-        request = _request(responses, rubric, prompt, messages, tokenizer, options)
-        return (await self._send("POST", "/v1/credit", request))["responses"]
-
-    async def score(
-        self,
-        responses: Sequence[Response],
-        rubric: Sequence[Criterion] = (),
-        *,
-        prompt: str | None = None,
-        messages: Sequence[Mapping[str, str]] | None = None,
-        tokenizer: str | None = None,
-        **options: Any,
-    ) -> list[dict[str, Any]]:
-        """See ``Judge.score``."""
-        request = _request(responses, rubric, prompt, messages, tokenizer, options)
-        return (await self._send("POST", "/v1/score", request))["responses"]
-
     async def model(self) -> dict[str, Any]:
         """See ``Judge.model``."""
         return (await self._send("GET", "/v1/models", None))["data"][0]
+
+    async def _judged(self, path: str, request: dict[str, Any]) -> list[dict[str, Any]]:
+        return (await self._send("POST", path, request))["responses"]
 
     async def _send(self, method: str, path: str, request: dict[str, Any] | None) -> Any:
         pauses = self._pauses()
@@ -222,15 +216,6 @@ class AsyncJudge(_Shared):
                 response = await self._http.request(method, path, json=request)
             except httpx.TransportError as error:
                 problem = f"{type(error).__name__} {error}"
-            if response is not None and response.status_code not in RETRIED:
+            if (pause := _next_pause(response, problem, pauses)) is None:
                 return _result(response)
-            if (pause := next(pauses, None)) is None:
-                return _gave_up(response, problem)
-            await asyncio.sleep(_wait(response, pause))
-
-
-def _gave_up(response: httpx.Response | None, problem: str) -> Any:
-    """Raise for the last try."""
-    if response is not None:
-        return _result(response)
-    raise JudgeError(None, f"the service cannot be reached ({problem.strip()})")
+            await asyncio.sleep(pause)

@@ -33,6 +33,14 @@ def quickstart_options(data: Path) -> list[str]:
     ]
 
 
+def train_command(arguments: Sequence[str], ranks: int = 1) -> subprocess.CompletedProcess:
+    """``g2r train`` on ``ranks`` ranks to its end."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *torchrun, "-m", "g2r_megatron.cli", "train", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800)
+
+
 def processes_of(run: Path, rank: int | None = None) -> list[int]:
     """Living processes of the runs in ``run``: launcher, ranks and all they started; or those of one rank."""
     found = []

@@ -9,14 +9,13 @@ built by the program's own code: token for token what training sees. No held-out
 
 import argparse
 import random
+import sys
 import time
 from pathlib import Path
 
 import task
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from g2r_megatron.config.options import JudgeConfig
 from g2r_megatron.data.tokenizer import load_tokenizer, render_prompt
@@ -24,39 +23,11 @@ from g2r_megatron.data.types import Query, RubricItem
 from g2r_megatron.judge.prompt import JudgePrompt
 
 HERE = Path(__file__).parent
-PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
-IGNORED = -100  # label of positions without a loss
+sys.path.append(str(HERE.parent))
+from toy_models import IGNORED, ROLES, make_network, make_tokenizer, next_token_loss, save  # noqa: E402
+
 LR, WARMUP, DECAYING = 3e-3, 50, 0.4
 BATCH = 32  # solutions written and solutions judged of an optimizer step
-
-
-def make_tokenizer(directory: Path) -> None:
-    """A word-level tokenizer: a BPE whose vocabulary holds whole words (with their space) and that merges nothing."""
-    space = "Ġ"  # how byte-level pre-tokenization writes the space before a word
-    roles = ["user", "assistant", "system"]
-    vocab = [PAD, EOS, UNK, ":", space, "Ċ", *roles, *(space + word for word in dict.fromkeys([*roles, *task.words()]))]
-    tokenizer = Tokenizer(
-        models.BPE({token: i for i, token in enumerate(vocab)}, [], unk_token=UNK, fuse_unk=False, ignore_merges=True)
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNK, clean_up_tokenization_spaces=False
-    )
-    fast.save_pretrained(directory)
-
-
-def make_network(tokenizer) -> Qwen3ForCausalLM:
-    """The untrained network, fp32. A wide initialisation: at this width 0.02 learns far too slowly."""
-    config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=24, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.1,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        attn_implementation="sdpa", dtype="float32",
-    )  # fmt: skip
-    network = Qwen3ForCausalLM(config)
-    torch.nn.init.normal_(network.model.embed_tokens.weight, std=0.3)
-    return network
 
 
 class Lessons:
@@ -95,25 +66,14 @@ class Lessons:
         return [*built, self.verdict[right]], [IGNORED] * len(built) + [self.verdict[right]]
 
 
-def loss_of(network, rows: list[tuple[list[int], list[int]]]) -> torch.Tensor:
-    """Mean next-token cross-entropy where there are labels (right padding: a causal model needs no mask)."""
-    ids, labels = (
-        torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in column], batch_first=True, padding_value=value)
-        for column, value in zip(zip(*rows), (0, IGNORED))
-    )
-    hidden = network.model(input_ids=ids).last_hidden_state[:, :-1]
-    asked = labels[:, 1:] != IGNORED
-    return torch.nn.functional.cross_entropy(network.lm_head(hidden[asked]), labels[:, 1:][asked])
-
-
 def train(network, lessons: Lessons, steps: int) -> None:
     """AdamW with warm-up and a linear decay at the end."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=0.1, betas=(0.9, 0.98))
     start = time.time()
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = LR * min(1.0, (step + 1) / WARMUP, (1 - step / steps) / DECAYING)
-        written = loss_of(network, [lessons.writer_row() for _ in range(BATCH)])
-        judged = loss_of(network, [lessons.judge_row(step / steps) for _ in range(BATCH)])
+        written = next_token_loss(network, [lessons.writer_row() for _ in range(BATCH)])
+        judged = next_token_loss(network, [lessons.judge_row(step / steps) for _ in range(BATCH)])
         (written + judged).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
@@ -131,16 +91,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)
-    make_tokenizer(args.output)
+    make_tokenizer(args.output, [":"], [*ROLES, *task.words()])
     tokenizer = load_tokenizer(str(args.output))
     judge = JudgeConfig(**yaml.safe_load((HERE / "config.yaml").read_text())["judge"])
-    network = make_network(tokenizer)
+    network = make_network(tokenizer, hidden=96, positions=256)
     print(f"{sum(p.numel() for p in network.parameters()):,} parameters, {len(tokenizer)} tokens")
     train(network, Lessons(tokenizer, judge, args.seed), args.steps)
-    network.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True
-    )
-    network.save_pretrained(args.output)
+    save(network, tokenizer, args.output)
 
 
 if __name__ == "__main__":

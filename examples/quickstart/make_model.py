@@ -10,14 +10,13 @@ that are also damaged and mixed up, because a policy under training leaves the w
 
 import argparse
 import random
+import sys
 import time
 from pathlib import Path
 
 import task
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from g2r_megatron.config.options import JudgeConfig
 from g2r_megatron.data.tokenizer import load_tokenizer, render_prompt
@@ -25,55 +24,13 @@ from g2r_megatron.data.types import RubricItem
 from g2r_megatron.judge.prompt import JudgePrompt
 
 HERE = Path(__file__).parent
-PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
-IGNORED = -100  # label of positions without a loss
+sys.path.append(str(HERE.parent))
+from toy_models import IGNORED, ROLES, make_network, make_tokenizer, next_token_loss, padded, save  # noqa: E402
+
 CUT = 41  # longest note in tokens: with the end token it fits max_response_tokens = 42
 LR, WEIGHT_DECAY, WARMUP = 3e-3, 0.1, 50
 DECAYING = 0.4  # last part of training, in which the learning rate falls to 0
 BATCH = 16  # judge rows (ten verdicts each) and writer rows of an optimizer step
-
-
-def make_tokenizer(directory: Path) -> None:
-    """A word-level tokenizer: a BPE whose vocabulary holds whole words (with their space) and that merges nothing.
-
-    An unknown word becomes one ``<unk>`` a character, so no unknown word looks like a single token.
-    """
-    space = "Ġ"  # how byte-level pre-tokenization writes the space before a word
-    roles = ["user", "assistant", "system"]
-    plain = [".", ",", ":", space, "Ċ", *roles]  # a role also stands at the start of a line, without a space
-    spaced = [space + w for w in ["True", "False", "|", "=>", *roles, *task.words()]]
-    vocab = {token: i for i, token in enumerate([PAD, EOS, UNK, *plain, *spaced])}
-    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token=UNK, fuse_unk=False, ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNK, clean_up_tokenization_spaces=False
-    )
-    fast.save_pretrained(directory)
-
-
-def make_network(tokenizer) -> Qwen3ForCausalLM:
-    """The untrained network, fp32. A wide initialisation: at this width 0.02 learns far too slowly."""
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        attn_implementation="sdpa",
-        dtype="float32",
-    )
-    network = Qwen3ForCausalLM(config)
-    torch.nn.init.normal_(network.model.embed_tokens.weight, std=0.3)
-    return network
 
 
 class Lessons:
@@ -154,11 +111,6 @@ class Lessons:
         return ids, labels, blocks, positions
 
 
-def padded(rows: list[list[int]], value: int) -> torch.Tensor:
-    """[b, s] int64."""
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=value)
-
-
 def block_mask(blocks: torch.Tensor) -> torch.Tensor:
     """Causal mask [b, 1, s, s] fp32 (0 or -inf-like): a block sees the shared prefix and itself; padding is -1."""
     same = blocks[:, :, None] == blocks[:, None, :]
@@ -174,14 +126,6 @@ def judge_loss(network, rows: list) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(network.lm_head(hidden[asked]), labels[asked])
 
 
-def writer_loss(network, rows: list) -> torch.Tensor:
-    """Mean next-token cross-entropy over the notes (right padding: a causal model needs no mask)."""
-    ids, labels = (padded(list(column), v) for column, v in zip(zip(*rows), (0, IGNORED)))
-    hidden = network.model(input_ids=ids).last_hidden_state[:, :-1]
-    asked = labels[:, 1:] != IGNORED
-    return torch.nn.functional.cross_entropy(network.lm_head(hidden[asked]), labels[:, 1:][asked])
-
-
 def train(network, lessons: Lessons, steps: int) -> None:
     """AdamW with warm-up and a linear decay at the end; judged notes grow by a sentence every 40 steps."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98))
@@ -192,7 +136,7 @@ def train(network, lessons: Lessons, steps: int) -> None:
         optimizer.param_groups[0]["lr"] = LR * rate
         longest = 1 + step // 40
         verdicts = judge_loss(network, [lessons.judge_row(longest) for _ in range(BATCH)])
-        notes = writer_loss(network, [lessons.writer_row() for _ in range(BATCH)])
+        notes = next_token_loss(network, [lessons.writer_row() for _ in range(BATCH)])
         (verdicts + notes).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
@@ -210,16 +154,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)
-    make_tokenizer(args.output)
+    make_tokenizer(args.output, [".", ",", ":"], ["True", "False", "|", "=>", *ROLES, *task.words()])
     tokenizer = load_tokenizer(str(args.output))
     judge = JudgeConfig(**yaml.safe_load((HERE / "config.yaml").read_text())["judge"])
-    network = make_network(tokenizer)
+    network = make_network(tokenizer, hidden=128, positions=512)
     print(f"{sum(p.numel() for p in network.parameters()):,} parameters, {len(tokenizer)} tokens")
     train(network, Lessons(tokenizer, judge, args.seed), args.steps)
-    network.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True
-    )
-    network.save_pretrained(args.output)
+    save(network, tokenizer, args.output)
 
 
 if __name__ == "__main__":

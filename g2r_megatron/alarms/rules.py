@@ -6,6 +6,7 @@ as long as there is nothing to judge; an alarm is on while the number is past it
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from statistics import fmean
 
 from g2r_megatron.credit.faithfulness import CREDIT, FEWEST_PAIRS, PAIRS, PLACEBO
@@ -36,22 +37,15 @@ def gold_of(record: Record) -> float | None:
     return record.get("eval/gold_score", record.get("eval/true_score"))
 
 
-def _recent(key: str) -> Callable[[Sequence[Record], int], float | None]:
-    """Mean of ``key`` over the last ``window`` records that have it, if there are as many."""
+def _recent(key: str, at_once: bool = False) -> Callable[[Sequence[Record], int], float | None]:
+    """Mean of ``key`` over the last ``window`` records that have it; ``at_once``: also while there are fewer.
+
+    What is wrong with the judge from the start is to be said at once.
+    """
 
     def value(history: Sequence[Record], window: int) -> float | None:
-        found = [record[key] for record in history if key in record][-window:]
-        return fmean(found) if len(found) == window else None
-
-    return value
-
-
-def _so_far(key: str) -> Callable[[Sequence[Record], int], float | None]:
-    """As ``_recent``, from the first record on: what is wrong with the judge from the start is said at once."""
-
-    def value(history: Sequence[Record], window: int) -> float | None:
-        found = [record[key] for record in history if key in record][-window:]
-        return fmean(found) if found else None
+        found = list(islice((record[key] for record in reversed(history) if key in record), window))
+        return fmean(found) if len(found) == window or (at_once and found) else None
 
     return value
 
@@ -102,7 +96,7 @@ def _fall_from_peak(history: Sequence[Record], window: int) -> float | None:
 RULES = (
     Rule(
         "answer_mass",
-        _so_far("judge/answer_mass"),
+        _recent("judge/answer_mass", at_once=True),
         "judge/answer_mass",
         "the judge gives little of its probability to True or False, so its verdicts mean little",
         "look at judge.template, judge.think, judge.true_words and judge.false_words",

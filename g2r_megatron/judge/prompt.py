@@ -1,6 +1,7 @@
 """The judge's input: one token sequence per (response, criterion), with the exact span of the response in it."""
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -34,7 +35,7 @@ CACHED_SIDES = 8192
 CACHED_RESPONSES = 512
 
 
-class ResponseReader:
+class ResponseReader(ABC):
     """How a response is placed in the judge's input: as its own token ids, or as its text if the tokenizers differ.
 
     Subclasses set ``_response_continues``: whether there is text right before the response (``encode_text``).
@@ -101,13 +102,13 @@ class ResponseReader:
                 "raise judge.max_length or shorten the responses",
             )
 
+    @abstractmethod
     def build_items(self, query: Query, response_ids: Sequence[int]) -> list[JudgeInput]:
         """The judge inputs of a response, one a judgement; ``response_ids``: its T tokens without the stop token."""
-        raise NotImplementedError
 
+    @abstractmethod
     def longest(self, query: Query) -> tuple[float, Callable[[], int]]:
         """Tokens of the query's longest judge input without a response: an upper bound, and a function to count."""
-        raise NotImplementedError
 
     def check_query(self, query: Query, response_tokens: int) -> None:
         """Raise ``UserError`` if a response of so many tokens would make a judge input of ``query`` too long.

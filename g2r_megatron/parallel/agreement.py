@@ -1,11 +1,25 @@
-"""Errors that one rank finds and all must raise: the others would wait for it in the next collective."""
+"""What ranks tell each other: the results of their shares, and errors, which all must raise.
+
+After an error of one rank the others would wait for it in the next collective.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from g2r_megatron.errors import UserError
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+def union(mine: dict[Key, Value]) -> dict[Key, Value]:
+    """The entries of all ranks, on every rank (collective); of a key that several have, the highest rank's."""
+    parts: list[dict[Key, Value]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, mine)
+    return {key: value for part in parts for key, value in part.items()}
 
 
 @contextmanager

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from g2r_megatron.config.options import TrainConfig
 
+GIB = 1024**3
+
 
 @dataclass
 class Hardware:

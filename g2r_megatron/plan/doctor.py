@@ -23,8 +23,9 @@ from typing import Literal
 from rich.console import Console
 from rich.text import Text
 
+from g2r_megatron.plan.config import GIB
+
 State = Literal["ok", "note", "missing", "broken"]
-GIB = 1024**3
 IMPORT_SECONDS = 180.0
 PROGRAM_SECONDS = 30.0
 SHM_GIB, OPEN_FILES, FREE_DISK_GIB = 8, 4096, 50

@@ -4,12 +4,10 @@ import math
 from dataclasses import replace
 
 from g2r_megatron.config.options import GPU_SHARE, Layout
-from g2r_megatron.plan.config import PlanConfig
+from g2r_megatron.plan.config import GIB, PlanConfig
 from g2r_megatron.plan.models import Job, PlannedModel
 from g2r_megatron.plan.stages import expected_stages
 from g2r_megatron.plan.workload import Rollout, Workload
-
-GIB = 2**30
 
 
 def in_ranks(config: PlanConfig) -> bool:

@@ -9,11 +9,11 @@ from g2r_megatron.config.options import Dtype
 from g2r_megatron.errors import UserError
 from g2r_megatron.model.hf import HFModel
 from g2r_megatron.plan.checks import Problems, check_config, check_inputs, missing_files
-from g2r_megatron.plan.config import PlanConfig
+from g2r_megatron.plan.config import GIB, PlanConfig
 from g2r_megatron.plan.cost import Phase, step_phases, step_seconds
 from g2r_megatron.plan.engine import in_ranks, on_servers
 from g2r_megatron.plan.models import CountStages, Job, plan_job
-from g2r_megatron.plan.rank_memory import GIB, RankMemory, rank_memory
+from g2r_megatron.plan.rank_memory import RankMemory, rank_memory
 from g2r_megatron.plan.stages import built_stages, expected_stages
 from g2r_megatron.plan.workload import Workload, workload
 

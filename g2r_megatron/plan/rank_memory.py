@@ -19,8 +19,6 @@ from g2r_megatron.plan.workload import (
     workload,
 )
 
-GIB = 1024**3
-
 
 @dataclass
 class RankMemory:

@@ -8,11 +8,11 @@ from g2r_megatron.config.options import OWN_RANKS_PARTS, Dtype, Layout
 from g2r_megatron.errors import UserError
 from g2r_megatron.model.hf import HFModel
 from g2r_megatron.plan.checks import Problems
-from g2r_megatron.plan.config import PlanConfig
+from g2r_megatron.plan.config import GIB, PlanConfig
 from g2r_megatron.plan.cost import step_phases, step_seconds
 from g2r_megatron.plan.models import Job
 from g2r_megatron.plan.planner import count_stages_as_built, count_stages_by_formula, fits, try_job
-from g2r_megatron.plan.rank_memory import GIB, rank_memory
+from g2r_megatron.plan.rank_memory import rank_memory
 
 SHOWN = 2  # of each place of the judge
 TRIED = 300  # pairs of layouts whose memory is computed, for each place of the judge

@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 from g2r_megatron.config.options import Layout
+from g2r_megatron.plan.config import GIB
 from g2r_megatron.plan.engine import in_ranks
 from g2r_megatron.plan.models import PlannedModel
 from g2r_megatron.plan.planner import Plan, available_bytes, fits
-from g2r_megatron.plan.rank_memory import GIB, RankMemory
+from g2r_megatron.plan.rank_memory import RankMemory
 from g2r_megatron.plan.suggest import Suggestion
 from g2r_megatron.plan.workload import workload
 

@@ -39,7 +39,7 @@ from g2r_megatron.model.torch_dist import (
     sync_to_disk,
     write_facts,
 )
-from g2r_megatron.parallel.agreement import raised_by_all
+from g2r_megatron.parallel.agreement import raised_by_all, union
 from g2r_megatron.policy.background_save import ThreadQueue, storages, with_check_sums, write_in_this_process
 from g2r_megatron.policy.optimizer_shards import sharded_optimizer_state
 from g2r_megatron.policy.trainer import PolicyTrainer, load_optimizer_state
@@ -153,13 +153,11 @@ class Checkpointer:
 
     def _complete(self, step: int, sums: dict[str, int]) -> None:
         """All files are written: add what is ours, give the directory its name, delete what is too old."""
-        gathered: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(gathered, sums)
+        known = union(sums)
         temporary, final = self._path(step, ".incomplete"), self._path(step)
         with raised_by_all(), self._refusals(step):
             if dist.get_rank() == 0:
                 copy_model_files(self.trainer.model.hf, temporary)
-                known = {name: value for part in gathered for name, value in part.items()}
                 files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
                 names = [path.relative_to(temporary).as_posix() for path in files]
                 known |= {name: crc32(path) for name, path in zip(names, files, strict=True) if name not in known}

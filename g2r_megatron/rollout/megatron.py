@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,9 +11,10 @@ from g2r_megatron.device import local_device
 from g2r_megatron.model.build import MegatronModel
 from g2r_megatron.model.decode_attention import CacheContext
 from g2r_megatron.model.schedule import forward_once
+from g2r_megatron.parallel.agreement import union
 from g2r_megatron.parallel.microbatches import cache_block, padded
 from g2r_megatron.rollout.sampling import next_tokens, uniforms
-from g2r_megatron.rollout.types import Request, Sampled
+from g2r_megatron.rollout.types import Request, Sampled, by_length
 
 PROMPT_MULTIPLE = 32  # tokens of the pass over prompts come in multiples of this
 
@@ -69,7 +69,7 @@ class MegatronRolloutEngine:
         """
         temperature = self.config.temperature if temperature is None else temperature
         groups, mine = self.model.groups, {}
-        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i))
+        order = by_length(requests)
         shares = [order[rank :: groups.dp_size] for rank in range(groups.dp_size)]  # near lengths meet, on every rank
         training = self.model.training
         self.model.train(False)
@@ -90,9 +90,7 @@ class MegatronRolloutEngine:
                 mine |= zip(batch, results, strict=False)
                 on_progress(len(mine))
         self.model.train(training)
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, mine if groups.is_replica_writer else {})
-        merged = {i: result for part in gathered for i, result in part.items()}
+        merged = union(mine if groups.is_replica_writer else {})
         return [merged[i] for i in range(len(requests))]
 
     def _generate_batch(self, requests: list[Request], temperature: float, start: int, longest: int) -> list[Sampled]:

@@ -13,6 +13,11 @@ class Request:
     key: str
 
 
+def by_length(requests: Sequence[Request]) -> list[int]:
+    """Numbers of the requests, shortest prompt first: every n-th of them is a fair share."""
+    return sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i))
+
+
 class Sampled(NamedTuple):
     """What an engine returns for a request. ``token_ids`` ends with the stop token when ``finished``.
 

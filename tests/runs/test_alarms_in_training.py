@@ -4,13 +4,10 @@ Runs of a few steps on the quickstart's task, whose judge is a good one: thresho
 Leaves out the rules (tests/unit/test_alarms.py) and whether they find real exploits (benchmarks/alarms.py).
 """
 
-import subprocess
-import sys
-
 import pytest
 
 from g2r_megatron.cli import main
-from real_runs import ROOT, checkpoints, quickstart_options, records
+from real_runs import checkpoints, quickstart_options, records, train_command
 from test_bad_input import run
 
 
@@ -23,15 +20,9 @@ def options(tmp_path_factory) -> list[str]:
     ]
 
 
-def command(arguments: list[str], ranks: int = 1) -> subprocess.CompletedProcess:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    line = [sys.executable, *torchrun, "-m", "g2r_megatron.cli", "train", *arguments]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=800)
-
-
 def test_an_alarm_is_told_and_recorded_once(options, tmp_path):
     """Two ranks, one of them the judge's: the checks run there too. The report draws the alarm."""
-    done = command([*options, "--judge.ranks", "1", "--output_dir", str(tmp_path / "run")], ranks=2)
+    done = train_command([*options, "--judge.ranks", "1", "--output_dir", str(tmp_path / "run")], ranks=2)
     assert done.returncode == 0, done.stderr
     assert (done.stdout + done.stderr).count("alarm one_sided: judge/true_share") == 1
     (alarm,) = [a for a in records(tmp_path / "run", "alarms.jsonl") if a["alarm"] == "one_sided"]
@@ -48,12 +39,12 @@ def test_an_alarm_is_told_and_recorded_once(options, tmp_path):
 def test_stop_on_ends_the_run_and_names_a_checkpoint(options, tmp_path):
     """Exit code 3, one line; the checkpoint before the alarm is named. Started again with another threshold, it goes on."""
     arguments = [*options, "--alarms.stop_on", "[one_sided]", "--output_dir", str(tmp_path / "run")]
-    done = command(arguments)
+    done = train_command(arguments)
     assert done.returncode == 3
     (line,) = [line for line in done.stderr.splitlines() if "error" in line]
     assert "alarms.stop_on: step 2: alarm one_sided" in line and "the last checkpoint before it is of step 1" in line
     assert records(tmp_path / "run", "metrics.jsonl")[-1]["step"] == 2
-    done = command([*arguments, "--alarms.one_sided", "1", "--steps", "3"])
+    done = train_command([*arguments, "--alarms.one_sided", "1", "--steps", "3"])
     assert done.returncode == 0, done.stderr
     assert [r["step"] for r in records(tmp_path / "run", "metrics.jsonl")] == [0, 1, 2, 3]
 
@@ -63,7 +54,7 @@ def test_the_best_checkpoint_is_kept(options, tmp_path):
     arguments = [*options, "--eval.every", "1", "--checkpoint.keep_last", "1", "--checkpoint.save_every", "2"]
     arguments += ["--checkpoint.keep_best", "eval/true_score", "--output_dir", str(tmp_path / "run")]
     for steps in ("3", "6"):
-        done = command([*arguments, "--steps", steps])
+        done = train_command([*arguments, "--steps", steps])
         assert done.returncode == 0, done.stderr
         scores = {r["step"]: r["eval/true_score"] for r in records(tmp_path / "run", "metrics.jsonl")}
         best = max((step for step in scores if step), key=lambda step: (scores[step], -step))

@@ -60,6 +60,7 @@ ELSEWHERE = {  # script -> the test that runs it
     "examples/smollm2/make_data.py": "tests/unit/test_smollm2_data.py",
     "examples/quickstart/make_data.py": "tests/unit/test_quickstart_task.py",
     "examples/quickstart/task.py": "tests/unit/test_quickstart_task.py",
+    "examples/toy_models.py": "tests/runs/test_benchmarks.py",
     "benchmarks/machine.py": "tests/runs/test_benchmarks.py",
     "tools/convert_hf_to_megatron.py": "tests/parity/test_convert.py",
     "tools/convert_megatron_to_hf.py": "tests/parity/test_convert.py",

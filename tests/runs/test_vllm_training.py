@@ -24,6 +24,7 @@ from real_runs import (
     records,
     send,
     start,
+    train_command,
     wait_for,
 )
 from test_bad_input import assert_refused
@@ -33,13 +34,6 @@ with_vllm = [
     pytest.mark.vllm,
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (make vllm)"),
 ]
-
-
-def train(arguments: list[str], ranks: int = 1) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "g2r_megatron.cli", "train", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800)
 
 
 def in_another_process(commands: list[list[str]]) -> list[list]:
@@ -67,7 +61,7 @@ class TestRuns:
 
     def test_a_run_on_two_ranks(self, options, tmp_path):
         """Four steps with large updates, correction and evaluation: the sampler's log-probs stay the trainer's."""
-        done = train([*options, "--rollout.correction", "tis", "--output_dir", str(tmp_path / "run")], ranks=2)
+        done = train_command([*options, "--rollout.correction", "tis", "--output_dir", str(tmp_path / "run")], ranks=2)
         assert done.returncode == 0, done.stderr
         steps = [record for record in records(tmp_path / "run", "metrics.jsonl") if record["step"] > 0]
         assert [record["step"] for record in steps] == [1, 2, 3, 4]
@@ -79,9 +73,9 @@ class TestRuns:
     def test_a_resumed_run_samples_with_the_resumed_weights(self, options, tmp_path):
         """Stopped after two steps and started again: the engine, which begins with the start weights, gets the new ones."""
         whole, parts = tmp_path / "whole", tmp_path / "parts"
-        assert train([*options, "--output_dir", str(whole)]).returncode == 0
-        assert train([*options, "--steps", "2", "--output_dir", str(parts)]).returncode == 0
-        done = train([*options, "--output_dir", str(parts)])
+        assert train_command([*options, "--output_dir", str(whole)]).returncode == 0
+        assert train_command([*options, "--steps", "2", "--output_dir", str(parts)]).returncode == 0
+        done = train_command([*options, "--output_dir", str(parts)])
         assert done.returncode == 0, done.stderr
         resumed, uninterrupted = (
             [record for record in records(path, "metrics.jsonl") if "loss/policy" in record] for path in (parts, whole)

@@ -1,7 +1,6 @@
 """A vLLM engine in every rank of the policy, with the policy's weights, which it gets after every update."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -9,9 +8,10 @@ import torch.distributed as dist
 from g2r_megatron.config.options import RolloutConfig
 from g2r_megatron.errors import RunError
 from g2r_megatron.model.build import MegatronModel
-from g2r_megatron.rollout.types import Request, Sampled
+from g2r_megatron.parallel.agreement import union
+from g2r_megatron.rollout.types import Request, Sampled, by_length
 from g2r_megatron.rollout.vllm.environment import alone, engine_options, set_environment, single_groups
-from g2r_megatron.rollout.vllm.requests import SCORING, by_length, sampling_fields
+from g2r_megatron.rollout.vllm.requests import SCORING, sampling_fields
 from g2r_megatron.rollout.vllm.weights import all_buckets
 
 RECEIVER = "g2r_megatron.rollout.vllm.receiver.WeightReceiver"
@@ -78,9 +78,7 @@ class VLLMRolloutEngine:
         outputs = self._llm.generate(prompts, sampling, use_tqdm=False) if share else []
         mine = {i: _sampled(output.outputs[0]) for i, output in zip(share, outputs, strict=True)}
         on_progress(len(mine))
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, mine)
-        merged = {i: sampled for part in gathered for i, sampled in part.items()}
+        merged = union(mine)
         return [merged[i] for i in range(len(requests))]
 
     def _sampling(self, key: str, temperature: float):

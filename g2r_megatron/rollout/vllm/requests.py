@@ -1,20 +1,13 @@
 """What vLLM is asked for, by an engine in the process or over HTTP: the fields of its ``SamplingParams``."""
 
 import hashlib
-from collections.abc import Sequence
 from typing import Any
 
 from g2r_megatron.config.options import RolloutConfig
-from g2r_megatron.rollout.types import Request
 
 LARGEST_SEED = 2**31 - 1
 # The log-probs of a sequence that is sent as a prompt.
 SCORING = dict(n=1, max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, ignore_eos=True)
-
-
-def by_length(requests: Sequence[Request]) -> list[int]:
-    """Numbers of the requests, shortest prompt first: every n-th of them is a fair share."""
-    return sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i))
 
 
 def sampling_fields(config: RolloutConfig, stop_ids: set[int], key: str, temperature: float) -> dict[str, Any]:

@@ -5,7 +5,6 @@ import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, repeat
-from typing import Any
 
 import httpx
 import torch
@@ -14,8 +13,9 @@ import torch.distributed as dist
 from g2r_megatron.config.options import RolloutConfig
 from g2r_megatron.errors import RunError, warn
 from g2r_megatron.model.build import MegatronModel
-from g2r_megatron.rollout.types import Request, Sampled
-from g2r_megatron.rollout.vllm.requests import SCORING, by_length, sampling_fields
+from g2r_megatron.parallel.agreement import union
+from g2r_megatron.rollout.types import Request, Sampled, by_length
+from g2r_megatron.rollout.vllm.requests import SCORING, sampling_fields
 from g2r_megatron.rollout.vllm.server import GENERATE, NOT_KEPT, Server, ServerLost, WeightUpdate, described
 from g2r_megatron.rollout.vllm.transfer import Bucket
 from g2r_megatron.rollout.vllm.weights import all_buckets
@@ -102,10 +102,7 @@ class VLLMServersEngine:
             }
             answers = asyncio.run(self._answers(wanted, on_progress))
             mine = {i: _sampled(answer["choices"][0]) for part in answers.values() for i, answer in part.items()}
-            parts: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, mine)
-            for part in parts:
-                done |= part
+            done |= union(mine)
             self._agree()
         return [done[i] for i in range(len(requests))]
 
@@ -181,9 +178,7 @@ class VLLMServersEngine:
 
     def _agree(self) -> None:
         """Tell every rank which servers are lost (collective). Raises ``RunError`` when none is left."""
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, {server.url: server.lost for server in self._servers if server.lost})
-        lost = {url: reason for part in parts for url, reason in part.items()}
+        lost = union({server.url: server.lost for server in self._servers if server.lost})
         for server in self._servers:
             if server.url in lost:
                 server.lost = lost[server.url]
