@@ -4,7 +4,6 @@ Leaves out what the figures say, and GPUs. tools/ are run by test_convert.py, th
 """
 
 import contextlib
-import importlib.util
 import io
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from distributed import start_server
+from scripts import imported
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--hidden", "128", "--layers", "1", "--vocab", "512"]
@@ -69,20 +69,13 @@ ELSEWHERE = {  # script -> the test that runs it
 
 
 def run_main(script: str, arguments: list[str]) -> str:
-    """``main()`` of a script with these arguments; what it prints. Its directory can be imported from, as when it is run."""
-    path = ROOT / script
-    sys.path[:0] = [str(path.parent)]
-    specification = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[path.stem] = module  # processes that it starts find their function by this name
-    specification.loader.exec_module(module)
+    """``main()`` of a script with these arguments; what it prints."""
     before, sys.argv = sys.argv, [script, *arguments]
     try:
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
+        with imported(script) as module, contextlib.redirect_stdout(io.StringIO()) as printed:
             module.main()
     finally:
         sys.argv = before
-        sys.path.remove(str(path.parent))
     return printed.getvalue()
 
 

@@ -5,16 +5,16 @@ Leaves out the doctor (test_doctor.py), tests/gpu, and every figure that only a 
 
 import json
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from scripts import load
+
 pytestmark = pytest.mark.timeout(1800)
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "benchmarks"))
-import gpu_check  # noqa: E402
+gpu_check = load("benchmarks/gpu_check.py")
 
 WRITES = """
 import json, sys, time

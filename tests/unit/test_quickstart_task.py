@@ -1,7 +1,6 @@
 """The quickstart's task, data and model: examples/quickstart."""
 
 import random
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,10 @@ from g2r_megatron.credit.truth import key_token_mask, true_reward, true_verdicts
 from g2r_megatron.data.readers import read_queries
 from g2r_megatron.data.tokenizer import load_tokenizer, render_prompt, stop_token_ids, token_texts
 from g2r_megatron.judge.prompt import JudgePrompt
+from scripts import load
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
-sys.path.insert(0, str(QUICKSTART))
-import make_data  # noqa: E402
-import task  # noqa: E402
+make_data, task = load("examples/quickstart/make_data.py"), load("examples/quickstart/task.py")
 
 CASE = task.Case(symptoms=(0, 1), drug=2, allergen=3)
 CRITERIA = [item.criterion for item in task.rubric(CASE)]

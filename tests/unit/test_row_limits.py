@@ -4,7 +4,6 @@ Leaves out which conversations a template rejects (test_prompt.py) and the time 
 measures it; here it runs with a few).
 """
 
-import importlib
 import random
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from g2r_megatron.data.tokenizer import encode_text, render_prompt
 from g2r_megatron.data.types import Query, RubricItem
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.prompt import JudgePrompt
+from scripts import load
 from tiny_models import build_tokenizer
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "read_rows.py"
@@ -136,12 +136,11 @@ def test_judge_inputs(credit):
         prompt(longest - 1).check_query(asked, len(response))
 
 
-def test_benchmark_runs(monkeypatch):
+def test_benchmark_runs():
     """benchmarks/read_rows.py reads its own rows and prints times and memory; each row of it is different."""
     done = subprocess.run([sys.executable, BENCHMARK, "--rows", "30"], capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr
     assert "30 rows: " in done.stdout and "peak memory" in done.stdout and "cpu_seconds: " in done.stdout
-    monkeypatch.syspath_prepend(str(BENCHMARK.parent))
-    rows = [importlib.import_module("read_rows").make_row(i) for i in range(2)]
+    rows = [load("benchmarks/read_rows.py").make_row(i) for i in range(2)]
     texts = [item["criterion"] for row in rows for item in row["rubrics"]]
     assert len(set(texts)) == 24 and 200 < len(texts[0]) < 320

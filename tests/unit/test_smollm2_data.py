@@ -3,19 +3,18 @@
 Leaves out the model, and whether it improves on them (test_smollm2.py).
 """
 
-import importlib.util
 import json
 import re
 from pathlib import Path
+
+from scripts import load
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"
 
 
 def test_make_data_writes_the_files_that_are_there(tmp_path, monkeypatch):
-    specification = importlib.util.spec_from_file_location("smollm2_make_data", EXAMPLE / "make_data.py")
-    make_data = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(make_data)
     (tmp_path / "data").mkdir()
+    make_data = load("examples/smollm2/make_data.py")
     monkeypatch.setattr(make_data, "HERE", tmp_path)
     make_data.main()
     for name in ("train.jsonl", "eval.jsonl"):
