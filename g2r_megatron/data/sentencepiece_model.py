@@ -8,6 +8,7 @@ Where they may differ: text that spells a control or byte piece ("<s>", "<0x0A>"
 does not know. sentencepiece has bytes for it; here it is that piece, which data/tokenizer.py replaces if it is control.
 """
 
+import re
 from pathlib import Path
 
 import sentencepiece
@@ -22,6 +23,7 @@ BLANK = "▁"  # how pieces spell a space
 LEADING_SPACES = "^ +"
 # Below any sum of real scores: the library would choose control and byte pieces for text that spells them.
 NEVER = -1e4
+TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\n")  # the first line of Llama 3's own file
 SAMPLE = (
     "The answer is: True or False?\n\n  - caf\u00e9, 12.5 % (x_1 = y);\tdef f(a): return [a]\n\u4f60\u597d \U0001f600 "
 )
@@ -34,6 +36,8 @@ def read_sentencepiece(path: Path) -> ModelProto:
         return UserError(str(path), found, remedy)
 
     data = path.read_bytes()
+    if TIKTOKEN.match(data):
+        raise refuse("it is of tiktoken, not of sentencepiece", "give a tokenizer.json (transformers converts it)")
     proto = ModelProto()
     try:
         proto.ParseFromString(data)

@@ -32,7 +32,7 @@ from g2r_megatron.data.chat_template import (
 from g2r_megatron.data.sentencepiece_model import LEADING_SPACES
 from g2r_megatron.data.thoughts import is_thought_mark
 from g2r_megatron.data.tokenizer_files import load_tokenizer as load_tokenizer  # found here too
-from g2r_megatron.data.tokenizer_files import vocabulary_size
+from g2r_megatron.data.tokenizer_files import json_object, vocabulary_size
 from g2r_megatron.errors import UserError
 
 # Added tokens that any text may hold: words, blanks, sentence punctuation; and signs without a word between them.
@@ -320,7 +320,7 @@ def stop_token_ids(
     template.
     """
     stop = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
-    stop |= _generation_config_eos(tokenizer)
+    stop |= _stated_eos(tokenizer)
     if tokenizer.chat_template:
         stop |= _end_of_turn(tokenizer, options)
     for word in extra:
@@ -333,20 +333,20 @@ def stop_token_ids(
     return stop
 
 
-def _generation_config_eos(tokenizer: PreTrainedTokenizerFast) -> set[int]:
-    """The ``eos_token_id`` (number or list) of the generation_config.json beside the tokenizer, if there is one."""
-    path = Path(tokenizer.name_or_path) / "generation_config.json"
-    if not path.is_file():
-        return set()
-    try:
-        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise UserError(str(path), f"not a JSON object ({error})", "save it again with transformers") from error
+def _stated_eos(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    """The ``eos_token_id`` (number or list) that transformers' generate heeds: of the generation_config.json beside the
+    tokenizer, without that file of config.json. One of config.json that is no token of the tokenizer ends nothing."""
+    size, directory = vocabulary_size(tokenizer), Path(tokenizer.name_or_path)
+    path = directory / "generation_config.json"
+    config = json_object(path if path.is_file() else directory / "config.json")
+    eos = config.get("eos_token_id")
+    if eos is None and isinstance(config.get("text_config"), dict):
+        eos = config["text_config"].get("eos_token_id")
     ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    if not all(type(i) is int and 0 <= i < vocabulary_size(tokenizer) for i in ids):
-        size = vocabulary_size(tokenizer)
+    known = [i for i in ids if type(i) is int and 0 <= i < size]
+    if len(known) < len(ids) and path.is_file():
         raise UserError(str(path), f"eos_token_id {eos!r}", f"token ids must be whole numbers below {size}")
-    return set(ids)
+    return set(known)
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerFast, options: Mapping | None) -> set[int]:

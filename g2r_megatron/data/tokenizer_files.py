@@ -12,11 +12,24 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from g2r_megatron.data.sentencepiece_model import build_backend
 from g2r_megatron.data.stand_ins import check_stand_ins
-from g2r_megatron.errors import UserError
+from g2r_megatron.errors import UserError, warn
 
 TO_SAVE_AGAIN = "save it again with transformers' save_pretrained"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 FILES_BESIDE = ("merges.txt", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
+PROCESSOR_TEMPLATE = "chat_template.json"  # of models that also read images or sounds
+# Tokenizers of other libraries, which no file of ``TOKENIZER_FILES`` accompanies: (pattern, what reads it).
+OTHER_TOKENIZERS = (
+    ("tekken.json", "mistral-common"),
+    ("*.tiktoken", "tiktoken"),
+    ("tiktoken.model", "tiktoken"),
+    ("tokenizer.model.*", "mistral-common"),
+    ("spiece.model", "sentencepiece, under another name than tokenizer.model"),
+    ("sentencepiece.bpe.model", "sentencepiece, under another name than tokenizer.model"),
+    ("vocab.txt", "BERT's tokenizer"),
+)
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+NO_LIMIT = 10**30  # as transformers writes a length without limit
 
 
 class SentencePieceTokenizer(PreTrainedTokenizerFast):
@@ -43,18 +56,15 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     path = Path(path)
     if not path.is_dir():
         raise UserError("tokenizer", f"{path} is not a directory", "give a Hugging Face model directory")
-    check_stand_ins(*(path / name for name in (*TOKENIZER_FILES, *FILES_BESIDE)))
-    config = _json_object(path / "tokenizer_config.json")
-    code = config.get("auto_map")
-    if code and (not isinstance(code, dict) or "AutoTokenizer" in code):
-        raise UserError(
-            str(path / "tokenizer_config.json"),
-            f"the tokenizer is code (auto_map {code})",
-            "code from a model directory is never run; give a directory with a tokenizer.json and no auto_map",
-        )
+    check_stand_ins(*(path / name for name in (*TOKENIZER_FILES, *FILES_BESIDE, PROCESSOR_TEMPLATE)))
+    _refuse_byte_order_marks(path)
+    config = json_object(path / "tokenizer_config.json")
+    _check_code(path, config)
     try:
         tokenizer = _read_tokenizer(path, config)
         _keep_stated_ids(tokenizer, path, config)
+        tokenizer.model_max_length = NO_LIMIT  # rollout.max_prompt_tokens and judge.max_length are the limits
+        _read_chat_template(tokenizer, path)
     except UserError:
         raise
     except Exception as error:  # the tokenizers library raises plain Exception for a broken file
@@ -69,12 +79,49 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _json_object(path: Path) -> dict:
+def _refuse_byte_order_marks(path: Path) -> None:
+    """Raise ``UserError`` for a JSON file that the libraries do not read because an editor put a mark before it."""
+    for name in (*TOKENIZER_FILES, *FILES_BESIDE):
+        file = path / name
+        if file.suffix == ".json" and file.is_file():
+            with file.open("rb") as stream:
+                if stream.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK:
+                    raise UserError(str(file), "begins with a byte order mark", "save it as UTF-8 without one")
+
+
+def _check_code(path: Path, config: dict) -> None:
+    """Raise ``UserError`` for a tokenizer that is code; a warning where ``tokenizer.json`` says the same without it."""
+    code = config.get("auto_map")
+    names = code.get("AutoTokenizer") if isinstance(code, dict) else code
+    if not names or (isinstance(names, list) and not any(names)):
+        return
+    if (path / "tokenizer.json").is_file():
+        warn(f"{path}: its tokenizer's own code ({names}) is not run; tokenizer.json is read")
+        return
+    raise UserError(
+        str(path / "tokenizer_config.json"),
+        f"the tokenizer is code (auto_map {code})",
+        "code from a model directory is never run; give a directory with a tokenizer.json",
+    )
+
+
+def _read_chat_template(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
+    """Take the template of ``chat_template.json`` where the tokenizer has none, and check what it has."""
+    template = tokenizer.chat_template
+    if template is None:
+        template = tokenizer.chat_template = json_object(path / PROCESSOR_TEMPLATE).get("chat_template")
+    texts = template.values() if isinstance(template, dict) else [template]
+    if template is not None and not all(isinstance(text, str) for text in texts):
+        found = f"chat_template is a {type(template).__name__}"
+        raise UserError(f"tokenizer {path}", found, "it must be a text, or a list of objects with name and template")
+
+
+def json_object(path: Path) -> dict:
     """The file's object; empty without the file."""
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(str(path), f"not readable as JSON ({error})", "restore the file") from error
     if not isinstance(content, dict):
@@ -88,12 +135,29 @@ def _read_tokenizer(path: Path, config: dict):
     if (path / "tokenizer.model").is_file():
         return _read_sentencepiece(path, config)
     if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+        return _read_vocabulary(path, config)
+    needed = "tokenizer.json, tokenizer.model, or vocab.json and merges.txt must be there"
+    for pattern, library in OTHER_TOKENIZERS:
+        for file in sorted(path.glob(pattern)):
+            raise UserError(
+                "tokenizer", f"{path} has no tokenizer files but {file.name}, which is read by {library}", needed
+            )
+    raise UserError("tokenizer", f"{path} has no tokenizer files", needed)
+
+
+def _read_vocabulary(path: Path, config: dict):
+    """``vocab.json`` and ``merges.txt``: how texts are split before merges, transformers knows by the tokenizer's class."""
+    try:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    raise UserError(
-        "tokenizer",
-        f"{path} has no tokenizer files",
-        "tokenizer.json, tokenizer.model, or vocab.json and merges.txt must be there",
-    )
+    except ValueError as error:
+        named = config.get("tokenizer_class", "missing")
+        raise UserError(
+            f"tokenizer {path}",
+            f"vocab.json and merges.txt do not say how texts are split, and no class that does is named "
+            f"(tokenizer_class {named}, config.json's model_type)",
+            "name the class that made them (GPT2Tokenizer, Qwen2Tokenizer) in tokenizer_config.json, or give a "
+            "tokenizer.json",
+        ) from error
 
 
 def _read_sentencepiece(path: Path, config: dict) -> SentencePieceTokenizer:
@@ -114,9 +178,9 @@ def _keep_stated_ids(tokenizer: PreTrainedTokenizerFast, path: Path, config: dic
     The tokenizers library numbers added tokens without gaps, whatever the files say, unless the vocabulary has them.
     Raises ``UserError`` for an id that another token has, or a token of the vocabulary that is said to have another id.
     """
-    whole = _json_object(path / "tokenizer.json") if (path / "tokenizer.json").is_file() else {}
+    whole = json_object(path / "tokenizer.json") if (path / "tokenizer.json").is_file() else {}
     stated = [(token["content"], token["id"]) for token in whole.get("added_tokens") or []]
-    stated += _json_object(path / "added_tokens.json").items()
+    stated += json_object(path / "added_tokens.json").items()
     stated += [(token["content"], i) for i, token in (config.get("added_tokens_decoder") or {}).items()]
     found = tokenizer.get_vocab()
     moved = {token: int(number) for token, number in stated if found.get(token) != int(number)}

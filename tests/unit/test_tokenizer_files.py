@@ -402,7 +402,7 @@ BAD = {
     "model_cut_in_a_piece": (_cut(3000), "tokenizer.model: not a sentencepiece model"),
     "model_cut_before_its_rules": (_cut(-16), "tokenizer.model: not a sentencepiece model, or cut off"),
     "random_model": (_write("tokenizer.model", random.Random(1).randbytes(4000)), "not a sentencepiece model"),
-    "tiktoken_model": (_write("tokenizer.model", "IQ== 0\nIg== 1\n"), "not a sentencepiece model"),
+    "tiktoken_model": (_write("tokenizer.model", "IQ== 0\nIg== 1\n"), "it is of tiktoken, not of sentencepiece"),
     "broken_json": (_write("tokenizer.json", '{"model": '), "cannot be read"),
     "json_of_nothing": (_write("tokenizer.json", "{}"), "cannot be read"),
     "broken_config": (_write("tokenizer_config.json", '{"bos_token": '), "tokenizer_config.json: not readable as JSON"),
