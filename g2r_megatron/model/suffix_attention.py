@@ -1,10 +1,10 @@
 """Attention of a suffix row (model/suffix_rows.py), with a backward that also sums the scores' gradients by key.
 
-On the CPU the forward of a block without a mask of its own is torch's fused kernel. All else is plain matrix products over chunks
-of queries, with scores and sums in fp32. The results of a tree's blocks are merged by their log-sum-exps. In the backward, with P = exp(score - merged log-sum-exp), the
-gradient of the scores is dS = P (dO V^T - delta), delta = the sum of dO O: dQ, dK, dV follow from it as usual, and its
-column sums over the gated queries are the gates' gradients: the same code, and the same bits every time, on CPU and GPU.
-Kept keys and values get no gradient.
+On the CPU the forward of a block without a mask of its own is torch's fused kernel. All else is plain matrix products over
+chunks of queries, with scores and sums in fp32. The results of a tree's blocks are merged by their log-sum-exps. In the
+backward, with P = exp(score - merged log-sum-exp), the gradient of the scores is dS = P (dO V^T - delta), delta = the sum of
+dO O: dQ, dK, dV follow from it as usual, and its column sums over the gated queries are the gates' gradients: the same
+code, and the same bits every time, on CPU and GPU. Kept keys and values get no gradient.
 """
 
 import math

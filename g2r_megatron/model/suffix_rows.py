@@ -34,11 +34,12 @@ class KeptKeys:
     """Keys and values [groups, S, d] of a row of prefixes in each of this rank's layers, until they were used.
 
     ``users``: suffix rows that run over them. ``again``: those rows' attention runs twice, first without gradients
-    (activation recompute); only the run with gradients counts.
+    (activation recompute); only the run with gradients counts. ``last_layer``: the number of the model's last, whose attention
+    for the prefixes nobody uses; None: all are used.
     """
 
-    def __init__(self, users: int, again: bool):
-        self.number, self._users, self._again = next(_numbers), users, again
+    def __init__(self, users: int, again: bool, last_layer: int | None = None):
+        self.number, self._users, self._again, self.last_layer = next(_numbers), users, again, last_layer
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._used: dict[int, int] = {}
         _rows[self.number] = self

@@ -98,7 +98,10 @@ def row_attention(
         context = suffix_attention(q, k, v, row, layer, window, scale, share)
     else:
         if structure.size(0) > 3:
-            find_row(int(structure[3, 0])).put(layer, k, v)
+            kept = find_row(int(structure[3, 0]))
+            kept.put(layer, k, v)
+            if layer == kept.last_layer:
+                return torch.zeros_like(query).flatten(2)
         context = tree_attention(q, k, v, structure[:3], window, scale, share)
     return context.permute(2, 0, 1, 3).flatten(2)
 
