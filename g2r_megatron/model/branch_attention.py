@@ -38,12 +38,17 @@ class Branches:
         return Branches(prefix, rows, real, real.flatten().nonzero().squeeze(1))
 
     def batch(self, x: torch.Tensor) -> torch.Tensor:
-        """[1, heads, tokens, ...] -> [branches, heads, longest, ...]."""
-        return x[0][:, self.rows].transpose(0, 1)
+        """[1, heads, tokens, ...] -> [branches, heads, longest, ...], one copy of whole rows."""
+        heads, tokens = x.shape[1:3]
+        at = self.rows[:, None] + torch.arange(heads, device=x.device)[:, None] * tokens
+        return x.flatten(0, 2).index_select(0, at.flatten()).unflatten(0, at.shape)
 
     def flat(self, x: torch.Tensor) -> torch.Tensor:
         """The inverse of ``batch``."""
-        return x.transpose(0, 1).flatten(1, 2)[:, self.back].unsqueeze(0)
+        heads, longest = x.shape[1:3]
+        branch, offset = self.back // longest, self.back % longest
+        at = branch * heads * longest + torch.arange(heads, device=x.device)[:, None] * longest + offset
+        return x.flatten(0, 2).index_select(0, at.flatten()).unflatten(0, at.shape).unsqueeze(0)
 
 
 class TreeAttention(torch.autograd.Function):
