@@ -72,7 +72,8 @@ class ProbeConfig:
     output: str = ""
     """directory to write probe.json and probe.html to; the same command goes on with a probe that was stopped"""
     sample: int = 40
-    """pairs of a response and a criterion that is judged True to measure, of different responses as far as there are"""
+    """pairs of a response and a criterion that is judged True to measure, of different responses as far as there are; of a reward
+    model: responses"""
     false_sample: int = 0
     """pairs judged False to measure beside them"""
     attributions: list[Probed] = field(

@@ -15,7 +15,9 @@ from g2r_megatron.data.types import Query
 from g2r_megatron.judge.frozen import FrozenJudge
 from g2r_megatron.judge.hiding import read_deleted, read_hidden
 from g2r_megatron.judge.prompt import JudgePrompt
+from g2r_megatron.judge.reward_prompt import RewardPrompt
 from g2r_megatron.judge.stage import JudgeStage, item_alphas
+from g2r_megatron.judge.targets import VerdictTarget
 from g2r_megatron.judge.types import JudgeInput
 from g2r_megatron.model.build import MegatronModel
 from g2r_megatron.probe.pairs import Pair, Response, RowVerdicts, verdict
@@ -44,7 +46,7 @@ def method_config(judge: JudgeConfig, method: Probed) -> JudgeConfig:
 class Prober:
     """Measures with one model. Every rank passes the same and gets all results (collective)."""
 
-    def __init__(self, model: MegatronModel, prompt: JudgePrompt, config: ProbeConfig):
+    def __init__(self, model: MegatronModel, prompt: JudgePrompt | RewardPrompt, config: ProbeConfig):
         self.prompt, self.config = prompt, config
         judge_config = replace(config.judge, verdict="compare")
         self.stages = {
@@ -55,11 +57,11 @@ class Prober:
         self.judge = next(iter(self.stages.values())).judge
         template = swapped_template(judge_config)
         self.swapped = None
-        if template is not None:
+        if template is not None and isinstance(prompt, JudgePrompt):
             self.swapped = JudgePrompt(prompt.tokenizer, replace(judge_config, template=template))
 
     def verdicts(self, responses: Sequence[Response]) -> list[RowVerdicts]:
-        """Of every item, in one pass: what is changed comes after the response in most templates."""
+        """Of every item, in one pass: what is changed comes after the response in most templates. Not of a reward model."""
         rows = []
         for response in responses:
             negated = _negated(response.query)
@@ -82,7 +84,7 @@ class Prober:
         masked = self._timed("masked", seconds, lambda: read_hidden(self.judge, inputs, spans))
         deleted = self._timed("deleted", seconds, lambda: read_deleted(self.judge, inputs, spans))
         pairs = [
-            Pair(response.row, item, verdict(without[0].tolist()), _lost(without), _lost(gone))
+            Pair(response.row, item, _verdict(without[0].tolist()), _lost(without), _lost(gone))
             for response, item, without, gone in zip(responses, items, masked, deleted, strict=True)
         ]
         for method, stage in self.stages.items():
@@ -122,10 +124,16 @@ def _attributions(stage: JudgeStage, inputs: Sequence[JudgeInput]) -> list:
     return [judgement for (judgement,) in judgements]
 
 
+def _verdict(values: list[float]) -> bool | None:
+    """Of log-probs [2]; None of a score [1]."""
+    return verdict(values) if len(values) == VerdictTarget.columns else None
+
+
 def _lost(values: torch.Tensor) -> list[float]:
-    """Of log-probs fp32 [1 + parts, 2]: what the margin loses without each part."""
-    margins = values[:, 0].double() - values[:, 1].double()
-    return (margins[0] - margins[1:]).tolist()
+    """Of log-probs fp32 [1 + parts, 2] or scores [1 + parts, 1]: what the margin or the score loses without each part."""
+    values = values.double()
+    measure = values[:, 0] - values[:, 1] if values.size(1) == VerdictTarget.columns else values[:, 0]
+    return (measure[0] - measure[1:]).tolist()
 
 
 def _negated(query: Query) -> Query:

@@ -9,7 +9,7 @@ from g2r_megatron.credit.sentences import sentence_ids
 from g2r_megatron.data.tokenizer import encode_text, token_texts
 from g2r_megatron.data.types import Query
 from g2r_megatron.judge.hiding import unit_spans
-from g2r_megatron.judge.prompt import JudgePrompt
+from g2r_megatron.judge.prompt import ResponseReader
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,14 @@ class RowVerdicts:
 class Pair:
     """What was measured of one pair; lists run over the response's sentences.
 
-    ``masked``, ``deleted``: what the verdict's margin loses without the sentence. ``credit``: of each attribution, the sum of
+    ``verdict``: None if the judge is a reward model, whose pairs are responses (``item`` 0). ``masked``, ``deleted``: what the
+    verdict's margin, or the score, loses without the sentence. ``credit``: of each attribution, the sum of
     b over the sentence; ``ess``: ESS/T of its alpha; ``seconds``: of each measurement.
     """
 
     row: int
     item: int
-    verdict: bool
+    verdict: bool | None
     masked: list[float]
     deleted: list[float]
     credit: dict[str, list[float]] = field(default_factory=dict)
@@ -52,7 +53,7 @@ class Pair:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def eligible(queries: Sequence[Query], prompt: JudgePrompt, seed: int) -> list[Response]:
+def eligible(queries: Sequence[Query], prompt: ResponseReader, seed: int) -> list[Response]:
     """The rows whose responses have sentences enough, in an order that ``seed`` decides."""
     found = []
     for row, query in enumerate(queries):

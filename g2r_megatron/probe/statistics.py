@@ -82,19 +82,19 @@ def _share_same(first: list[list[float]], second: list[list[float]], same: bool)
 
 
 def summary(pairs: Sequence[Pair], rows: Sequence[RowVerdicts], methods: Sequence[str], seed: int) -> dict:
-    """Everything that probe.json says but the pairs themselves."""
-    true, false = ([pair for pair in pairs if pair.verdict is wanted] for wanted in (True, False))
-    of_true = _of_verdict(true, methods, seed)
+    """Everything that probe.json says but the pairs themselves. ``rows``: none of a reward model, which has no verdicts."""
+    scored, true, false = ([pair for pair in pairs if pair.verdict is wanted] for wanted in (None, True, False))
+    main = scored or true
+    found = _of_verdict(main, methods, seed)
     result = {
-        "line": verdict_line(of_true["attributions"]),
-        "pairs_true": len(true),
-        "pairs_false": len(false),
+        "line": verdict_line(found["attributions"], "reward model" if scored else "judge"),
         "responses": len({pair.row for pair in pairs}),
         "sentences_mean": fmean(len(pair.masked) for pair in pairs),
-        "top_by_chance": fmean(1 / len(pair.masked) for pair in true),
-        "judge": judge_summary(rows),
-        "true": of_true,
+        "top_by_chance": fmean(1 / len(pair.masked) for pair in main),
     }
+    if scored:
+        return result | {"score": found}
+    result |= {"pairs_true": len(true), "pairs_false": len(false), "judge": judge_summary(rows), "true": found}
     return result | ({"false": _of_verdict(false, methods, seed)} if false else {})
 
 
@@ -106,7 +106,7 @@ def _of_verdict(pairs: Sequence[Pair], methods: Sequence[str], seed: int) -> dic
     }
 
 
-def verdict_line(attributions: dict[str, dict]) -> str:
+def verdict_line(attributions: dict[str, dict], judge: str = "judge") -> str:
     """What to use. An attribution follows the judge if its interval is above 0 and above the placebo's.
 
     Of those that follow, the cheapest whose mean is within the interval of the best.
@@ -121,12 +121,10 @@ def verdict_line(attributions: dict[str, dict]) -> str:
     if not follow and any(score[1] > 0 for score in scores.values()):
         return f"too few pairs to tell {', '.join(rest)} from {of_placebo} (up to {_short(ceiling)}): raise --sample"
     if not follow:
-        return (
-            f"no credit follows what this judge uses: {', '.join(rest)}, {of_placebo}: train without (grpo.preset=grpo)"
-        )
+        return f"no credit follows what this {judge} uses: {', '.join(rest)}, {of_placebo}: train without (grpo.preset=grpo)"
     close = [name for name in follow if scores[name][0] >= scores[follow[0]][1]]
     best = min(close, key=lambda name: attributions[name]["seconds"])
-    line = f"credit from {', '.join(named[name] for name in follow)} follows what this judge uses ({of_placebo}); "
+    line = f"credit from {', '.join(named[name] for name in follow)} follows what this {judge} uses ({of_placebo}); "
     line += f"{', '.join(rest)} {'do' if len(rest) > 1 else 'does'} not: " if rest else ""
     return f"{line}use `{best}`"
 
