@@ -17,12 +17,13 @@ attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 class Branches:
     """Where the branches of a tree are, as a batch padded to the longest.
 
-    ``prefix``: tokens before them. ``rows`` int64 [branches, longest]: offset of each token behind the prefix, padding
-    repeating its branch's last token; ``real`` bool of the same shape. ``back`` int64 [tokens]: from offset to place in
-    the flattened batch.
+    ``prefix``: tokens before them; ``lengths``: tokens of each. ``rows`` int64 [branches, longest]: offset of each token
+    behind the prefix, padding repeating its branch's last token; ``real`` bool of the same shape. ``back`` int64
+    [tokens]: from offset to place in the flattened batch.
     """
 
     prefix: int
+    lengths: list[int]
     rows: torch.Tensor
     real: torch.Tensor
     back: torch.Tensor
@@ -35,7 +36,7 @@ class Branches:
         at = torch.arange(max(lengths))
         real = at < sizes[:, None]
         rows = starts[:, None] + torch.minimum(at, sizes[:, None] - 1)
-        return Branches(prefix, rows, real, real.flatten().nonzero().squeeze(1))
+        return Branches(prefix, lengths, rows, real, real.flatten().nonzero().squeeze(1))
 
     def batch(self, x: torch.Tensor) -> torch.Tensor:
         """[1, heads, tokens, ...] -> [branches, heads, longest, ...], one copy of whole rows."""

@@ -9,6 +9,7 @@ code, and the same bits every time, on CPU and GPU. Kept keys and values get no 
 
 import math
 from collections.abc import Iterator
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -106,10 +107,14 @@ def _grouped(x: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 def _look(block: Block, q, key, value, scale: float, scratch: Scratch) -> tuple[torch.Tensor, torch.Tensor]:
     """fp32 (result [groups, r, n, d], log-sum-exp [groups, r, n]) of the block's n queries over its keys alone."""
-    q, k, v = _batched(block, q[:, :, block.queries]), _keys(block, key), _keys(block, value)
     if block.plain and not q.is_cuda:
-        out, sums = attend(q, k.unsqueeze(1), v.unsqueeze(1), 0.0, block.causal, scale=scale)
-        return _unbatched(block, out.float()), _unbatched(block, sums)
+        pieces = [
+            attend(q[:, :, queries], key[:, None, keys], value[:, None, keys], 0.0, block.causal, scale=scale)
+            for queries, keys in _pieces(block)
+        ]
+        out, sums = (torch.cat(found, dim=2) for found in zip(*pieces, strict=True))
+        return out.float(), sums
+    q, k, v = _batched(block, q[:, :, block.queries]), _keys(block, key), _keys(block, value)
     out, sums = (torch.empty(shape, dtype=torch.float32, device=q.device) for shape in (q.shape, q.shape[:3]))
     for batch, rows, keys in _chunks(block, q, k):
         scores = _scores(block, q, k, batch, rows, keys, scale, scratch)
@@ -164,13 +169,21 @@ def _look_back(block: Block, q, key, value, g, sums, delta, dq, of_keys, scale: 
 
 def _look_back_at_once(block: Block, q, key, value, g, out, sums, gradients, scale: float) -> None:
     """``_look_back`` of branches over themselves without gates, by torch's fused kernel for the CPU."""
-    q, g, out, sums = (_batched(block, x[:, :, block.queries]) for x in (q, g, out, sums))
-    k, v = (_keys(block, x).unsqueeze(1) for x in (key, value))
-    g = g * block.branches.real.repeat_interleave(key.size(0), 0)[:, None, :, None]  # padding is no query
-    found = attend_backward(g, q, k, v, out, sums, 0.0, block.causal, scale=scale)
-    for whole, part in zip(gradients, found, strict=True):
-        part = _unbatched(block, part)
-        whole[..., block.queries, :] += part if whole.dim() == 4 else part.squeeze(1)
+    dq, dk, dv = gradients
+    for at, _ in _pieces(block):
+        tensors = g[:, :, at], q[:, :, at], key[:, None, at], value[:, None, at], out[:, :, at], sums[:, :, at]
+        found_q, found_k, found_v = attend_backward(*tensors, 0.0, block.causal, scale=scale)
+        dq[:, :, at] += found_q
+        dk[:, at] += found_k.squeeze(1)
+        dv[:, at] += found_v.squeeze(1)
+
+
+def _pieces(block: Block) -> list[tuple[slice, slice]]:
+    """(queries, keys) in their rows, of each branch over itself or of the whole block."""
+    if block.branches is None:
+        return [(block.queries, block.keys)]
+    ends = [block.queries.start, *(block.queries.start + end for end in accumulate(block.branches.lengths))]
+    return [(slice(low, high), slice(low, high)) for low, high in pairwise(ends)]
 
 
 class _GateSums:
