@@ -37,7 +37,7 @@ RUNS = {  # name -> options
     "paper, credit per_response": ["--grpo.preset", "paper", "--judge.credit", "per_response"],
 }
 PHASES = ("sample", "judge", "update")
-TARGET = 1.25
+TARGET = 1.15
 
 
 @dataclass
