@@ -75,9 +75,9 @@ def fits(layout: str, *, layers: int, moe: bool) -> bool:
     return (sizes.tp == 1 or sizes.sp) if moe else sizes.ep == sizes.etp == 1
 
 
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(
-    ["g2r_megatron.judge.stage", "g2r_megatron.policy.trainer", "g2r_megatron.rollout.megatron", "transformers"]
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(
+    ["g2r_megatron.launch", "g2r_megatron.judge.offline", "transformers.models.auto.modeling_auto"]
 )
 
 
@@ -136,8 +136,8 @@ class World:
         start_server()
         port = free_port()
         for rank in range(self.size):
-            here, there = _processes.Pipe()
-            process = _processes.Process(
+            here, there = PROCESSES.Pipe()
+            process = PROCESSES.Process(
                 target=_serve, args=(rank, self.size, self.judge_ranks, port, there), daemon=True
             )
             process.start()
