@@ -83,20 +83,26 @@ def start(
 
 
 class Forked:
-    """What ``start`` starts, without its imports: forked from the server of distributed.py, which has them.
+    """A ``g2r`` command in processes of its own, without their imports: forked from distributed.py's server, which has them.
 
-    The ranks have no launcher, as under srun. Methods as of ``subprocess.Popen``; for all ranks together.
+    The ranks have no launcher, as under srun. What they print is appended to ``log``. Methods as of ``subprocess.Popen``,
+    for all ranks together.
     """
 
-    def __init__(self, run: Path, options: list[str], ranks: int = 1):
+    def __init__(self, arguments: Sequence[str], log: Path, ranks: int = 1, cwd: Path = ROOT):
         start_server()
         place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        arguments = ["train", *options, "--output_dir", str(run)]
         self._ranks = []
         for rank in range(ranks):
             environment = {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-            self._ranks.append(PROCESSES.Process(target=_command, args=(f"{run}.log", environment, arguments)))
+            given = (list(arguments), log, cwd, environment)
+            self._ranks.append(PROCESSES.Process(target=_command, args=given, daemon=True))
             self._ranks[-1].start()
+
+    @property
+    def pids(self) -> list[int]:
+        """By rank."""
+        return [rank.pid for rank in self._ranks]
 
     def poll(self) -> int | None:
         """Exit code of a rank that has ended, minus the signal that ended it; None while all live."""
@@ -108,15 +114,21 @@ class Forked:
         return self.poll()
 
 
-def _command(log: str, environment: dict[str, str], arguments: list[str]) -> None:
-    """In the new process: ``g2r`` with its output in ``log``."""
+def _command(arguments: list[str], log: Path, cwd: Path, environment: dict[str, str]) -> None:
+    """In the new process."""
     from g2r_megatron.cli import main
 
     os.environ.update(environment)
+    os.chdir(cwd)
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.exit(main(arguments))
+
+
+def start_forked(run: Path, options: list[str], ranks: int = 1) -> Forked:
+    """As ``start``, where no launcher is tested."""
+    return Forked(["train", *options, "--output_dir", str(run)], Path(f"{run}.log"), ranks)
 
 
 def log_of(run: Path) -> str:
@@ -132,7 +144,7 @@ def wait_for(happened: Callable[[], bool], process: subprocess.Popen | Forked, r
 
 
 def finish(run: Path, options: list[str]) -> None:
-    process = Forked(run, options)
+    process = start_forked(run, options)
     try:
         assert process.wait(PATIENCE) == 0, log_of(run)
     finally:

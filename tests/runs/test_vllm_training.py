@@ -5,6 +5,7 @@ Leaves out what the engine samples (tests/parity/test_vllm.py) and GPUs.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from g2r_megatron.errors import UserError
 from real_runs import (
     PATIENCE,
     ROOT,
+    checkpoints,
     nothing_is_left_of,
     processes_of,
     quickstart_options,
@@ -59,29 +61,46 @@ def options(tmp_path_factory) -> list[str]:
 class TestRuns:
     pytestmark = with_vllm
 
-    def test_a_run_on_two_ranks(self, options, tmp_path):
-        """Four steps with large updates, correction and evaluation: the sampler's log-probs stay the trainer's."""
-        done = train_command([*options, "--rollout.correction", "tis", "--output_dir", str(tmp_path / "run")], ranks=2)
-        assert done.returncode == 0, done.stderr
-        steps = [record for record in records(tmp_path / "run", "metrics.jsonl") if record["step"] > 0]
-        assert [record["step"] for record in steps] == [1, 2, 3, 4]
-        for record in steps:
+    def test_two_ranks_train_until_one_is_killed(self, options, tmp_path):
+        """Large updates, correction and evaluation: the sampler's log-probs stay the trainer's.
+
+        Then kill -9 of one rank: the run ends, with the engines in it and all that they started.
+        """
+        run = tmp_path / "run"
+
+        def steps() -> list[dict]:
+            return records(run, "metrics.jsonl")[1:] if (run / "metrics.jsonl").exists() else []
+
+        process = start(run, [*options, "--steps", "1000", "--rollout.correction", "tis"], ranks=2)
+        try:
+            wait_for(lambda: len(steps()) >= 4, process, run)
+            (rank,) = processes_of(run, 1)
+            os.kill(rank, signal.SIGKILL)
+            assert process.wait(PATIENCE) != 0
+            assert nothing_is_left_of(run)
+        finally:
+            send(run, signal.SIGKILL)
+        assert [record["step"] for record in steps()][:4] == [1, 2, 3, 4]
+        for record in steps():
             assert 0 < record["rollout/sync_error"] < 1e-4  # another program, the same weights
             assert record["rollout/corrected_share"] == 0
-        assert (tmp_path / "run" / "hf" / "model.safetensors").exists()
 
     def test_a_resumed_run_samples_with_the_resumed_weights(self, options, tmp_path):
-        """Stopped after two steps and started again: the engine, which begins with the start weights, gets the new ones."""
-        whole, parts = tmp_path / "whole", tmp_path / "parts"
+        """Resumed after step 2 of 4: the engine, which begins with the start weights, gets the new ones."""
+        whole, resumed = tmp_path / "whole", tmp_path / "resumed"
         assert train_command([*options, "--output_dir", str(whole)]).returncode == 0
-        assert train_command([*options, "--steps", "2", "--output_dir", str(parts)]).returncode == 0
-        done = train_command([*options, "--output_dir", str(parts)])
-        assert done.returncode == 0, done.stderr
-        resumed, uninterrupted = (
-            [record for record in records(path, "metrics.jsonl") if "loss/policy" in record] for path in (parts, whole)
+        assert (whole / "hf" / "model.safetensors").exists() and checkpoints(whole)[0] == "step_00000002"
+        shutil.copytree(whole, resumed)
+        shutil.rmtree(resumed / "hf")
+        shutil.rmtree(resumed / "checkpoints" / "step_00000004")
+        done = train_command([*options, "--output_dir", str(resumed)])
+        assert done.returncode == 0 and "resuming after step 2" in done.stdout + done.stderr, done.stderr
+        steps, expected = (
+            [record for record in records(path, "metrics.jsonl") if "loss/policy" in record]
+            for path in (resumed, whole)
         )
-        assert [record["step"] for record in resumed] == [record["step"] for record in uninterrupted] == [1, 2, 3, 4]
-        for ours, theirs in zip(resumed, uninterrupted, strict=True):
+        assert [record["step"] for record in steps] == [record["step"] for record in expected] == [1, 2, 3, 4]
+        for ours, theirs in zip(steps, expected, strict=True):
             for name in ("reward/mean", "response/length_mean", "loss/policy"):
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), (ours["step"], name)
             assert ours["rollout/sync_error"] < 1e-4
@@ -111,22 +130,6 @@ class TestRuns:
         for result, (_, said) in zip(in_another_process(commands), refused, strict=True):
             assert_refused(tuple(result), *said)
         assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.vllm
-@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (make vllm)")
-def test_nothing_outlives_a_killed_rank(options, tmp_path):
-    """kill -9 of one of two ranks while they train: the run ends, with the engines in it and all that they started."""
-    run = tmp_path / "run"
-    process = start(run, [*options, "--steps", "1000", "--eval.every", "0"], ranks=2)
-    try:
-        wait_for(lambda: (run / "metrics.jsonl").exists(), process, run)
-        (rank,) = processes_of(run, 1)
-        os.kill(rank, signal.SIGKILL)
-        assert process.wait(PATIENCE) != 0
-        assert nothing_is_left_of(run)
-    finally:
-        send(run, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
