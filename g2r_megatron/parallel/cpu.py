@@ -169,7 +169,7 @@ class _UnevenCollectives(types.ModuleType):
 
 
 def _redirect_groups() -> None:
-    """Megatron-Core's global groups, all trivial here, that have the same ranks are one: idle gloo groups poll."""
+    """Megatron-Core's global groups with the same ranks become one group: each idle gloo group polls."""
     state = importlib.import_module("megatron.core.parallel_state")
     create, made = state.create_group, {}
 
