@@ -1,4 +1,4 @@
-"""The conversation of a row, however a project writes it: a text, messages, turns with from/value, instruction + input."""
+"""Reads the conversation of a row: a text, messages, turns with from/value, or instruction and input."""
 
 import re
 

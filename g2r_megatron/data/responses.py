@@ -1,4 +1,4 @@
-"""The responses of a row to be judged, however the tool that made them writes them, and what of the row comes back.
+"""Reads the responses of a row to be judged, in the forms of many tools, and the fields that the output repeats.
 
 Texts, lists of texts, None (a response without text), messages, OpenAI's and vLLM's choices and batch results, vLLM's
 ``RequestOutput``, the output list of OpenAI's Responses. Text of a response is data: it is never parsed.
@@ -27,7 +27,10 @@ NAMES = (
 )
 INNER = ("body", "choices", "outputs", "output", "message", "content", "text", "generated_text")
 FAILED = ("error", "abort")  # finish reasons
-KEPT_TEXT, KEPT_NUMBERS = 1000, 64  # what comes back: texts of so many characters, lists of so many numbers
+KEPT_TEXT, KEPT_NUMBERS = (
+    1000,
+    64,
+)  # what the output repeats: texts of up to so many characters, lists of up to so many numbers
 
 
 # The number that a tool gave a response (None if it gave none), and its text.
@@ -126,7 +129,7 @@ def kept(data: dict, used: set[str]) -> dict:
 
 
 def _plain(value):
-    """JSON has no NaN and no infinities: null."""
+    """``value`` as plain JSON; NaN and infinities, which JSON lacks, become null."""
     if isinstance(value, dict):
         return {name: _plain(part) for name, part in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""One row of any project to a ``Query``: which fields hold what, under which names.
+"""Turns one row of any project into a ``Query``. Says which fields hold what, and their names.
 
 Every role has a list of names under which public data sets and projects publish it, in the order in which they are
 looked for. ``data.format`` fixes the names of one data set, ``data.fields`` those of single roles.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from g2r_megatron.data.sentencepiece_model import build_backend
 from g2r_megatron.data.stand_ins import check_stand_ins
@@ -88,6 +88,8 @@ def _read_tokenizer(path: Path, config: dict):
     if (path / "tokenizer.model").is_file():
         return _read_sentencepiece(path, config)
     if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+        from transformers import AutoTokenizer  # imports torch's compiler: a second of every command's start
+
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     raise UserError(
         "tokenizer",

@@ -55,7 +55,7 @@ def leave_if_asked() -> None:
 
 
 def _wants_to_leave() -> bool:
-    """Whether this rank was signalled, or its launcher has gone."""
+    """Whether this rank was signalled, or its launcher has ended."""
     return _asked or (_LAUNCHER is not None and os.getppid() != _LAUNCHER)
 
 
@@ -68,12 +68,12 @@ def tell_other_side() -> None:
     if _wants_to_leave():
         try:
             job_store().set(_KEY, "")
-        except DistError as gone:  # the store went with the launcher that held it: the policy's ranks find that too
+        except DistError as gone:  # the store ended with its launcher: the policy's ranks notice that too
             print(f"g2r: the job's store does not answer ({gone})", file=sys.stderr, flush=True)
 
 
 def _told() -> bool:
-    """Whether a judge rank has reported a signal. A launcher that has gone took the store with it: that counts too."""
+    """Whether a judge rank has reported a signal. Also true if the store has ended with its launcher."""
     from torch.distributed import DistError
 
     from g2r_megatron.parallel.sides import has_sides, job_store

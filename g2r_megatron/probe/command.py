@@ -55,7 +55,7 @@ def probe_judge(config: ProbeConfig) -> None:
     lengths = ((q, most if q.response is None else len(q.response.encode())) for q in queries)
     check_judge_positions(hf, config.judge, lengths)
     if policy is None:
-        responses_of(config, prompt, queries)  # before a file is made for nothing
+        responses_of(config, prompt, queries)  # raises before any file is made
     groups.initialize(config.seed)
     file, ledger = _opened(config, job_key(config, queries, FREE))
     if policy is not None:
@@ -130,7 +130,7 @@ def answered(
 
 
 def responses_of(config: ProbeConfig, prompt: JudgePrompt | RewardPrompt, queries: Sequence[Query]) -> list[Response]:
-    """What can be measured of ``queries``. Raises ``UserError`` if nothing can."""
+    """The responses that have sentences enough to be measured. Raises ``UserError`` if there is none."""
     if responses := eligible(queries, prompt, config.seed):
         return responses
     raise UserError(
@@ -154,7 +154,7 @@ def _opened(config: ProbeConfig, key: str) -> tuple[LedgerFile | None, Ledger]:
 def judge_rows(
     config: ProbeConfig, prober: Prober, responses: Sequence[Response], ledger: Ledger, file: LedgerFile | None
 ) -> list[Response]:
-    """Verdicts of rows, until as many as pairs are wanted have one of each kind; the rows judged, in order."""
+    """Judge rows until enough of them have a verdict True, and enough a verdict False. Returns the judged rows, in order."""
 
     def enough(judged: Sequence[Response]) -> bool:
         found = [ledger.rows[response.row] for response in judged]

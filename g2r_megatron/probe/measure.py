@@ -1,4 +1,4 @@
-"""One judge, measured: its verdicts under changed questions, and of a pair the truth and every attribution."""
+"""Measures one judge: its verdicts on changed questions; and for a pair, what each sentence is worth and what each attribution says."""
 
 import re
 import time
@@ -61,7 +61,10 @@ class Prober:
             self.swapped = JudgePrompt(prompt.tokenizer, replace(judge_config, template=template))
 
     def verdicts(self, responses: Sequence[Response]) -> list[RowVerdicts]:
-        """Of every item, in one pass: what is changed comes after the response in most templates. Not of a reward model."""
+        """The verdicts of every item, on the question as it is and on the changed ones, in one call of the judge. A reward
+        model has none.
+
+        Most templates put what is changed after the response, so the rows share their beginning."""
         rows = []
         for response in responses:
             negated = _negated(response.query)
@@ -102,7 +105,7 @@ class Prober:
         return result
 
     def _credit(self, pair: Pair, response: Response, method: str, judgement) -> None:
-        """Sums over sentences of ``judgement``'s b, and the placebo's of the first method."""
+        """Add to ``pair`` the sums of ``judgement``'s b over each sentence. The first method's sums, shuffled, are the placebo."""
         b = judgement.attribution
         (alpha,) = item_alphas(self.prompt, self.config.judge, response.body, [judgement], "")
         pair.credit[method] = [float(b[low:high].double().sum()) for low, high in response.spans]
@@ -117,7 +120,7 @@ class Prober:
 
 
 def _attributions(stage: JudgeStage, inputs: Sequence[JudgeInput]) -> list:
-    """The judgement, with its attribution, of each input, verdict pass included."""
+    """The judgement of each input, with its attribution. The time of the verdict's pass is included."""
     rows = [[item] for item in inputs]
     judgements = stage.verdicts(rows, [""] * len(rows))
     stage.attribute(rows, judgements, [[True]] * len(rows), [[1.0]] * len(rows))
@@ -130,7 +133,8 @@ def _verdict(values: list[float]) -> bool | None:
 
 
 def _lost(values: torch.Tensor) -> list[float]:
-    """Of log-probs fp32 [1 + parts, 2] or scores [1 + parts, 1]: what the margin or the score loses without each part."""
+    """How much the verdict's margin, or the score, falls without each part. ``values``: log-probs, fp32 [1 + parts, 2], or
+    scores [1 + parts, 1], the first with all parts."""
     values = values.double()
     measure = values[:, 0] - values[:, 1] if values.size(1) == VerdictTarget.columns else values[:, 0]
     return (measure[0] - measure[1:]).tolist()

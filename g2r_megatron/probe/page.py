@@ -1,4 +1,4 @@
-"""probe.html: what was measured, and the measured responses sentence by sentence. It stands alone, and no text in it can act."""
+"""probe.html: what was measured, and the measured responses sentence by sentence. The page needs no other file. All texts are escaped."""
 
 from html import escape
 

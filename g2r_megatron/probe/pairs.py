@@ -24,9 +24,10 @@ class Response:
 
 @dataclass(frozen=True)
 class RowVerdicts:
-    """(p(True), p(False)) of every item of a row, as it is, with the verdicts' words swapped (None: the template does not
+    """(p(True), p(False)) of every item of a row.
 
-    name both), and of "It is not true that: ...".
+    ``plain``: as the row is. ``swapped``: with the words of the verdicts exchanged in the template; None if the template
+    does not name both. ``negated``: with "It is not true that: " before the criterion.
     """
 
     plain: list[list[float]]
@@ -66,7 +67,7 @@ def eligible(queries: Sequence[Query], prompt: ResponseReader, seed: int) -> lis
 
 
 def verdict(probabilities: Sequence[float]) -> bool:
-    """Of (p(True), p(False)): the likelier one."""
+    """The more probable verdict of (p(True), p(False))."""
     return probabilities[0] > probabilities[1]
 
 

@@ -14,7 +14,7 @@ from g2r_megatron.probe.pairs import Pair, RowVerdicts, verdict
 
 RESAMPLES = 2000
 PLACEBO = "shuffled"
-# sequences of a pair that the judge runs for an attribution, with its verdict: forward and backward
+# how many sequences the judge runs for one pair: forward + backward, the verdict included
 PASSES = {"gate_branch": "1 + 1*", "gate_all": "2 + 1*", "attention": "2", "occlusion": "1 + sentences"}
 GRADIENT_PASSES = "2 + 1"
 
@@ -48,7 +48,7 @@ def agreement(pairs: Sequence[Pair], credits: Sequence[Sequence[float]], truth: 
 
 
 def method_summary(pairs: Sequence[Pair], method: str, seed: int) -> dict:
-    """How one attribution did."""
+    """The results of one attribution: agreement, ESS, seconds and passes."""
     credits, shares = [pair.credit[method] for pair in pairs], [pair.ess[method] for pair in pairs]
     seconds = [pair.seconds[method] for pair in pairs if method in pair.seconds]
     return {
@@ -62,7 +62,7 @@ def method_summary(pairs: Sequence[Pair], method: str, seed: int) -> dict:
 
 
 def judge_summary(rows: Sequence[RowVerdicts]) -> dict:
-    """Whether the judge answers at all, and what changes its answers that should not, over all items of the rows judged."""
+    """Whether the judge answers at all, and whether changes of the wording change its answers, over all items judged."""
     plain = [item for row in rows for item in row.plain]
     negated = [item for row in rows for item in row.negated]
     swapped = [item for row in rows if row.swapped is not None for item in row.swapped]

@@ -1,4 +1,4 @@
-"""A probe's results as text: the cells that terminal and page share, and the table on the terminal."""
+"""A probe's results as text: the cells for terminal and page, and the terminal's table."""
 
 from io import StringIO
 

@@ -3,15 +3,12 @@
 Leaves out what the figures say, and GPUs. tools/ are run by test_convert.py, the drawings of docs/ by test_readme.py.
 """
 
-import contextlib
-import io
-import sys
 from pathlib import Path
 
 import pytest
 
 from distributed import start_server
-from scripts import imported
+from scripts import run_main
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--hidden", "128", "--layers", "1", "--vocab", "512"]
@@ -66,17 +63,6 @@ ELSEWHERE = {  # script -> the test that runs it
     "tools/convert_megatron_to_hf.py": "tests/parity/test_convert.py",
     "tools/verify_checkpoint.py": "tests/parity/test_convert.py",
 }
-
-
-def run_main(script: str, arguments: list[str]) -> str:
-    """``main()`` of a script with these arguments; what it prints."""
-    before, sys.argv = sys.argv, [script, *arguments]
-    try:
-        with imported(script) as module, contextlib.redirect_stdout(io.StringIO()) as printed:
-            module.main()
-    finally:
-        sys.argv = before
-    return printed.getvalue()
 
 
 @pytest.mark.parametrize("script", IN_A_RANK)
