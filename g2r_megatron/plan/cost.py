@@ -29,7 +29,7 @@ from g2r_megatron.plan.workload import (
 LAYER_OPERATIONS = 69
 QK_NORM_OPERATIONS = 16
 EXPERTS_OPERATIONS = 66
-STEP_OPERATIONS = 42
+STEP_OPERATIONS = 36
 LATENCY = 20e-6  # seconds of one small collective
 ATTENTION_BACKWARD = 2.5  # products of attention's backward to those of its forward (it computes the scores again)
 

@@ -104,7 +104,8 @@ class MegatronRolloutEngine:
                     between_batches()
                     due = next(calls, None)
                 self._read_prompts(batch, context)
-            elif (kept := batch.shrink()) is not None:
+                continue  # others may wait for rows that are free
+            if (kept := batch.shrink()) is not None:
                 context.keep(kept, local_device())
             batch.add(self._step(batch, context, temperature))
             if len(batch.results) > found:
