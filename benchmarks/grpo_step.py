@@ -4,9 +4,9 @@
     python benchmarks/grpo_step.py --model DIR --prompts 4 --group 4 --tokens 64
 
 Both are in one process and take turns, step by step: sample ``--prompts`` times ``--group`` responses that are cut at
-``--tokens`` (no stop token), score them by a cheap function of their tokens, and update once with Adam (one mini-batch, one
-micro-batch, no KL penalty, fp32, no recomputation). TRL generates with transformers; ours with Megatron-Core's cache. CPU
-seconds are those of the process. Medians of the steps after the first.
+``--tokens`` (no stop token), score them by a cheap function of their tokens, and update once with Adam (one mini-batch, no KL
+penalty, fp32, no recomputation). TRL generates with transformers and runs the responses as one padded batch; ours generates
+with Megatron-Core's cache and runs packed rows. CPU seconds are those of the process. Medians of the steps after the first.
 """
 
 import argparse
@@ -62,13 +62,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=6)
     parser.add_argument("--group", type=int, default=8, help="responses of a prompt")
     parser.add_argument("--tokens", type=int, default=42, help="of each response")
+    parser.add_argument("--micro_batch_tokens", type=int, default=2048, help="of a row of ours, as in the quickstart")
     parser.add_argument("--steps", type=int, default=6)
     return parser.parse_args()
 
 
 def our_step(args: argparse.Namespace, prompts: list[list[int]], times: Times) -> Callable[[], None]:
     """A function that takes one step of ours."""
-    from g2r_megatron.config.options import Layout, OptimizerConfig, Precision, RolloutConfig, TrainConfig
+    from g2r_megatron.config.options import Layout, OptimizerConfig, PolicyConfig, Precision, RolloutConfig, TrainConfig
     from g2r_megatron.model.build import build_model
     from g2r_megatron.model.hf import open_hf_model
     from g2r_megatron.parallel.groups import build_groups, initialize
@@ -80,7 +81,9 @@ def our_step(args: argparse.Namespace, prompts: list[list[int]], times: Times) -
     initialize(1)
     rollout = RolloutConfig(max_prompt_tokens=max(map(len, prompts)), max_response_tokens=args.tokens)
     optimizer = OptimizerConfig(distributed=False, lr=LEARNING_RATE)
-    config = TrainConfig(rollout=rollout, optimizer=optimizer)
+    config = TrainConfig(
+        policy=PolicyConfig(micro_batch_tokens=args.micro_batch_tokens), rollout=rollout, optimizer=optimizer
+    )
     policy = build_model(
         "policy", open_hf_model(args.model, "policy.model"), build_groups("policy", Layout()), Precision()
     )
