@@ -26,10 +26,12 @@ class CacheContext(StaticInferenceContext):
         super().__init__(sequences, padded(length, block))
         self.block = block
         self._rows = self._positions = torch.empty(0, dtype=torch.int64)
+        self._angles: torch.Tensor | None = None
 
     def begin_prompts(self, rows: Sequence[int], device: torch.device) -> None:
         """The next pass is over prompts from position 0; the first ``len(rows)`` of its batch are stored in ``rows``."""
         self.enable_prefill_mode()
+        self._angles = None
         self._rows = torch.tensor(rows, dtype=torch.int64, device=device)
 
     def begin_step(self, positions: Sequence[int], device: torch.device) -> torch.Tensor:
@@ -38,6 +40,7 @@ class CacheContext(StaticInferenceContext):
         This is int64 [rows, 1, positions read]: how far each is behind the row's own. Those below 0 hold nothing yet.
         """
         self.enable_decode_mode()
+        self._angles = None
         self._positions = torch.tensor(positions, device=device)
         self._rows = torch.arange(len(positions), device=device)
         read = padded(max(positions) + 1, self.block)
@@ -45,7 +48,9 @@ class CacheContext(StaticInferenceContext):
 
     def angles(self, rotary: torch.Tensor, length: int) -> torch.Tensor:
         """Of all positions [n, 1, 1, d]: those of this pass, [length, 1, 1, d], or [1, rows, 1, d] in a step."""
-        return rotary[self._positions].transpose(0, 1) if self.is_decode_only() else rotary[:length]
+        if self._angles is None:  # the same in every layer
+            self._angles = rotary[self._positions].transpose(0, 1) if self.is_decode_only() else rotary[:length]
+        return self._angles
 
     def update(
         self, layer: int, key: torch.Tensor, value: torch.Tensor, allocate: Callable[[int, int], torch.Tensor]
@@ -95,8 +100,8 @@ def decode_attention(
     """
     keys, (length, b, ng, hn) = distances.size(2), key.shape
     if query.size(0) != 1 or query.size(1) != b or distances.size(0) != b or keys > length:
-        found = f"{tuple(query.shape)} over {tuple(key.shape)}"
-        raise ValueError(f"{found} is not one position a sequence over {tuple(distances.shape)} keys")
+        shapes = f"{tuple(query.shape)} over {tuple(key.shape)}"
+        raise ValueError(f"{shapes} is not one position a sequence over {tuple(distances.shape)} keys")
     q = query.reshape(b * ng, -1, hn)  # heads of a group together
     k, v = (x[:keys].flatten(1, 2).transpose(0, 1) for x in (key, value))  # [b * ng, keys, hn], not copied
     hidden = distances < 0
