@@ -79,7 +79,7 @@ def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, number: in
             mix=mix,
         )
     with counted(seconds, "update"):
-        log_probs = workers.trainer.update_log_probs(rollouts.sequences, workers.reference)
+        log_probs = workers.trainer.update_log_probs(rollouts.sequences, workers.reference, config.needs_old_pass)
     with counted(seconds, "judge"):
         judgements, _ = workers.judge.judge_submitted()
         batch = assign_credit(rollouts, judgements, prompt=inputs.prompt, config=config, mix=mix)

@@ -4,6 +4,8 @@ Every rank of the policy runs this same code. What is sharded, and over which ra
 ``Workers``; what is shown, saved and recorded, to ``Run``. launch.py does what comes before and after.
 """
 
+from dataclasses import replace
+
 import torch
 
 from g2r_megatron.alarms.checks import alarm_checks
@@ -50,6 +52,7 @@ def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run, 
     times = PhaseTimes(run.phase)
     mix = mix_at(config.grpo.mix, config.grpo.mix_anneal, (step - 1) / config.steps)
     mix = 0.0 if run.watch.uses_sequence_credit else mix
+    dtype = workers.trainer.model.config.params_dtype
     order = (config.rollout.prompts_per_step, step - 1, config.seed, config.data.shuffle)
     with times("step", shown=False):
         with times("sample"):
@@ -68,8 +71,10 @@ def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run, 
         leave_if_asked()
         with workers.judge_on_device(times):
             with times("update"):
-                log_probs = workers.trainer.update_log_probs(rollouts.sequences, workers.reference)
-                correction = corrected(config, rollouts, log_probs.old, workers.trainer.model.config.params_dtype)
+                # in a run's first step also where none is needed: it shows that the update computes the same (below)
+                old_pass = step == run.first or config.needs_old_pass
+                log_probs = workers.trainer.update_log_probs(rollouts.sequences, workers.reference, old_pass)
+                correction = corrected(config, rollouts, log_probs.old, dtype)
             with times("judge"):
                 judgements, judge_metrics = workers.judge.judge_submitted()
                 batch = assign_credit(rollouts, judgements, prompt=inputs.prompt, config=config, mix=mix)
@@ -77,7 +82,7 @@ def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run, 
                 checked = alarm_checks(config, inputs, workers, rollouts, step)
         leave_if_asked()
         with times("update"):
-            metrics = workers.trainer.update(
+            metrics, old = workers.trainer.update(
                 batch.sequences,
                 log_probs.mini_batches,
                 advantages=correction.scaled(batch.advantages) if correction else batch.advantages,
@@ -88,7 +93,10 @@ def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run, 
         with times("sync", shown=False):
             workers.engine.take_weights()
         if step == run.first:
-            check_first_ratio(metrics, workers.trainer.model.config.params_dtype)
+            check_first_ratio(metrics, dtype)
+        if log_probs.old is None:
+            log_probs = replace(log_probs, old=old)
+            correction = corrected(config, rollouts, old, dtype)  # none is on: the comparison of sampler and trainer
         metrics |= checked | (correction.metrics if correction else {})
         metrics |= (
             run.faithfulness.add(judge_metrics)
@@ -103,14 +111,16 @@ def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run, 
 
 
 def corrected(
-    config: TrainConfig, rollouts: Rollouts, old: list[torch.Tensor], dtype: torch.dtype
+    config: TrainConfig, rollouts: Rollouts, old: list[torch.Tensor] | None, dtype: torch.dtype
 ) -> Correction | None:
     """What the difference between sampler and trainer does to the loss; None where the trainer itself has sampled.
+
+    None also while the trainer's log-probs ``old`` are not there yet.
 
     Raises ``RunError`` when the difference is too large for the same weights.
     """
     sampler = rollouts.sampler_log_probs
-    if sampler is None:
+    if sampler is None or old is None:
         return None
     check_sampler(old, sampler, dtype)
     return correct(old, sampler, config.rollout)

@@ -437,6 +437,11 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
     alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
 
+    @property
+    def needs_old_pass(self) -> bool:
+        """Whether an update needs log-probs from before it, and so a pass for them; else its own forward gives them."""
+        return self.grpo.mini_batches > 1 or self.rollout.correction != "none"
+
 
 OWN_RANKS_PARTS = 4  # default of judge.parts with judge.ranks
 

@@ -29,7 +29,7 @@ from g2r_megatron.plan.workload import (
 LAYER_OPERATIONS = 69
 QK_NORM_OPERATIONS = 16
 EXPERTS_OPERATIONS = 66
-STEP_OPERATIONS = 42
+STEP_OPERATIONS = 36
 LATENCY = 20e-6  # seconds of one small collective
 ATTENTION_BACKWARD = 2.5  # products of attention's backward to those of its forward (it computes the scores again)
 
@@ -282,8 +282,9 @@ def step_phases(job: Job) -> list[Phase]:
     )
     phases = [
         sampling_phase(job, work),
-        run_phase(job, "old log-probs", policy, passes, backward=False),
     ]
+    if config.needs_old_pass:  # else only in a run's first step
+        phases.append(run_phase(job, "old log-probs", policy, passes, backward=False))
     if job.reference is not None or job.judge_is_reference:
         model = judge if job.judge_is_reference else job.reference
         phases.append(run_phase(job, "reference", model, reference_passes(work, config, model.ranks), backward=False))
@@ -317,5 +318,5 @@ def step_seconds(job: Job, phases: list[Phase]) -> float:
     judging = seconds["verdicts"] + seconds.get("attribution", 0.0)
     sampling = seconds["rollout"]
     judged = max(sampling + judging / parts, sampling / parts + judging)
-    before = sampling + seconds["old log-probs"] + seconds.get("reference", 0.0)
+    before = sampling + seconds.get("old log-probs", 0.0) + seconds.get("reference", 0.0)
     return max(before, judged) + seconds["update"]

@@ -124,6 +124,7 @@ def _add_policy(group: RankMemory, job: Job, work) -> None:
     if not on_servers(config):
         in_engine = engine_bytes(job) if in_ranks(config) else None
         group.phases["rollout"] = in_engine or rollout_bytes(model, stage, rollout(work, config, model.ranks))
+    # in a run's first step at least
     group.phases["old log-probs"] = forward_bytes(model, stage, passes)
     group.phases["update"] = update_bytes(model, stage, passes)
     if job.reference is not None:

@@ -3,6 +3,9 @@
 Leaves out what the figures say, and GPUs. tools/ are run by test_convert.py, the drawings of docs/ by test_readme.py.
 """
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +62,7 @@ ELSEWHERE = {  # script -> the test that runs it
     "examples/quickstart/task.py": "tests/unit/test_quickstart_task.py",
     "examples/toy_models.py": "tests/runs/test_benchmarks.py",
     "benchmarks/machine.py": "tests/runs/test_benchmarks.py",
+    "benchmarks/grpo_step.py": "tests/runs/test_benchmarks.py",
     "tools/convert_hf_to_megatron.py": "tests/parity/test_convert.py",
     "tools/convert_megatron_to_hf.py": "tests/parity/test_convert.py",
     "tools/verify_checkpoint.py": "tests/parity/test_convert.py",
@@ -87,6 +91,17 @@ def test_a_script_with_processes_of_its_own(tmp_path, monkeypatch, script):
     except SystemExit as end:  # judge_growth.py's verdict on its figures, which mean nothing for a run so small
         assert "not within" in str(end)
     assert (output if written == "." else tmp_path / written).stat().st_size > 0
+
+
+@pytest.mark.timeout(900)  # a start of Python with TRL
+def test_the_benchmark_beside_trl():
+    """In a process of its own: transformers' Trainer would take the ranks of a test for its own."""
+    sizes = ["--prompts", "1", "--group", "2", "--tokens", "3", "--steps", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "benchmarks/grpo_step.py", *sizes]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()[-3:]] == ["sample", "step", "update"]
 
 
 def test_every_script_has_its_run():

@@ -105,8 +105,19 @@ def test_a_job_that_fits(plan):
     largest = max(sum(parts.values()) for parts in group["phases"].values())
     assert group["peak"] == sum(group["static"].values()) + largest < content["usable_bytes"]
     names = [phase["name"] for phase in content["phases"]]
-    assert names == ["rollout", "old log-probs", "verdicts", "attribution", "update"]
+    assert names == ["rollout", "verdicts", "attribution", "update"]
     assert content["step_seconds"] == pytest.approx(sum(phase["seconds"] for phase in content["phases"]))
+
+
+@pytest.mark.parametrize(
+    "option", [("--grpo.mini_batches", "2"), ("--rollout.engine", "vllm", "--rollout.correction", "tis")]
+)
+def test_a_pass_for_old_log_probs_is_planned_where_one_is_needed(plan, option):
+    """Several mini-batches or a correction: the update's own log-probs come too late."""
+    content = json.loads(plan("Qwen3-8B", "Qwen3-30B-A3B", *TWO_NODES, *JUDGE_30B, *POLICY_8B, *option, "--json")[1])
+    phases = {phase["name"]: phase["seconds"] for phase in content["phases"]}
+    assert 0 < phases["old log-probs"] < phases["update"]
+    assert content["step_seconds"] == pytest.approx(sum(phases.values()))
 
 
 def test_tables_are_plain_text_with_assumptions(plan):
