@@ -48,6 +48,14 @@ def in_another_process(commands: list[list[str]]) -> list[list]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def train_without_vllm(arguments: list[str]) -> None:
+    """``g2r train`` in this process; fails if it imports vLLM."""
+    from g2r_megatron.cli import train_command
+
+    train_command(arguments)
+    assert "vllm" not in sys.modules
+
+
 @pytest.fixture(scope="module")
 def options(tmp_path_factory) -> list[str]:
     return [
@@ -59,16 +67,26 @@ def options(tmp_path_factory) -> list[str]:
 class TestRuns:
     pytestmark = with_vllm
 
-    def test_a_run_on_two_ranks(self, options, tmp_path):
-        """Four steps with large updates, correction and evaluation: the sampler's log-probs stay the trainer's."""
-        done = train_command([*options, "--rollout.correction", "tis", "--output_dir", str(tmp_path / "run")], ranks=2)
+    def test_a_run_on_two_ranks(self, worlds, options, tmp_path):
+        """Four steps with large updates, correction and evaluation: the sampler's log-probs stay the trainer's.
+
+        Replayed from its dump, without vLLM, they are the same steps bit for bit.
+        """
+        run, again, dump = (str(tmp_path / name) for name in ("run", "again", "dump"))
+        options = [*options, "--rollout.correction", "tis"]
+        done = train_command([*options, "--output_dir", run, "--rollout.dump", dump], ranks=2)
         assert done.returncode == 0, done.stderr
+        worlds[2].run(train_without_vllm, [*options, "--output_dir", again, "--rollout.replay", dump])
+        worlds.close()
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            assert records(tmp_path / "again", name) == records(tmp_path / "run", name)
+        weights = [(tmp_path / name / "hf" / "model.safetensors").read_bytes() for name in ("again", "run")]
+        assert weights[0] == weights[1]
         steps = [record for record in records(tmp_path / "run", "metrics.jsonl") if record["step"] > 0]
         assert [record["step"] for record in steps] == [1, 2, 3, 4]
         for record in steps:
             assert 0 < record["rollout/sync_error"] < 1e-4  # another program, the same weights
             assert record["rollout/corrected_share"] == 0
-        assert (tmp_path / "run" / "hf" / "model.safetensors").exists()
 
     def test_a_resumed_run_samples_with_the_resumed_weights(self, options, tmp_path):
         """Stopped after two steps and started again: the engine, which begins with the start weights, gets the new ones."""
