@@ -26,6 +26,7 @@ from g2r_megatron.credit.advantages import mix_at
 from g2r_megatron.credit.judgements import backward_passes
 from g2r_megatron.data.order import epoch_batch
 from g2r_megatron.experience import assign_credit, sample_and_submit
+from g2r_megatron.rollout.recording import step_name
 from g2r_megatron.workers import Inputs, Workers, build_workers, read_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,6 +76,7 @@ def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, number: in
             queries=[inputs.train[i] for i in epoch_batch(len(inputs.train), *order)],
             group_size=config.rollout.responses_per_prompt,
             key=f"{config.seed}/{number}",
+            batch=step_name(number),
             parts=config.judge.parts,
             mix=mix,
         )

@@ -4,6 +4,7 @@ import math
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,8 +15,9 @@ from g2r_megatron.alarms.watch import Watch
 from g2r_megatron.config.alarm_options import ALARMS
 from g2r_megatron.config.options import TrainConfig
 from g2r_megatron.credit.faithfulness import PAIRS, RunningFaithfulness
+from g2r_megatron.credit.judgements import JudgementRow
 from g2r_megatron.errors import AlarmError, RunError, UserError
-from g2r_megatron.experience import Experience
+from g2r_megatron.experience import Experience, Rollouts
 from g2r_megatron.policy.checkpoint import Checkpointer, complete_checkpoints
 from g2r_megatron.policy.log_probs import UpdateLogProbs
 from g2r_megatron.records.bad_steps import DIRECTORY, write_bad_step
@@ -23,6 +25,7 @@ from g2r_megatron.records.files import replace_text
 from g2r_megatron.records.heartbeat import Heartbeat
 from g2r_megatron.records.metrics_log import METRICS_FILE, MetricsLog, read_metrics
 from g2r_megatron.records.progress_bar import Progress
+from g2r_megatron.rollout.recording import Dump, step_name
 from g2r_megatron.runs_on import line_of, record, runs_on
 from g2r_megatron.workers import Inputs
 
@@ -33,14 +36,23 @@ MEASURED_SHARE, MOST_MEASURED = 8, 4  # faithfulness: of one response in 8, at m
 class Run:
     """Progress, records, heartbeat and checkpoints of one start of a run. Only rank 0 writes and shows anything."""
 
-    def __init__(self, config: TrainConfig, output: Path, done: int, heartbeat: Heartbeat, checkpointer: Checkpointer):
-        """``done``: the last finished step, whose checkpoint has been loaded; 0 for none."""
+    def __init__(
+        self,
+        config: TrainConfig,
+        output: Path,
+        done: int,
+        heartbeat: Heartbeat,
+        checkpointer: Checkpointer,
+        sampling: dict[str, Any] | None = None,
+    ):
+        """``done``: the last finished step, whose checkpoint has been loaded; 0 for none. ``sampling``: rollout/facts.py, for a dump."""
         self.config, self.output, self.heartbeat, self.checkpointer = config, output, heartbeat, checkpointer
         self.done = self.saved = done
         self.first = done + 1  # the first step of this start
         self.is_writer = dist.get_rank() == 0
         self.progress = Progress(config.steps, enabled=self.is_writer)
         self.records = None
+        self.rollouts: Dump | None = None
         self._save_times: dict[str, float] = {}  # for the next line of metrics
         self._said_answer_mass = self._said_faithless = False  # once a start is enough
         if self.is_writer:
@@ -48,6 +60,8 @@ class Run:
             self.records = MetricsLog(output, config.log, plain)
             replace_text(output / CONFIG_FILE, yaml.safe_dump(plain, sort_keys=False), sync=True)
             self.records.truncate_after(done if done else -1)
+            if config.rollout.dump:
+                self.rollouts = Dump(Path(config.rollout.dump), sampling or {}, done)
         history = [read_metrics(output) if self.is_writer and (output / METRICS_FILE).exists() else []]
         dist.broadcast_object_list(history, src=0)  # all ranks act on alarms alike
         self.watch = Watch(config.alarms, history[0])
@@ -112,6 +126,12 @@ class Run:
                 "finite; their tokens share the item's credit evenly"
             )
         self.sample(step, batch, inputs)
+        self.dump_batch(step_name(step), batch, batch.judgements, step)
+
+    def dump_batch(self, name: str, rollouts: Rollouts, judgements: list[JudgementRow], step: int) -> None:
+        """Write the responses of a batch, with ``rollout.dump``."""
+        if self.rollouts is not None:
+            self.rollouts.write(name, *experience.dumped(rollouts, judgements, step))
 
     def sample(self, step: int, batch: Experience, inputs: Inputs) -> None:
         """Keep a few of the step's responses for the report: the first of each of the first groups."""

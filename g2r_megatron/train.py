@@ -18,6 +18,7 @@ from g2r_megatron.parallel.preemption import leave_if_asked
 from g2r_megatron.policy.correction import Correction, check_sampler, correct
 from g2r_megatron.policy.trainer import check_first_ratio
 from g2r_megatron.records.phase_times import PhaseTimes
+from g2r_megatron.rollout.recording import step_name
 from g2r_megatron.run import Run
 from g2r_megatron.workers import Inputs, Workers
 
@@ -62,6 +63,7 @@ def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run, 
                 queries=[inputs.train[i] for i in epoch_batch(len(inputs.train), *order)],
                 group_size=config.rollout.responses_per_prompt,
                 key=f"{config.seed}/{step}",
+                batch=step_name(step),
                 parts=config.judge.parts,
                 mix=mix,
                 measured=run.measured_responses(step),

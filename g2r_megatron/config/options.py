@@ -247,6 +247,10 @@ class RolloutConfig:
     responses whose geometric mean of rho is outside"""
     correction_bounds: list[float] | None = None
     """[low, high] of rho; none: [0, 2] for tis, [0.5, 5] for icepop, [0.99, 1.01] for sequence"""
+    dump: str = ""
+    """directory for every response of the run, with tokens, log-probs, scores and verdicts"""
+    replay: str = ""
+    """directory that another run has dumped: train from its responses, and sample nothing"""
     chat_template: bool = True
     """render the conversation with the tokenizer's chat template (off for a tokenizer without one)"""
     template_options: dict[str, Any] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from g2r_megatron.eval.records import SUMMARY, Answer, data_key, judge_facts, re
 from g2r_megatron.experience import Rollouts, sample_and_submit, score_metrics
 from g2r_megatron.judge.parts import take_verified
 from g2r_megatron.records.phase_times import PhaseTimes
+from g2r_megatron.rollout.recording import eval_name
 from g2r_megatron.run import Run
 from g2r_megatron.workers import Inputs, Workers
 
@@ -48,6 +49,7 @@ def evaluate(
             queries=inputs.eval,
             group_size=config.eval.samples,
             key=f"{config.seed}/eval",
+            batch=eval_name(step),
             parts=config.judge.parts,
             mix=None,
             temperature=0.0 if config.eval.greedy else None,
@@ -55,6 +57,7 @@ def evaluate(
         )
         with workers.judge_on_device():
             judgements, _ = workers.judge.judge_submitted()
+        run.dump_batch(eval_name(step), rollouts, judgements, step)
         scores = score_metrics(rollouts, judgements)
         gold = truths(rollouts) if kind_of(judgements[0]) is ItemJudgement else None
         if workers.gold is not None:

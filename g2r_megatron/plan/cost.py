@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 from g2r_megatron.plan.activations import FP32, SAMPLING, kv_cache_bytes
 from g2r_megatron.plan.config import Hardware
-from g2r_megatron.plan.engine import engine_model, engine_rollout, in_ranks, on_servers
+from g2r_megatron.plan.engine import engine_model, engine_rollout, in_ranks, none_here
 from g2r_megatron.plan.models import Job, PlannedModel
 from g2r_megatron.plan.workload import (
     Passes,
@@ -211,8 +211,11 @@ def gradient_links(model: PlannedModel, stage: int, distributed: bool) -> Links:
 
 
 def sampling_phase(job: Job, work: Workload) -> Phase:
-    """Sampling by the engine in use. On servers the job itself has nothing to do, and how long it waits is not known here."""
-    if on_servers(job.config):
+    """Sampling by the engine in use. On servers and in a replay the job itself has nothing to do.
+
+    How long it waits for servers is not known here.
+    """
+    if none_here(job.config):
         return Phase("rollout", job.policy.name, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0.0)
     if in_ranks(job.config):
         sampling = engine_rollout(work, job.config, job.policy.ranks)

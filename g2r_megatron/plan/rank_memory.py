@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from g2r_megatron.plan import activations
 from g2r_megatron.plan.activations import FP32, LOGITS_BACKWARD, LOGITS_FORWARD, SAMPLING
-from g2r_megatron.plan.engine import engine_bytes, in_ranks, on_servers
+from g2r_megatron.plan.engine import engine_bytes, in_ranks, none_here
 from g2r_megatron.plan.models import Job, PlannedModel
 from g2r_megatron.plan.workload import (
     Passes,
@@ -121,7 +121,7 @@ def _add_policy(group: RankMemory, job: Job, work) -> None:
     passes = policy_passes(work, config, model.ranks)
     group.static["policy weights"] = model.weight_bytes(stage)
     group.static |= training_state(model, stage, config.optimizer.distributed)
-    if not on_servers(config):
+    if not none_here(config):
         in_engine = engine_bytes(job) if in_ranks(config) else None
         group.phases["rollout"] = in_engine or rollout_bytes(model, stage, rollout(work, config, model.ranks))
     # in a run's first step at least

@@ -6,6 +6,7 @@ Leaves out what the engine samples (tests/parity/test_vllm.py) and GPUs.
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
@@ -13,6 +14,7 @@ from multiprocessing.connection import Connection
 import pytest
 
 from distributed import PROCESSES, server_with, start_server
+from g2r_megatron.cli import train_command
 from g2r_megatron.config import checks
 from g2r_megatron.config.options import RolloutConfig, VLLMConfig
 from g2r_megatron.errors import UserError
@@ -56,6 +58,14 @@ def run_all(commands: list[list[str]], connection: Connection) -> None:
     connection.send([run(command) for command in commands])
 
 
+def train_without_vllm(arguments: list[str]) -> None:
+    """``g2r train`` in this process, as if vLLM were not installed."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
+        del sys.modules[name]
+    sys.modules["vllm"] = None
+    train_command(arguments)
+
+
 @pytest.fixture(scope="module")
 def options(tmp_path_factory) -> list[str]:
     return [
@@ -96,10 +106,20 @@ class TestRuns:
             assert 0 < record["rollout/sync_error"] < 1e-4  # another program, the same weights
             assert record["rollout/corrected_share"] == 0
 
-    def test_a_resumed_run_samples_with_the_resumed_weights(self, options, tmp_path):
-        """Resumed after step 2 of 4: the engine, which begins with the start weights, gets the new ones."""
-        whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-        finish(whole, options)
+    def test_a_run_resumed_and_replayed(self, worlds, options, tmp_path):
+        """Resumed after step 2 of 4: the engine, which begins with the start weights, gets the new ones.
+
+        Replayed from its dump, without vLLM, they are the same steps bit for bit.
+        """
+        whole, resumed, again, dump = (tmp_path / name for name in ("whole", "resumed", "again", "dump"))
+        options = [*options, "--rollout.correction", "tis"]
+        finish(whole, [*options, "--rollout.dump", str(dump)])
+        worlds[1].run(train_without_vllm, [*options, "--output_dir", str(again), "--rollout.replay", str(dump)])
+        worlds.close()
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            assert records(again, name) == records(whole, name)
+        weights = [(path / "hf" / "model.safetensors").read_bytes() for path in (again, whole)]
+        assert weights[0] == weights[1]
         assert (whole / "hf" / "model.safetensors").exists() and checkpoints(whole)[0] == "step_00000002"
         shutil.copytree(whole, resumed)
         shutil.rmtree(resumed / "hf")

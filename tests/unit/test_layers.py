@@ -26,7 +26,7 @@ MAP = {
     "report": ("tables and pages made from records", "errors records"),
     "credit": ("from verdicts and gradients to advantages, without a model", "config data errors"),
     "model": ("Hugging Face and Megatron-Core models, weights, layers", "config data device errors parallel"),
-    "rollout": ("sampling responses", "config data device errors model parallel"),
+    "rollout": ("sampling responses", "config data device errors model parallel records"),
     "policy": ("the trained model: losses, trainer, checkpoints", "config credit data device errors model parallel"),
     "judge": (
         "the frozen model: prompts, packing, verdicts, gradients",
@@ -54,7 +54,7 @@ MAP = {
     "runs_on": ("what a run really runs on: devices, layers, optimizer", "config device errors model records"),
     "run": (
         "what a run shows, saves, and checks of itself",
-        "alarms config credit errors experience policy records runs_on workers",
+        "alarms config credit errors experience policy records rollout runs_on workers",
     ),
     "eval": (
         "scores of a model on held-out rows",
