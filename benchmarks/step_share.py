@@ -26,6 +26,7 @@ from g2r_megatron.credit.advantages import mix_at
 from g2r_megatron.credit.judgements import backward_passes
 from g2r_megatron.data.order import epoch_batch
 from g2r_megatron.experience import assign_credit, sample_and_submit
+from g2r_megatron.parallel.groups import initialize
 from g2r_megatron.rollout.recording import step_name
 from g2r_megatron.workers import Inputs, Workers, build_workers, read_inputs
 
@@ -129,6 +130,7 @@ def main() -> None:
         config = parsing.parse(TrainConfig, "step_share", [*common, *given, *options])
         config = replace(resolve_preset(config), steps=args.steps)
         inputs = read_inputs(config)
+        initialize(config.seed)
         runs[name] = config, inputs, build_workers(config, inputs)
     found: dict[str, list[Step]] = {name: [] for name in RUNS}
     for number in range(1, args.steps + 1):
