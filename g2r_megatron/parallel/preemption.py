@@ -1,8 +1,8 @@
 """SIGUSR1 and SIGTERM ask a run to leave; all ranks agree on where they leave.
 
 A signal reaches one rank or several, at any moment. Its handler only notes it. A signal may reach the launcher alone:
-torchrun passes on only what its --signals-to-handle names. It ends the launcher then, and a rank whose launcher has gone
-takes that as a signal. Where a rank may leave, the ranks reduce one number, so that all leave at the same place. These
+torchrun passes on only what its --signals-to-handle names. Then the signal ends the launcher, and a rank treats the end of its
+launcher as a signal. Where a rank may leave, the ranks reduce one number, so that all leave at the same place. These
 places are between the phases of a step and between the batches of a sampling phase, always before the optimizer changes
 the weights. The last finished step is saved there. A run that resumes from it equals a run that was never interrupted.
 """

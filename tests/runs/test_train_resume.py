@@ -89,20 +89,16 @@ def kill_one_rank(run: Path, options: list[str], ranks: int, after_step: int) ->
 
 
 def stop_one_rank(run: Path, options: list[str], ranks: int, after_step: int) -> None:
-    """The last rank hangs, as on a dead disk: the others give up after the timeout."""
+    """The last rank hangs, as on a dead disk: the others give up after the timeout, the launcher ends it."""
     minutes = 0.2
-    process = start_forked(run, [*options, "--timeout_minutes", str(minutes)], ranks)
+    process = start(run, [*options, "--timeout_minutes", str(minutes)], ranks, ["--shutdown-timeout", "1"])
     wait_for(lambda: last_recorded(run) >= after_step, process, run)
-    os.kill(process.pids[-1], signal.SIGSTOP)
+    for pid in processes_of(run, rank=ranks - 1):
+        os.kill(pid, signal.SIGSTOP)
     since = time.monotonic()
-    while process.poll() is None:
-        assert time.monotonic() < since + PATIENCE
-        time.sleep(0.01)
-    assert process.poll() == 1
+    assert process.wait(PATIENCE) != 0
     assert 60 * minutes - 5 < time.monotonic() - since < 60 * minutes + 60  # a few seconds on a quiet machine
-    assert processes_of(run) == process.pids[-1:]
-    send(run, signal.SIGKILL)
-    process.wait()
+    assert nothing_is_left_of(run)
     said = heartbeat(run)
     assert said["state"] == "failed" and said["error"].startswith("rank 0, phase "), said
     assert said["error"].endswith("no word from rank 1: killed, or stuck"), said
