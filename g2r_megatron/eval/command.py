@@ -14,8 +14,6 @@ from g2r_megatron.data.types import Query
 from g2r_megatron.errors import UserError, warn
 from g2r_megatron.eval.ledger import LedgerFile
 from g2r_megatron.eval.records import (
-    PAGE,
-    RESPONSES,
     Answer,
     data_key,
     judge_facts,
@@ -27,6 +25,7 @@ from g2r_megatron.eval.sampling import newest_weights, run_options, sampled
 from g2r_megatron.eval.table import summary_table
 from g2r_megatron.judge.output_file import job_key
 from g2r_megatron.parallel import groups
+from g2r_megatron.records.evaluations import PAGE, RESPONSES
 from g2r_megatron.records.progress_bar import CountProgress
 from g2r_megatron.rollout.vllm.check_servers import check_servers
 from g2r_megatron.verify.verifier import Verifier

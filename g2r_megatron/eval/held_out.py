@@ -1,15 +1,15 @@
 """Scores on the held-out queries of a training run."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import fmean
 
 from g2r_megatron.config.options import TrainConfig
 from g2r_megatron.credit.judgements import ItemJudgement, JudgementRow, kind_of
 from g2r_megatron.credit.truth import true_verdicts
-from g2r_megatron.eval.records import SUMMARY, Answer, data_key, judge_facts, read_results, record_of, write_results
+from g2r_megatron.eval.records import Answer, data_key, judge_facts, record_of, write_results
 from g2r_megatron.experience import Rollouts, sample_and_submit, score_metrics
 from g2r_megatron.judge.parts import take_verified
+from g2r_megatron.records.evaluations import SUMMARY, read_results, step_directory
 from g2r_megatron.records.phase_times import PhaseTimes
 from g2r_megatron.run import Run
 from g2r_megatron.workers import Inputs, Workers
@@ -92,19 +92,14 @@ def keep(config: TrainConfig, inputs: Inputs, run: Run, step: int, records: list
         judge = judge_facts(config.judge)
         judge["model"] = config.judge.model or config.policy.model
         facts = {"policy": config.output_dir, "step": step, "judge": judge, "data": data_key(inputs.eval)}
-        write_results(directory_of(run.output, step), facts, records, config.seed)
+        write_results(step_directory(run.output, step), facts, records, config.seed)
     if "gold_score" not in records[0]:
         return {}
-    first = directory_of(run.output, 0)
+    first = step_directory(run.output, 0)
     if step == 0 or not (first / SUMMARY).is_file():
         return gold_metrics(records, [])
     found, before = read_results(first)
     return gold_metrics(records, before if found["data"] == data_key(inputs.eval) else [])
-
-
-def directory_of(output: Path, step: int) -> Path:
-    """Where the evaluation after ``step`` is."""
-    return output / "eval" / f"step_{step:08d}"
 
 
 def gold_metrics(records: Sequence[dict], before: Sequence[dict]) -> dict[str, float]:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from html import escape
 
 from g2r_megatron.eval.table import COMPARED, HEADINGS, compared_rows, said_of, score_rows
-from g2r_megatron.report.heatmap import visible
 from g2r_megatron.report.page import document, section
+from g2r_megatron.report.text import visible
 
 MOST_RESPONSES = 40  # drawn; all are in responses.jsonl
 OPEN_CARDS = 2  # shown without a click
