@@ -35,6 +35,7 @@ from g2r_megatron.workers import (
     judge_texts,
     read_policy,
     read_verdict_judge,
+    verified_by_all,
     verifier_for,
 )
 
@@ -186,7 +187,7 @@ def verify_missing(config: EvalConfig, verifier: Verifier, tasks: Sequence[Task]
         for first in range(0, len(todo), config.batch_rows):
             places = todo[first : first + config.batch_rows]
             texts = [file.ledger.answers[place].text for place in places]
-            found = verifier.verdicts([tasks[place].query for place in places], texts)
+            found = verified_by_all(verifier, [tasks[place].query for place in places], texts)
             file.verified(places, [verdict is True for verdict in found])
             progress.done(before + first + len(places))
     verifier.close()

@@ -5,7 +5,6 @@ from statistics import fmean
 
 from g2r_megatron.config.options import TrainConfig
 from g2r_megatron.credit.judgements import ItemJudgement, JudgementRow, kind_of
-from g2r_megatron.credit.truth import true_verdicts
 from g2r_megatron.eval.records import Answer, data_key, judge_facts, record_of, write_results
 from g2r_megatron.experience import Rollouts, sample_and_submit, score_metrics
 from g2r_megatron.judge.parts import take_verified
@@ -56,7 +55,7 @@ def evaluate(
         with workers.judge_on_device():
             judgements, _ = workers.judge.judge_submitted()
         scores = score_metrics(rollouts, judgements)
-        gold = truths(rollouts) if kind_of(judgements[0]) is ItemJudgement else None
+        gold = true_judgements(rollouts) if kind_of(judgements[0]) is ItemJudgement else None
         if workers.gold is not None:
             gold = workers.gold.judge(rollouts.queries, [response.text for response in rollouts.responses])
             answered = [query.answer is not None for query in rollouts.queries]
@@ -69,12 +68,11 @@ def evaluate(
     return times.metrics() | metrics
 
 
-def truths(rollouts: Rollouts) -> list[JudgementRow] | None:
+def true_judgements(rollouts: Rollouts) -> list[JudgementRow] | None:
     """What is true of every response, as a gold judge would say it; None unless that is known for all items of all rows."""
-    known = [true_verdicts(q, r.text) for q, r in zip(rollouts.queries, rollouts.responses, strict=True)]
-    if not all(known):
+    if not all(rollouts.truths):
         return None
-    return [[ItemJudgement(float(true), float(not true), true) for true in row or ()] for row in known]
+    return [[ItemJudgement(float(true), float(not true), true) for true in row or ()] for row in rollouts.truths]
 
 
 def records_of(rollouts: Rollouts, judgements: list[JudgementRow], gold: list[JudgementRow] | None) -> list[dict]:

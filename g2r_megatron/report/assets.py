@@ -57,7 +57,7 @@ svg .hair { stroke: var(--faint); visibility: hidden; }
 .sample_phase { background: color-mix(in srgb, var(--ink) 16%, transparent); } .judge_phase { background: color-mix(in srgb, var(--good) 62%, var(--paper)); }
 .update_phase { background: color-mix(in srgb, var(--ink) 34%, transparent); } .other_phase { background: color-mix(in srgb, var(--ink) 7%, transparent); }
 .key { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin: 0 6px 0 14px; vertical-align: -1px; }
-details.sample { border-top: 1px solid var(--rule); padding: 12px 0; } summary { cursor: pointer; }
+details.sample { border-top: 1px solid var(--rule); padding: 12px 0; } summary { cursor: pointer; overflow-wrap: anywhere; }
 .prompt { margin: 12px 0 6px; max-width: 60em; } .prompt p { margin: 2px 0 0; white-space: pre-wrap; overflow-wrap: anywhere; color: var(--soft); max-height: 9.3em; overflow: auto; }
 .strip { display: grid; grid-template-columns: 250px minmax(0, 1fr); gap: 24px; padding: 11px 0; border-top: 1px solid var(--rule); }
 .strip .label p { margin: 0; } .strip .what { font-weight: 600; font-size: 14px; line-height: 1.35; overflow-wrap: anywhere; }
@@ -66,7 +66,7 @@ details.sample { border-top: 1px solid var(--rule); padding: 12px 0; } summary {
 .text .good, .scale .good { background: color-mix(in oklab, var(--good) calc(var(--v) * 72%), transparent); } .text .bad, .scale .bad { background: color-mix(in oklab, var(--bad) calc(var(--v) * 72%), transparent); }
 .text span[data-tip]:hover { outline: 1.5px solid var(--ink); } b.good { color: var(--good); } b.bad { color: var(--bad); } .more { color: var(--faint); }
 .scale { display: inline-flex; gap: 2px; margin: 0 8px; vertical-align: -2px; } .scale span { width: 20px; height: 14px; border-radius: 3px; outline: 1px solid var(--rule); outline-offset: -1px; }
-.rest { border-top: 1px solid var(--rule); padding-top: 8px; } .rest p { margin: 0; } .rest ul { margin: 4px 0 0; padding-left: 18px; columns: 2 320px; column-gap: 40px; font-size: 14px; } .rest li { break-inside: avoid; overflow-wrap: anywhere; }
+.rest { border-top: 1px solid var(--rule); padding: 8px 0; } .rest p { margin: 0; } .rest ul { margin: 4px 0 0; padding-left: 18px; columns: 2 320px; column-gap: 40px; font-size: 14px; } .rest li { break-inside: avoid; overflow-wrap: anywhere; }
 .credited ul { margin: 0; padding-left: 18px; font-size: 14.5px; overflow-wrap: anywhere; } .credited p { margin: 6px 0 0; font-size: 13.5px; line-height: 2; }
 .credited .fine { font-size: 13px; } .credited .fine:first-child, .credited > p:first-child { margin: 0; line-height: 1.5; }
 .word { background: color-mix(in oklab, var(--good) 16%, transparent); border-radius: 4px; padding: 1px 7px; margin-right: 4px; white-space: nowrap; } .word small { color: var(--soft); }
@@ -76,7 +76,7 @@ pre { font: 12.5px/1.5 var(--mono); overflow-x: auto; background: var(--raised);
 @media (max-width: 760px) {
   main, nav div { padding-left: 16px; padding-right: 16px; } .strip, .pairs { grid-template-columns: minmax(0, 1fr); gap: 6px; }
   h1 { font-size: 24px; overflow-wrap: anywhere; } .whole { white-space: normal; } td.dumbbell, th.dumbbell { display: none; }
-  td:first-child, .health td:first-child { min-width: 132px; } th, td { padding-left: 8px; padding-right: 8px; }
+  td:first-child, .health td:first-child { min-width: 112px; } th, td { padding-left: 8px; padding-right: 8px; }
   figure.chart { overflow-x: auto; } figure svg { min-width: min(var(--w), 480px); }
   .bars { grid-template-columns: minmax(0, 1fr) max-content; } .bars .swatch { grid-column: 1 / -1; }
 }
