@@ -195,8 +195,7 @@ class Run:
 
     def stop_out_of_patience(self) -> None:
         """End the run early, as one that is finished: the last step is saved, so that a longer patience can go on."""
-        if self.done > self.saved:
-            self.save()
+        self._save_last_step()
         self.progress.message(self._patience_line)
 
     def is_ready_to_export(self) -> bool:
@@ -227,12 +226,16 @@ class Run:
 
     def leave(self) -> None:
         """All ranks have agreed to leave: the last finished step is saved."""
+        self._save_last_step()
+        self.progress.message(f"asked to leave: saved after step {self.done}")
+        self.heartbeat.beat(state="preempted")
+
+    def _save_last_step(self) -> None:
+        """Wait until the last finished step has its checkpoint."""
         self.finish_save(wait=True)
         if self.done > self.saved:
             self.save()
             self.finish_save(wait=True)
-        self.progress.message(f"asked to leave: saved after step {self.done}")
-        self.heartbeat.beat(state="preempted")
 
     def _has_saved(self, step: int) -> None:
         self.saved = step
