@@ -28,7 +28,7 @@ from real_runs import (
     train_command,
     wait_for,
 )
-from test_bad_input import assert_refused
+from test_bad_input import assert_refused, run
 from test_eval_command import sampled
 from tiny_models import build_tiny_hf
 
@@ -98,9 +98,9 @@ class TestRuns:
         assert done.returncode == 0, done.stderr
         assert "our vLLM engine" in done.stdout and "of raw vLLM" in done.stdout and "ratio" in done.stdout
 
-    def test_evaluations_and_what_vllm_cannot_run(self, options, tmp_path):
+    def test_evaluations_and_what_vllm_cannot_run(self, worlds, options, tmp_path):
         """`g2r eval` answers and scores the same with both engines, greedily. Options and models that vLLM cannot run are
-        refused before anything is written. All in one process: vLLM stays imported there."""
+        refused before anything is written. All of vLLM in one process: it stays imported there."""
         small_heads = build_tiny_hf("qwen3", tmp_path / "heads")
         narrow_experts = build_tiny_hf("qwen3_moe", tmp_path / "experts", head_dim=32)
         refused = [
@@ -114,8 +114,8 @@ class TestRuns:
         rows = tmp_path / "rows.jsonl"
         rows.write_text("".join((TASK / "data" / "eval.jsonl").read_text().splitlines(keepends=True)[:6]))
         engines = ("megatron", "vllm")
-        commands += [sampled(rows, tmp_path / name, "--greedy", "--rollout.engine", name) for name in engines]
-        results = in_another_process(commands)
+        evaluations = [sampled(rows, tmp_path / name, "--greedy", "--rollout.engine", name) for name in engines]
+        results = [*in_another_process([*commands, evaluations[1]]), *worlds[1].run(run, evaluations[0])]
         for result, (_, said) in zip(results, refused, strict=False):
             assert_refused(tuple(result), *said)
         assert not (tmp_path / "run").exists()
