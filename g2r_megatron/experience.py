@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -16,7 +17,7 @@ from g2r_megatron.credit.hazards import (
     reward_metrics,
 )
 from g2r_megatron.credit.judgements import JudgementRow, backward_passes, kind_of
-from g2r_megatron.credit.truth import key_token_mask, true_reward
+from g2r_megatron.credit.truth import key_token_mask, true_reward, true_verdicts
 from g2r_megatron.data.tokenizer import token_texts
 from g2r_megatron.data.types import Query
 from g2r_megatron.judge.parts import Part
@@ -25,7 +26,7 @@ from g2r_megatron.judge.stage import item_alphas
 from g2r_megatron.policy.log_probs import TokenSequence, UpdateLogProbs
 from g2r_megatron.rollout.thoughts import with_thoughts
 from g2r_megatron.rollout.types import Request, Response, RolloutEngine, Sampled
-from g2r_megatron.workers import Inputs, PolicyInputs, Workers
+from g2r_megatron.workers import Inputs, PolicyInputs, Workers, verified_by_all
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Rollouts:
     @property
     def finished(self) -> list[bool]:
         return [r.finished for r in self.responses]
+
+    @cached_property
+    def truths(self) -> list[list[bool] | None]:
+        """Whether each response really meets each rubric item, None where that is not known (credit/truth.py)."""
+        return [true_verdicts(query, r.text) for query, r in zip(self.queries, self.responses, strict=True)]
 
     @property
     def sampler_log_probs(self) -> list[torch.Tensor] | None:
@@ -102,7 +108,7 @@ def sample_and_submit(
         found = sample(workers.engine, inputs, some, group_size, key, temperature, between_batches, batch)
         verified = None
         if inputs.verifier is not None:
-            verified = inputs.verifier.verdicts(found.queries, [response.text for response in found.responses])
+            verified = verified_by_all(inputs.verifier, found.queries, [response.text for response in found.responses])
         to_measure = 0 if sampled else measured
         workers.judge.submit(Part(some, group_size, found.bodies, found.keys, mix, verified, to_measure))
         sampled.append(found)
@@ -194,7 +200,7 @@ def score_metrics(rollouts: Rollouts, judgements: list[JudgementRow]) -> dict[st
     rewards = [kind.reward(query, row) for query, row in zip(rollouts.queries, judgements, strict=True)]
     return (
         reward_metrics([rewards[group] for group in rollouts.groups])
-        | kind.metrics(rollouts.queries, [r.text for r in rollouts.responses], judgements)
+        | kind.metrics(rollouts.queries, rollouts.truths, judgements)
         | response_metrics([len(r.token_ids) for r in rollouts.responses], [r.answered for r in rollouts.responses])
     )
 

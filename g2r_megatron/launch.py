@@ -87,7 +87,7 @@ def run_training(
                 workers.judge.judge_submitted()  # the judge ranks end when they have answered
             run.leave()
             raise
-        if config.checkpoint.export_hf:
+        if config.checkpoint.export_hf and run.is_ready_to_export():
             run.phase("save")
             export_policy(workers.trainer.model, output / "hf")
         heartbeat.beat(state="finished")

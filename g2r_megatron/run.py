@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,10 +66,10 @@ class Run:
         history = [read_metrics(output) if self.is_writer and (output / METRICS_FILE).exists() else []]
         dist.broadcast_object_list(history, src=0)  # all ranks act on alarms alike
         self.watch = Watch(config.alarms, history[0])
-        scores = [(self._measured(record), -record["step"]) for record in history[0]]  # of equals the first
-        self._best, first = max(scores, default=(-math.inf, 0))
-        self._best_step = -first
-        self._kept = {self._best_step}  # checkpoints that are not deleted
+        self._scores: list[tuple[int, float]] = []  # step, value of checkpoint.keep_best, of each evaluation
+        for past in history[0]:
+            self._note(past["step"], past)
+        self._kept = {self.best_step}  # checkpoints that are not deleted
         measured = [record for record in history[0] if record.get(PAIRS) is not None]
         self.faithfulness = RunningFaithfulness(measured[-1] if measured else {})
 
@@ -79,6 +80,8 @@ class Run:
             self.progress.message(f"warning: {where}: {problem}; it is left as it is, and an earlier one is used")
         if self.done >= self.config.steps:
             self.progress.message(f"finished already, at step {self.done}")
+        elif self.is_out_of_patience:
+            self.progress.message(f"finished already: {self._patience_line}")
         elif self.done:
             self.progress.message(f"resuming after step {self.done}")
         return self
@@ -165,9 +168,9 @@ class Run:
 
     def wants_checkpoint(self, step: int, metrics: dict[str, float]) -> bool:
         """Whether ``step`` is to be saved: its turn, or the best evaluation so far by ``checkpoint.keep_best``."""
-        every, value = self.config.checkpoint.save_every, self._measured(metrics)
-        if value > self._best:
-            self._best, self._best_step = value, step
+        every = self.config.checkpoint.save_every
+        self._note(step, metrics)
+        if self._scores and self.best_step == step:
             self._kept.add(step)  # the best one before is kept until this one is there
             return True
         return bool(every) and step % every == 0
@@ -180,10 +183,49 @@ class Run:
             raise UserError(
                 "checkpoint.keep_best", f"{name!r} is not measured by this run's evaluations", f"give one of {known}"
             )
+        self._note(0, metrics)
 
-    def _measured(self, metrics: dict) -> float:
-        value = metrics.get(self.config.checkpoint.keep_best)
-        return -math.inf if value is None else value
+    def _note(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Take in an evaluation; one whose value is not finite is no improvement."""
+        if self.config.checkpoint.keep_best in metrics:
+            value = metrics[self.config.checkpoint.keep_best]
+            is_number = value is not None and math.isfinite(value)
+            self._scores.append((step, value if is_number else -math.inf))
+
+    @property
+    def best_step(self) -> int:
+        """Of the evaluation with the highest value of ``checkpoint.keep_best``, of equals the first; 0: before training, or none."""
+        return max(self._scores, key=lambda score: (score[1], -score[0]), default=(0, 0.0))[0]
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether the last ``eval.patience`` evaluations were no better than one before them."""
+        patience = self.config.eval.patience
+        return bool(patience) and sum(step > self.best_step for step, _ in self._scores) >= patience
+
+    @property
+    def _patience_line(self) -> str:
+        name, best = self.config.checkpoint.keep_best, self.best_step
+        value = dict(self._scores)[best]
+        where = f"its checkpoint is in {self.checkpointer.directory}" if best else "the policy before training"
+        return (
+            f"eval.patience {self.config.eval.patience}: {name} {value:.4g} of step {best} was not exceeded up to step "
+            f"{self.done}; {where}"
+        )
+
+    def stop_out_of_patience(self) -> None:
+        """End the run early, as one that is finished: the last step is saved, so that a longer patience can go on."""
+        self._save_last_step()
+        self.progress.message(self._patience_line)
+
+    def is_ready_to_export(self) -> bool:
+        """Load the weights to export: of the last step, or of the best one where ``eval.patience`` has ended the run.
+
+        False where that is the policy before training, of which there is no checkpoint.
+        """
+        if self.is_out_of_patience and self.best_step:
+            self.checkpointer.load(self.best_step)
+        return not self.is_out_of_patience or self.best_step > 0
 
     def save(self) -> None:
         """A checkpoint of the last finished step, in the background if so configured."""
@@ -204,16 +246,20 @@ class Run:
 
     def leave(self) -> None:
         """All ranks have agreed to leave: the last finished step is saved."""
+        self._save_last_step()
+        self.progress.message(f"asked to leave: saved after step {self.done}")
+        self.heartbeat.beat(state="preempted")
+
+    def _save_last_step(self) -> None:
+        """Wait until the last finished step has its checkpoint."""
         self.finish_save(wait=True)
         if self.done > self.saved:
             self.save()
             self.finish_save(wait=True)
-        self.progress.message(f"asked to leave: saved after step {self.done}")
-        self.heartbeat.beat(state="preempted")
 
     def _has_saved(self, step: int) -> None:
         self.saved = step
-        if step == self._best_step:
+        if step == self.best_step:
             self._kept = {step}
         self.heartbeat.beat(saved_step=step)
         if self.config.checkpoint.asynchronous and self.checkpointer.background_seconds:

@@ -31,6 +31,8 @@ def take_steps(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run) 
         run.check_keep_best(metrics)
         run.log(0, metrics)
     for step in range(run.done + 1, config.steps + 1):
+        if run.is_out_of_patience:
+            break
         leave_if_asked()
         metrics = train_step(config, inputs, workers, run, step)
         if step == config.steps or (config.eval.every and step % config.eval.every == 0):
@@ -39,8 +41,10 @@ def take_steps(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run) 
         run.stop_on_alarm()
         if workers.trainer.bad_in_a_row >= config.optimizer.max_bad_steps:
             run.stop_after_bad_steps(workers.trainer.bad_in_a_row)
-        if step == config.steps or run.wants_checkpoint(step, metrics):
+        if run.wants_checkpoint(step, metrics) or step == config.steps:
             run.save()
+        if run.is_out_of_patience:
+            run.stop_out_of_patience()
     run.finish_save(wait=True)
 
 

@@ -36,6 +36,7 @@ from g2r_megatron.judge.stage import JudgeStage
 from g2r_megatron.model.build import MegatronModel, build_model, check_model
 from g2r_megatron.model.hf import HFModel, load_model_tokenizer, open_hf_model
 from g2r_megatron.model.offload import HostWeights
+from g2r_megatron.parallel.agreement import union
 from g2r_megatron.parallel.groups import ModelGroups, build_groups
 from g2r_megatron.policy.log_probs import TokenSequence, plan_micro_batches, response_log_probs
 from g2r_megatron.policy.trainer import PolicyTrainer
@@ -193,6 +194,13 @@ def verifier_for(config: VerifierConfig, queries: Sequence[Query]) -> Verifier |
     for query in queries:
         verifier.check(query)
     return verifier
+
+
+def verified_by_all(verifier: Verifier, queries: Sequence[Query], texts: Sequence[str]) -> list[bool | None]:
+    """Whether each response is right, None for a row without an answer. Every rank does its share and gets all (collective)."""
+    share = range(dist.get_rank(), len(queries), dist.get_world_size())
+    found = union({i: verifier.right(queries[i], texts[i]) for i in share if queries[i].answer is not None})
+    return [found.get(i) for i in range(len(queries))]
 
 
 @dataclass

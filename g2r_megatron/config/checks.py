@@ -301,6 +301,15 @@ def _check_evaluation(config: TrainConfig, world_size: int) -> None:
     held_out = config.eval
     if held_out.every and not held_out.data:
         raise UserError("eval.every", f"{held_out.every} without eval.data", "give eval.data files or set it to 0")
+    if held_out.patience:
+        found = f"{held_out.patience} without "
+        if not held_out.every:
+            raise UserError(
+                "eval.patience", f"{found}eval.every", "it counts evaluations: give their distance in steps"
+            )
+        if not config.checkpoint.keep_best:
+            remedy = "name the metric that is to improve, e.g. eval/judge_score"
+            raise UserError("eval.patience", f"{found}checkpoint.keep_best", remedy)
     _check_samples(held_out.samples, held_out.greedy, "eval.")
     gold = held_out.judge
     if gold.model is None:

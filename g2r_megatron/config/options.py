@@ -374,6 +374,8 @@ class HeldOutConfig:
     """held-out queries, as data.train"""
     every: int = 0
     """steps between evaluations; 0: only before and after training"""
+    patience: int = 0
+    """so many evaluations in a row whose checkpoint.keep_best is not above its best end the run; 0: never"""
     samples: int = 1
     """responses a prompt"""
     greedy: bool = False

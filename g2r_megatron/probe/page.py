@@ -3,8 +3,9 @@
 from html import escape
 
 from g2r_megatron.probe.table import HEADINGS, TITLES, method_rows, said_of_judge
-from g2r_megatron.report.heatmap import strip, token_span, visible
+from g2r_megatron.report.heatmap import strip, token_span
 from g2r_megatron.report.page import document, section
+from g2r_megatron.report.text import visible
 
 MOST_PAIRS = 40  # drawn; the numbers of all are in probe.json
 OPEN_CARDS = 2  # shown without a click

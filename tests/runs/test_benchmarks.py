@@ -24,6 +24,14 @@ IN_A_RANK = {  # script -> its arguments without --output, and what it writes th
         [*SMALL, *("--sequences", "2", "--tokens", "32", "--micro_batch_tokens", "64", "--repetitions", "1")],
         "judge_gpu.md",
     ),
+    "benchmarks/eval_cost.py": (
+        [
+            *("--rows", "2", "--tokens", "4", "--rounds", "1", "--model", str(ROOT / "examples/quickstart/model")),
+            *("--data", str(ROOT / "examples/quickstart/data/eval.jsonl"), "--rollout.max_prompt_tokens", "64"),
+            *("--rollout.chat_template", "false", "--judge.chat_template", "false", "--judge.max_length", "1024"),
+        ],
+        "eval_cost.md",
+    ),
     "benchmarks/async_save.py": (["--hidden", "64", "--layers", "1", "--saves", "1"], "."),
     "examples/quickstart/make_model.py": (["--steps", "1"], "model.safetensors"),
 }

@@ -1,4 +1,4 @@
-"""``g2r train --rollout.engine vllm``: real runs of a few steps on the quickstart's task, and what is refused before them.
+"""``--rollout.engine vllm``: real runs of a few steps on the quickstart's task, evaluations, and what is refused before them.
 
 Leaves out what the engine samples (tests/parity/test_vllm.py) and GPUs.
 """
@@ -21,6 +21,7 @@ from g2r_megatron.errors import UserError
 from g2r_megatron.rollout.vllm.environment import CPU_ENVIRONMENT, ENVIRONMENT
 from real_runs import (
     PATIENCE,
+    TASK,
     checkpoints,
     finish,
     log_of,
@@ -33,6 +34,7 @@ from real_runs import (
 )
 from scripts import run_main
 from test_bad_input import assert_refused, run
+from test_eval_command import sampled
 from tiny_models import build_tiny_hf
 
 with_vllm = [
@@ -144,8 +146,9 @@ class TestRuns:
         worlds.close()
         assert "our vLLM engine" in printed and "of raw vLLM" in printed and "ratio" in printed
 
-    def test_what_vllm_cannot_run_is_refused(self, options, tmp_path):
-        """Its options and models, before anything is written. In a process of their own: vLLM stays imported there."""
+    def test_evaluations_and_what_vllm_cannot_run(self, worlds, options, tmp_path):
+        """`g2r eval` answers and scores the same with both engines, greedily. Options and models that vLLM cannot run are
+        refused before anything is written. All of vLLM in one process: it stays imported there."""
         small_heads = build_tiny_hf("qwen3", tmp_path / "heads")
         narrow_experts = build_tiny_hf("qwen3_moe", tmp_path / "experts", head_dim=32)
         refused = [
@@ -156,9 +159,21 @@ class TestRuns:
             (["--policy.model", str(narrow_experts)], ["rollout.engine", "experts of width 48"]),
         ]
         commands = [["train", *options, *more, "--output_dir", str(tmp_path / "run")] for more, _ in refused]
-        for result, (_, said) in zip(in_another_process(commands), refused, strict=True):
-            assert_refused(result, *said)
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text("".join((TASK / "data" / "eval.jsonl").read_text().splitlines(keepends=True)[:6]))
+        engines = ("megatron", "vllm")
+        evaluations = [sampled(rows, tmp_path / name, "--greedy", "--rollout.engine", name) for name in engines]
+        results = [*in_another_process([*commands, evaluations[1]]), *worlds[1].run(run, evaluations[0])]
+        for result, (_, said) in zip(results, refused, strict=False):
+            assert_refused(tuple(result), *said)
         assert not (tmp_path / "run").exists()
+        for code, out, err in results[len(refused) :]:
+            assert code == 0 and "g2r, 6 rows" in out, err
+        megatron, vllm = (records(tmp_path / name, "responses.jsonl") for name in engines)
+        assert [r["response"] for r in vllm] == [r["response"] for r in megatron]
+        assert [(r["score"], r["length"], r["finished"]) for r in vllm] == [
+            (r["score"], r["length"], r["finished"]) for r in megatron
+        ]
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,24 @@ def test_self_judging_holds_the_frozen_policy_once(plan):
     assert "reference" in own["memory"][0]["phases"] and "reference" in other["memory"][0]["phases"]
 
 
+def test_a_gold_judge_takes_memory_while_it_judges(plan, models):
+    """Its weights are on the device in its own phase, beside what the rank always holds; a layout of its own halves them."""
+    gold = ["--eval.judge.model", models("Qwen3-30B-A3B"), "--eval.judge.precision.dtype", "bf16"]
+    options = [*TWO_NODES, *POLICY_8B, "--json", "--eval.judge.layout.tp", "4", "--eval.judge.layout.ep"]
+    found = {}
+    for ep in (4, 8):
+        content = json.loads(plan("Qwen3-8B", None, *options, str(ep), *gold)[1])
+        (group,) = content["memory"]
+        found[ep] = group["phases"]["evaluation by eval.judge"]
+        assert content["models"][-1]["name"] == "eval.judge" and content["problems"] == []
+        assert found[ep]["judge weights"] == 2 * content["models"][-1]["stages"][0]["total"]
+        assert group["peak"] >= sum(group["static"].values()) + sum(found[ep].values())
+        assert any("eval.judge pins" in note for note in content["notes"])
+    assert 1.7 < found[4]["judge weights"] / found[8]["judge weights"] < 2
+    code, _, err = plan("Qwen3-8B", None, *TWO_NODES, *POLICY_8B, "--eval.judge.layout.tp", "3", *gold)
+    assert code == 2 and "eval.judge.layout" in err
+
+
 def test_what_does_not_fit_comes_with_a_fix_that_does(plan):
     """One line that names the ranks, the phase, the parts and options; the same command with these options fits."""
     code, _, err = plan("Qwen3-8B", "Qwen3-30B-A3B", *TWO_NODES, "--judge.layout.ep", "8", "--policy.layout.tp", "1")
