@@ -21,7 +21,7 @@ from g2r_megatron.config.checks import (
 )
 from g2r_megatron.config.command_options import EvalConfig, OfflineJudgeConfig, ProbeConfig
 from g2r_megatron.config.options import PRESETS, TrainConfig, fill_from_preset, resolve_preset
-from g2r_megatron.config.serve_checks import check_serve_config
+from g2r_megatron.config.serve_checks import check_serve_config, fill_judge
 from g2r_megatron.config.serve_options import ServeConfig
 from g2r_megatron.errors import AlarmError, Preempted, RunError, UserError
 from g2r_megatron.parallel import preemption
@@ -162,8 +162,7 @@ def eval_command(argv: list[str]) -> None:
 
 def serve_command(argv: list[str]) -> int | None:
     """``g2r serve``: the HTTP front, or one of the judge's ranks that it has started."""
-    config = _parsed(ServeConfig, "g2r serve", argv)
-    config.judge = fill_from_preset(config.judge, PRESETS[config.preset]["judge"])
+    config = fill_judge(_parsed(ServeConfig, "g2r serve", argv))
     from g2r_megatron.serve.protocol import SOCKET_VARIABLE
 
     if SOCKET_VARIABLE not in os.environ:

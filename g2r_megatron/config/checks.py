@@ -70,12 +70,14 @@ def check_judge_config(config: OfflineJudgeConfig, world_size: int) -> None:
     """Raise ``UserError`` for the first thing in a resolved ``config`` that cannot work on ``world_size`` ranks."""
     require_given("judge.model", config.judge.model, "give the Hugging Face directory of the judge")
     require_given("input", config.input, "give the file of rows to judge (.jsonl, .parquet, ...)")
-    require_given("output", config.output, "give the .jsonl file to write")
+    require_given("output", config.output, "give the file to write")
     check_ranges(config, OFFLINE_JUDGE_RANGES)
     check_judge_is_alone(config.judge, "g2r judge")
     check_judge(config.judge, world_size)
     defaults = fill_from_preset(JudgeConfig(), PRESETS[config.preset]["judge"])
     warn_of_unused(config, OfflineJudgeConfig(judge=defaults))
+    if config.dump_inputs and config.format_out != "jsonl":
+        raise UserError("dump_inputs", f"with format_out {config.format_out}", "leave it out, or use format_out jsonl")
     if config.shard >= config.shards:
         raise UserError("shard", f"{config.shard} of {config.shards} shards", "shards are counted from 0")
     if config.shards == 1 and Path(config.output).exists():

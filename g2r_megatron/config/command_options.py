@@ -18,6 +18,9 @@ Probed = Literal[
 ]  # fmt: skip
 
 
+OutputFormat = Literal["jsonl", "parquet", "trl"]
+
+
 @dataclass
 class OfflineJudgeConfig:
     """Everything `g2r judge` reads."""
@@ -27,7 +30,9 @@ class OfflineJudgeConfig:
     queries: list[str] = field(default_factory=list)
     """files of the queries, where the rows of input hold only their ids (custom_id) and responses"""
     output: str = ""
-    """output jsonl; must not exist. What a killed process has done of it is kept, and the same command goes on from there"""
+    """file to write; must not exist. What a killed process has done of it is kept, and the same command goes on from there"""
+    format_out: OutputFormat = "jsonl"
+    """of output: jsonl; parquet, whose columns `datasets` loads; trl: parquet with prompt and completion as TRL's trainers read them"""
     shards: int = 1
     """jobs that share the rows, each run with its own `shard`; the last one to finish writes `output`"""
     shard: int = 0

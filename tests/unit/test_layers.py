@@ -35,7 +35,7 @@ MAP = {
     "convert": ("checkpoints from one format to another", "config device errors model parallel records"),
     "serve": (
         "judging as a service",
-        "config credit data device errors judge model parallel records",
+        "client config credit data device errors judge model parallel records",
     ),
     "adapters": ("glue for other training frameworks: light, no model of ours", "client credit serve"),
     "verify": ("whether a final answer is right", "config data errors"),
