@@ -151,7 +151,8 @@ def test_self_judging_holds_the_frozen_policy_once(plan):
 def test_a_gold_judge_takes_memory_while_it_judges(plan, models):
     """Its weights are on the device in its own phase, beside what the rank always holds; a layout of its own halves them."""
     gold = ["--eval.judge.model", models("Qwen3-30B-A3B"), "--eval.judge.precision.dtype", "bf16"]
-    options = [*TWO_NODES, *POLICY_8B, "--json", "--eval.judge.layout.tp", "4", "--eval.judge.layout.ep"]
+    layout = ["--eval.judge.layout.tp", "4", "--eval.judge.layout.sp", "--eval.judge.layout.ep"]
+    options = [*TWO_NODES, *POLICY_8B, "--json", *layout]
     found = {}
     for ep in (4, 8):
         content = json.loads(plan("Qwen3-8B", None, *options, str(ep), *gold)[1])
