@@ -16,6 +16,7 @@ OF_JUDGE: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda c: c.judge.normalize == "softmax" or not c.judge.standardize,
         "judge.normalize=softmax",
     ),
+    "judge.think": (lambda c: c.judge.chat_template, "judge.chat_template"),
     "judge.smear_gamma": (lambda c: c.judge.smoothing == "smear", "judge.smoothing=smear"),
 }
 OF_TRAINING: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -35,6 +36,10 @@ OF_TRAINING: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda c: c.grpo.advantage != "sequence" and c.grpo.mix > 0,
         "grpo.mix more than 0 and a grpo.advantage other than sequence",
     ),
+    "judge.shuffle": (
+        lambda c: c.grpo.advantage != "sequence" and c.grpo.mix > 0,
+        "grpo.mix more than 0 and a grpo.advantage other than sequence",
+    ),
     "grpo.kl_estimator": (lambda c: c.grpo.kl_coef > 0, "grpo.kl_coef more than 0"),
     "optimizer.min_lr": (lambda c: c.optimizer.decay != "constant", "optimizer.decay linear or cosine"),
     "rollout.correction": (lambda c: c.rollout.engine == "vllm", "rollout.engine=vllm"),
@@ -43,6 +48,10 @@ OF_TRAINING: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rollout.vllm.options": (lambda c: c.rollout.engine == "vllm", "rollout.engine=vllm"),
     "rollout.vllm.urls": (lambda c: _on_servers(c), "rollout.engine=vllm and rollout.vllm.mode=servers"),
     "rollout.vllm.behind_proxy": (lambda c: _on_servers(c), "rollout.engine=vllm and rollout.vllm.mode=servers"),
+    "eval.every": (
+        lambda c: c.eval.every < c.steps,
+        "more steps than that: rows are evaluated before and after training",
+    ),
     "eval.samples": (lambda c: bool(c.eval.data), "eval.data"),
     "eval.greedy": (lambda c: bool(c.eval.data), "eval.data"),
     "eval.judge.model": (lambda c: bool(c.eval.data), "eval.data"),
