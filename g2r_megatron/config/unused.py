@@ -17,6 +17,7 @@ OF_JUDGE: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda c: c.judge.normalize == "softmax" or not c.judge.standardize,
         "judge.normalize=softmax",
     ),
+    "judge.think": (lambda c: c.judge.chat_template, "judge.chat_template"),
     "judge.smear_gamma": (lambda c: c.judge.smoothing == "smear", "judge.smoothing=smear"),
 }
 OF_TRAINING: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -36,6 +37,10 @@ OF_TRAINING: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda c: c.grpo.advantage != "sequence" and c.grpo.mix > 0,
         "grpo.mix more than 0 and a grpo.advantage other than sequence",
     ),
+    "judge.shuffle": (
+        lambda c: c.grpo.advantage != "sequence" and c.grpo.mix > 0,
+        "grpo.mix more than 0 and a grpo.advantage other than sequence",
+    ),
     "grpo.kl_estimator": (lambda c: c.grpo.kl_coef > 0, "grpo.kl_coef more than 0"),
     "optimizer.min_lr": (lambda c: c.optimizer.decay != "constant", "optimizer.decay linear or cosine"),
     "rollout.engine": (lambda c: not c.rollout.replay, "rollout.replay left out: nothing is sampled"),
@@ -48,6 +53,10 @@ OF_TRAINING: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rollout.vllm.options": (lambda c: _samples_with_vllm(c), VLLM),
     "rollout.vllm.urls": (lambda c: _on_servers(c), "rollout.engine=vllm and rollout.vllm.mode=servers"),
     "rollout.vllm.behind_proxy": (lambda c: _on_servers(c), "rollout.engine=vllm and rollout.vllm.mode=servers"),
+    "eval.every": (
+        lambda c: c.eval.every < c.steps,
+        "more steps than that: rows are evaluated before and after training",
+    ),
     "eval.samples": (lambda c: bool(c.eval.data), "eval.data"),
     "eval.greedy": (lambda c: bool(c.eval.data), "eval.data"),
     "eval.judge.model": (lambda c: bool(c.eval.data), "eval.data"),
