@@ -81,9 +81,10 @@ class TestRuns:
 
     @pytest.fixture(scope="class", autouse=True)
     @classmethod
-    def vllm_is_imported_once(cls) -> Iterator[None]:
+    def vllm_is_imported_once(cls, worlds) -> Iterator[None]:
         with server_with("vllm", **ENVIRONMENT, **CPU_ENVIRONMENT):
             yield
+            worlds.close()  # the server waits for its processes
 
     def test_two_ranks_train_until_one_is_killed(self, options, tmp_path):
         """Large updates, correction and evaluation: the sampler's log-probs stay the trainer's.
