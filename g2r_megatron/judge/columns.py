@@ -34,7 +34,7 @@ FOR_TRL = {
 def check_ids(ids: Sequence[str | int | float]) -> None:
     """Raise ``UserError`` for ids that no one column can hold as they are."""
     kinds = {type(id) for id in ids}
-    if len(kinds) > 1 or (kinds == {int} and any(abs(id) >= 2**63 for id in ids)):
+    if len(kinds) > 1 or any(isinstance(id, int) and abs(id) >= 2**63 for id in ids):
         found = f"{' and '.join(sorted(kind.__name__ for kind in kinds))} as ids"
         raise UserError("format_out", found, "a column has one type: use texts, or format_out jsonl")
 
@@ -54,10 +54,9 @@ def write_parquet(lines: Iterable[bytes], target: BinaryIO, format_out: OutputFo
     records = map(json.loads, lines)
     first = next(records)
     columns = columns_of(first, format_out)
-    schema = pa.schema(columns)
-    records = chain([first], records)
+    schema, rest = pa.schema(columns), chain([first], records)
     with parquet.ParquetWriter(target, schema, compression="zstd") as writer:
-        while rows := [in_columns(record, columns) for record in islice(records, ROWS_AT_ONCE)]:
+        while rows := [in_columns(record, columns) for record in islice(rest, ROWS_AT_ONCE)]:
             writer.write_table(pa.Table.from_pylist(rows, schema))
 
 
