@@ -364,12 +364,13 @@ def sparse_flops(args: argparse.Namespace) -> float:
 
 
 def gate_flops(args: argparse.Namespace) -> float:
-    """Of verdicts and gates: the prefix without the last layer's MLP, branches forward and backward.
+    """Of verdicts and gates: the prefix without the last layer's attention and MLP, branches forward and backward.
 
     The backward computes the scores again, and of prefix keys only what they do to the queries: 3 products for 2.
     """
     token, mlp, pair, logits = _sizes(args)
-    prefix = args.prefix_tokens * (args.layers * token - mlp) + args.layers * pair * args.prefix_tokens**2 / 2
+    pairs = (args.layers - 1) * args.prefix_tokens**2 / 2
+    prefix = args.prefix_tokens * (args.layers * token - mlp) + pair * pairs
     branches = args.items * args.item_tokens * token * 2 + pair * 2.5 * _branch_pairs(args)
     return prefix + args.layers * branches + 2 * args.items * logits
 

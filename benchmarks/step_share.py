@@ -26,6 +26,8 @@ from g2r_megatron.credit.advantages import mix_at
 from g2r_megatron.credit.judgements import backward_passes
 from g2r_megatron.data.order import epoch_batch
 from g2r_megatron.experience import assign_credit, sample_and_submit
+from g2r_megatron.parallel.groups import initialize
+from g2r_megatron.rollout.recording import step_name
 from g2r_megatron.workers import Inputs, Workers, build_workers, read_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +39,7 @@ RUNS = {  # name -> options
     "paper, credit per_response": ["--grpo.preset", "paper", "--judge.credit", "per_response"],
 }
 PHASES = ("sample", "judge", "update")
-TARGET = 1.25
+TARGET = 1.15
 
 
 @dataclass
@@ -75,11 +77,12 @@ def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, number: in
             queries=[inputs.train[i] for i in epoch_batch(len(inputs.train), *order)],
             group_size=config.rollout.responses_per_prompt,
             key=f"{config.seed}/{number}",
+            batch=step_name(number),
             parts=config.judge.parts,
             mix=mix,
         )
     with counted(seconds, "update"):
-        log_probs = workers.trainer.update_log_probs(rollouts.sequences, workers.reference)
+        log_probs = workers.trainer.update_log_probs(rollouts.sequences, workers.reference, config.needs_old_pass)
     with counted(seconds, "judge"):
         judgements, _ = workers.judge.judge_submitted()
         batch = assign_credit(rollouts, judgements, prompt=inputs.prompt, config=config, mix=mix)
@@ -127,6 +130,7 @@ def main() -> None:
         config = parsing.parse(TrainConfig, "step_share", [*common, *given, *options])
         config = replace(resolve_preset(config), steps=args.steps)
         inputs = read_inputs(config)
+        initialize(config.seed)
         runs[name] = config, inputs, build_workers(config, inputs)
     found: dict[str, list[Step]] = {name: [] for name in RUNS}
     for number in range(1, args.steps + 1):

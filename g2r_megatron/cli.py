@@ -21,7 +21,7 @@ from g2r_megatron.config.checks import (
 )
 from g2r_megatron.config.command_options import EvalConfig, OfflineJudgeConfig, ProbeConfig
 from g2r_megatron.config.options import PRESETS, TrainConfig, fill_from_preset, resolve_preset
-from g2r_megatron.config.serve_checks import check_serve_config
+from g2r_megatron.config.serve_checks import check_serve_config, fill_judge
 from g2r_megatron.config.serve_options import ServeConfig
 from g2r_megatron.errors import AlarmError, Preempted, RunError, UserError
 from g2r_megatron.parallel import preemption
@@ -162,8 +162,7 @@ def eval_command(argv: list[str]) -> None:
 
 def serve_command(argv: list[str]) -> int | None:
     """``g2r serve``: the HTTP front, or one of the judge's ranks that it has started."""
-    config = _parsed(ServeConfig, "g2r serve", argv)
-    config.judge = fill_from_preset(config.judge, PRESETS[config.preset]["judge"])
+    config = fill_judge(_parsed(ServeConfig, "g2r serve", argv))
     from g2r_megatron.serve.protocol import SOCKET_VARIABLE
 
     if SOCKET_VARIABLE not in os.environ:
@@ -207,12 +206,20 @@ def report_command(argv: list[str]) -> None:
     )
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="output_dir of a g2r train run")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="page to write (%(default)s)")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="write each figure of the page to files in DIR too")
+    parser.add_argument("--format", nargs="+", choices=("svg", "png", "csv"), help="of --figures (default: svg csv)")
     arguments = parser.parse_args(argv)
-    from g2r_megatron.report import summary_table, write_report
+    if arguments.format and not arguments.figures:
+        raise UserError("--format", " ".join(arguments.format), "give --figures DIR, where they are to be written")
+    from g2r_megatron.report import summary_table, write_figures, write_report
 
     print(summary_table(arguments.run_dirs))
     write_report(arguments.run_dirs, arguments.output)
     print(f"report: {arguments.output}")
+    if arguments.figures:
+        formats = list(dict.fromkeys(arguments.format or ("svg", "csv")))
+        names = write_figures(arguments.run_dirs, arguments.figures, formats)
+        print(f"figures: {len(names)} in {arguments.figures}, each as {', '.join(formats)}")
 
 
 def doctor_command(argv: list[str]) -> int:

@@ -37,27 +37,8 @@ class JudgeError(Exception):
         super().__init__(message if status is None else f"{status}: {message}")
 
 
-class _Shared(ABC, Generic[Judged]):
-    """What both clients know and ask for. ``Judged``: an entry a response, or the coroutine that gives them."""
-
-    def __init__(self, url: str, api_key: str | None = None, timeout: float = 300.0, retry_seconds: float = 300.0):
-        """``api_key``: default G2R_API_KEY of the environment. ``timeout``: seconds for one try. ``retry_seconds``: for so
-        long a busy or restarting service is asked again."""
-        key = os.environ.get("G2R_API_KEY") if api_key is None else api_key
-        self._retry_seconds = retry_seconds
-        self._options: dict[str, Any] = {
-            "base_url": url,
-            "headers": {"Authorization": f"Bearer {key}"} if key else {},
-            "timeout": timeout,
-            "trust_env": False,  # the judge is inside the cluster: no proxy stands between
-        }
-
-    def _pauses(self) -> Iterator[float]:
-        """Seconds before each further try: longer each time, and spread, until ``retry_seconds`` are over."""
-        end, pause = time.monotonic() + self._retry_seconds, FIRST_PAUSE
-        while time.monotonic() + pause < end:
-            yield pause * random.uniform(0.5, 1.5)
-            pause = min(2 * pause, LONGEST_PAUSE)
+class JudgeCalls(ABC, Generic[Judged]):
+    """What a judge is asked for. ``Judged``: an entry a response, or the coroutine that gives them."""
 
     def credit(
         self,
@@ -91,6 +72,29 @@ class _Shared(ABC, Generic[Judged]):
     @abstractmethod
     def _judged(self, path: str, request: dict[str, Any]) -> Judged:
         """The answer's entries of the responses."""
+
+
+class _OverHttp(JudgeCalls[Judged]):
+    """What both clients know of a service."""
+
+    def __init__(self, url: str, api_key: str | None = None, timeout: float = 300.0, retry_seconds: float = 300.0):
+        """``api_key``: default G2R_API_KEY of the environment. ``timeout``: seconds for one try. ``retry_seconds``: for so
+        long a busy or restarting service is asked again."""
+        key = os.environ.get("G2R_API_KEY") if api_key is None else api_key
+        self._retry_seconds = retry_seconds
+        self._options: dict[str, Any] = {
+            "base_url": url,
+            "headers": {"Authorization": f"Bearer {key}"} if key else {},
+            "timeout": timeout,
+            "trust_env": False,  # the judge is inside the cluster: no proxy stands between
+        }
+
+    def _pauses(self) -> Iterator[float]:
+        """Seconds before each further try: longer each time, and spread, until ``retry_seconds`` are over."""
+        end, pause = time.monotonic() + self._retry_seconds, FIRST_PAUSE
+        while time.monotonic() + pause < end:
+            yield pause * random.uniform(0.5, 1.5)
+            pause = min(2 * pause, LONGEST_PAUSE)
 
 
 def _request(
@@ -147,7 +151,7 @@ def _wait(response: httpx.Response | None, pause: float) -> float:
     return max(pause, min(float(after), LONGEST_PAUSE)) if after.isdigit() else pause
 
 
-class Judge(_Shared[list[dict[str, Any]]]):
+class Judge(_OverHttp[list[dict[str, Any]]]):
     """Blocking client; one object may be used by several threads."""
 
     def __init__(self, url: str, api_key: str | None = None, timeout: float = 300.0, retry_seconds: float = 300.0):
@@ -183,7 +187,7 @@ class Judge(_Shared[list[dict[str, Any]]]):
             time.sleep(pause)
 
 
-class AsyncJudge(_Shared[Coroutine[Any, Any, list[dict[str, Any]]]]):
+class AsyncJudge(_OverHttp[Coroutine[Any, Any, list[dict[str, Any]]]]):
     """Client for coroutines of one event loop: ``await judge.credit(...)``."""
 
     def __init__(self, url: str, api_key: str | None = None, timeout: float = 300.0, retry_seconds: float = 300.0):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -16,7 +17,7 @@ from g2r_megatron.credit.hazards import (
     reward_metrics,
 )
 from g2r_megatron.credit.judgements import JudgementRow, backward_passes, kind_of
-from g2r_megatron.credit.truth import key_token_mask, true_reward
+from g2r_megatron.credit.truth import key_token_mask, true_reward, true_verdicts
 from g2r_megatron.data.tokenizer import token_texts
 from g2r_megatron.data.types import Query
 from g2r_megatron.judge.parts import Part
@@ -25,7 +26,7 @@ from g2r_megatron.judge.stage import item_alphas
 from g2r_megatron.policy.log_probs import TokenSequence, UpdateLogProbs
 from g2r_megatron.rollout.thoughts import with_thoughts
 from g2r_megatron.rollout.types import Request, Response, RolloutEngine, Sampled
-from g2r_megatron.workers import Inputs, PolicyInputs, Workers
+from g2r_megatron.workers import Inputs, PolicyInputs, Workers, verified_by_all
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Rollouts:
     @property
     def finished(self) -> list[bool]:
         return [r.finished for r in self.responses]
+
+    @cached_property
+    def truths(self) -> list[list[bool] | None]:
+        """Whether each response really meets each rubric item, None where that is not known (credit/truth.py)."""
+        return [true_verdicts(query, r.text) for query, r in zip(self.queries, self.responses, strict=True)]
 
     @property
     def sampler_log_probs(self) -> list[torch.Tensor] | None:
@@ -82,6 +88,7 @@ def sample_and_submit(
     queries: list[Query],
     group_size: int,
     key: str,
+    batch: str,
     parts: int,
     mix: float | None,
     measured: int = 0,
@@ -90,17 +97,18 @@ def sample_and_submit(
 ) -> Rollouts:
     """``sample`` in ``parts`` parts of whole groups; each goes to the judge before the next is begun (collective).
 
-    ``mix``: as in ``Part``; ``measured``: of the first part. The judgements come from ``workers.judge.judge_submitted()``.
+    ``batch``: as in ``Request``; ``mix``: as in ``Part``; ``measured``: of the first part.
+    The judgements come from ``workers.judge.judge_submitted()``.
     """
     sampled: list[Rollouts] = []
     for part in range(parts):
         some = queries[part * len(queries) // parts : (part + 1) * len(queries) // parts]
         if not some:
             continue
-        found = sample(workers.engine, inputs, some, group_size, key, temperature, between_batches)
+        found = sample(workers.engine, inputs, some, group_size, key, temperature, between_batches, batch)
         verified = None
         if inputs.verifier is not None:
-            verified = inputs.verifier.verdicts(found.queries, [response.text for response in found.responses])
+            verified = verified_by_all(inputs.verifier, found.queries, [response.text for response in found.responses])
         to_measure = 0 if sampled else measured
         workers.judge.submit(Part(some, group_size, found.bodies, found.keys, mix, verified, to_measure))
         sampled.append(found)
@@ -120,11 +128,12 @@ def sample(
     key: str,
     temperature: float | None = None,
     between_batches: Callable[[], None] = lambda: None,
+    batch: str = "",
 ) -> Rollouts:
     """``group_size`` responses a query. ``key`` and the query's id seed the sampling, nothing else does (collective)."""
     repeated = [query for query in queries for _ in range(group_size)]
     keys = [f"{key}/{query.id}/{j}" for query in queries for j in range(group_size)]
-    responses = respond(engine, inputs, repeated, keys, temperature, between_batches)
+    responses = respond(engine, inputs, repeated, keys, temperature, between_batches, batch)
     return Rollouts(group_size, repeated, responses, keys)
 
 
@@ -135,10 +144,11 @@ def respond(
     keys: list[str],
     temperature: float | None = None,
     between_batches: Callable[[], None] = lambda: None,
+    batch: str = "",
 ) -> list[Response]:
     """A response to each of ``queries``; ``keys`` seed the sampling, nothing else does (collective)."""
     prompts = [inputs.prompt_ids[query.id] for query in queries]
-    requests = [Request(ids, key) for ids, key in zip(prompts, keys, strict=True)]
+    requests = [Request(ids, key, batch) for ids, key in zip(prompts, keys, strict=True)]
     sampled = engine.generate(requests, temperature, between_batches=between_batches)
     return [_response(inputs, prompt, found) for prompt, found in zip(prompts, sampled, strict=True)]
 
@@ -190,7 +200,7 @@ def score_metrics(rollouts: Rollouts, judgements: list[JudgementRow]) -> dict[st
     rewards = [kind.reward(query, row) for query, row in zip(rollouts.queries, judgements, strict=True)]
     return (
         reward_metrics([rewards[group] for group in rollouts.groups])
-        | kind.metrics(rollouts.queries, [r.text for r in rollouts.responses], judgements)
+        | kind.metrics(rollouts.queries, rollouts.truths, judgements)
         | response_metrics([len(r.token_ids) for r in rollouts.responses], [r.answered for r in rollouts.responses])
     )
 
@@ -228,7 +238,7 @@ def sample_record(batch: Experience, inputs: Inputs, i: int, step: int) -> dict:
     return {
         "step": step,
         "query_id": query.id,
-        "prompt": "\n".join(f"{m['role']}: {m['content']}" for m in query.messages),
+        "prompt": prompt_text(query),
         "response": response.text,
         "thought_tokens": response.thought,
         "reward": batch.reward(i),
@@ -238,6 +248,11 @@ def sample_record(batch: Experience, inputs: Inputs, i: int, step: int) -> dict:
         "token_rewards": rewards.tolist(),
         "items": kind.sample_items(query, response.text, row, alphas),
     }
+
+
+def prompt_text(query: Query) -> str:
+    """The conversation for people, a line a message."""
+    return "\n".join(f"{m['role']}: {m['content']}" for m in query.messages)
 
 
 def plain_batch(batch: Experience, log_probs: UpdateLogProbs) -> tuple[dict[str, torch.Tensor], list[dict]]:
@@ -256,14 +271,35 @@ def plain_batch(batch: Experience, log_probs: UpdateLogProbs) -> tuple[dict[str,
     ):
         tensors[f"{name}_ids"] = torch.tensor([i for part in parts for i in part], dtype=torch.int32)
         tensors[f"{name}_lengths"] = torch.tensor([len(part) for part in parts], dtype=torch.int32)
-    responses = [
+    return tensors, plain_responses(batch, batch.judgements)
+
+
+def plain_responses(rollouts: Rollouts, judgements: list[JudgementRow]) -> list[dict]:
+    """Of each response its query, key, text, reward and verdicts."""
+    return [
         {
             "query_id": query.id,
             "key": key,
             "response": response.text,
-            "reward": batch.reward(i),
-            "verdicts": [judgement.verdict for judgement in batch.judgements[i]],
+            "reward": kind_of(row).reward(query, row),
+            "verdicts": [judgement.verdict for judgement in row],
         }
-        for i, (query, key, response) in enumerate(zip(batch.queries, batch.keys, batch.responses, strict=True))
+        for query, key, response, row in zip(
+            rollouts.queries, rollouts.keys, rollouts.responses, judgements, strict=True
+        )
     ]
-    return tensors, responses
+
+
+def dumped(
+    rollouts: Rollouts, judgements: list[JudgementRow], step: int
+) -> tuple[list[Request], list[Sampled], list[dict]]:
+    """What ``rollout.dump`` keeps of a batch of ``step``: requests, what was sampled, and what people read of each."""
+    requests = [Request(r.prompt_ids, key) for r, key in zip(rollouts.responses, rollouts.keys, strict=True)]
+    sampled = [Sampled(r.token_ids, r.finished, r.log_probs) for r in rollouts.responses]
+    rows = [
+        {"step": step, "prompt": prompt_text(query), **row, "tokens": len(r.token_ids), "finished": r.finished}
+        for row, query, r in zip(
+            plain_responses(rollouts, judgements), rollouts.queries, rollouts.responses, strict=True
+        )
+    ]
+    return requests, sampled, rows

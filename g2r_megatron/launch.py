@@ -1,7 +1,9 @@
 """``g2r train`` from its options to its end: what happens before and after the loop (train.py)."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -16,6 +18,7 @@ from g2r_megatron.policy.export import export_policy
 from g2r_megatron.records.failures import reported
 from g2r_megatron.records.heartbeat import Heartbeat
 from g2r_megatron.records.wandb_run import check_wandb_session
+from g2r_megatron.rollout.facts import check_dump, check_replay, facts_of
 from g2r_megatron.rollout.vllm.check_servers import check_servers
 from g2r_megatron.run import CONFIG_FILE, Run
 from g2r_megatron.train import take_steps
@@ -48,6 +51,7 @@ def train(config: TrainConfig) -> None:
     check_wandb_session(config.log)
     inputs = read_inputs(config)
     check_servers(inputs.policy, config.rollout, config.policy.precision.dtype, config.judge.ranks)
+    sampling = check_recordings(config, inputs, output)
     heartbeat, ranks = Heartbeat(output, config.steps), config.judge.ranks
     with reported(heartbeat):
         heartbeat.beat(state="starting")
@@ -59,15 +63,22 @@ def train(config: TrainConfig) -> None:
             serve(ranks, lambda: build_judge(config, inputs), config.grpo)
             return
         with own_ranks(ranks, config.timeout_minutes) as judge:
-            run_training(config, inputs, build_workers(config, inputs, judge), output, heartbeat)
+            run_training(config, inputs, build_workers(config, inputs, judge), output, heartbeat, sampling)
 
 
-def run_training(config: TrainConfig, inputs: Inputs, workers: Workers, output: Path, heartbeat: Heartbeat) -> None:
-    """``train`` on the policy's ranks."""
+def run_training(
+    config: TrainConfig,
+    inputs: Inputs,
+    workers: Workers,
+    output: Path,
+    heartbeat: Heartbeat,
+    sampling: dict[str, Any],
+) -> None:
+    """``train`` on the policy's ranks. ``sampling``: of ``check_recordings``."""
     checkpointer = Checkpointer(workers.trainer, output / "checkpoints", config.checkpoint.keep_last)
     done = checkpointer.load_latest()
     workers.engine.take_weights()
-    with Run(config, output, done, heartbeat, checkpointer) as run:
+    with Run(config, output, done, heartbeat, checkpointer, sampling) as run:
         run.tell_what_it_runs_on(inputs, workers.trainer.inner_optimizer)
         try:
             take_steps(config, inputs, workers, run)
@@ -76,10 +87,25 @@ def run_training(config: TrainConfig, inputs: Inputs, workers: Workers, output: 
                 workers.judge.judge_submitted()  # the judge ranks end when they have answered
             run.leave()
             raise
-        if config.checkpoint.export_hf:
+        if config.checkpoint.export_hf and run.is_ready_to_export():
             run.phase("save")
             export_policy(workers.trainer.model, output / "hf")
         heartbeat.beat(state="finished")
+
+
+def check_recordings(config: TrainConfig, inputs: Inputs, output: Path) -> dict[str, Any]:
+    """What decides the run's responses, if they are dumped or replayed; raises ``UserError`` for directories that do not fit."""
+    rollout = config.rollout
+    if not (rollout.dump or rollout.replay):
+        return {}
+    facts = facts_of(config, inputs.policy, inputs.tokenizer, inputs.train, inputs.eval)
+    if rollout.replay:
+        check_replay(config, facts)
+    if rollout.dump:
+        file = output / CONFIG_FILE
+        before = yaml.safe_load(file.read_text())["rollout"].get("dump") if file.is_file() else None
+        check_dump(config, facts, goes_on=bool(before) and os.path.realpath(before) == os.path.realpath(rollout.dump))
+    return facts
 
 
 def check_same_run(config: TrainConfig, output: Path) -> None:

@@ -2,8 +2,10 @@
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,8 +16,9 @@ from g2r_megatron.alarms.watch import Watch
 from g2r_megatron.config.alarm_options import ALARMS
 from g2r_megatron.config.options import TrainConfig
 from g2r_megatron.credit.faithfulness import PAIRS, RunningFaithfulness
+from g2r_megatron.credit.judgements import JudgementRow
 from g2r_megatron.errors import AlarmError, RunError, UserError
-from g2r_megatron.experience import Experience
+from g2r_megatron.experience import Experience, Rollouts
 from g2r_megatron.policy.checkpoint import Checkpointer, complete_checkpoints
 from g2r_megatron.policy.log_probs import UpdateLogProbs
 from g2r_megatron.records.bad_steps import DIRECTORY, write_bad_step
@@ -23,6 +26,7 @@ from g2r_megatron.records.files import replace_text
 from g2r_megatron.records.heartbeat import Heartbeat
 from g2r_megatron.records.metrics_log import METRICS_FILE, MetricsLog, read_metrics
 from g2r_megatron.records.progress_bar import Progress
+from g2r_megatron.rollout.recording import Dump, step_name
 from g2r_megatron.runs_on import line_of, record, runs_on
 from g2r_megatron.workers import Inputs
 
@@ -33,14 +37,23 @@ MEASURED_SHARE, MOST_MEASURED = 8, 4  # faithfulness: of one response in 8, at m
 class Run:
     """Progress, records, heartbeat and checkpoints of one start of a run. Only rank 0 writes and shows anything."""
 
-    def __init__(self, config: TrainConfig, output: Path, done: int, heartbeat: Heartbeat, checkpointer: Checkpointer):
-        """``done``: the last finished step, whose checkpoint has been loaded; 0 for none."""
+    def __init__(
+        self,
+        config: TrainConfig,
+        output: Path,
+        done: int,
+        heartbeat: Heartbeat,
+        checkpointer: Checkpointer,
+        sampling: dict[str, Any] | None = None,
+    ):
+        """``done``: the last finished step, whose checkpoint has been loaded; 0 for none. ``sampling``: rollout/facts.py, for a dump."""
         self.config, self.output, self.heartbeat, self.checkpointer = config, output, heartbeat, checkpointer
         self.done = self.saved = done
         self.first = done + 1  # the first step of this start
         self.is_writer = dist.get_rank() == 0
         self.progress = Progress(config.steps, enabled=self.is_writer)
         self.records = None
+        self.rollouts: Dump | None = None
         self._save_times: dict[str, float] = {}  # for the next line of metrics
         self._said_answer_mass = self._said_faithless = False  # once a start is enough
         if self.is_writer:
@@ -48,13 +61,15 @@ class Run:
             self.records = MetricsLog(output, config.log, plain)
             replace_text(output / CONFIG_FILE, yaml.safe_dump(plain, sort_keys=False), sync=True)
             self.records.truncate_after(done if done else -1)
+            if config.rollout.dump:
+                self.rollouts = Dump(Path(config.rollout.dump), sampling or {}, done)
         history = [read_metrics(output) if self.is_writer and (output / METRICS_FILE).exists() else []]
         dist.broadcast_object_list(history, src=0)  # all ranks act on alarms alike
         self.watch = Watch(config.alarms, history[0])
-        scores = [(self._measured(record), -record["step"]) for record in history[0]]  # of equals the first
-        self._best, first = max(scores, default=(-math.inf, 0))
-        self._best_step = -first
-        self._kept = {self._best_step}  # checkpoints that are not deleted
+        self._scores: list[tuple[int, float]] = []  # step, value of checkpoint.keep_best, of each evaluation
+        for past in history[0]:
+            self._note(past["step"], past)
+        self._kept = {self.best_step}  # checkpoints that are not deleted
         measured = [record for record in history[0] if record.get(PAIRS) is not None]
         self.faithfulness = RunningFaithfulness(measured[-1] if measured else {})
 
@@ -65,6 +80,8 @@ class Run:
             self.progress.message(f"warning: {where}: {problem}; it is left as it is, and an earlier one is used")
         if self.done >= self.config.steps:
             self.progress.message(f"finished already, at step {self.done}")
+        elif self.is_out_of_patience:
+            self.progress.message(f"finished already: {self._patience_line}")
         elif self.done:
             self.progress.message(f"resuming after step {self.done}")
         return self
@@ -112,6 +129,12 @@ class Run:
                 "finite; their tokens share the item's credit evenly"
             )
         self.sample(step, batch, inputs)
+        self.dump_batch(step_name(step), batch, batch.judgements, step)
+
+    def dump_batch(self, name: str, rollouts: Rollouts, judgements: list[JudgementRow], step: int) -> None:
+        """Write the responses of a batch, with ``rollout.dump``."""
+        if self.rollouts is not None:
+            self.rollouts.write(name, *experience.dumped(rollouts, judgements, step))
 
     def sample(self, step: int, batch: Experience, inputs: Inputs) -> None:
         """Keep a few of the step's responses for the report: the first of each of the first groups."""
@@ -145,9 +168,9 @@ class Run:
 
     def wants_checkpoint(self, step: int, metrics: dict[str, float]) -> bool:
         """Whether ``step`` is to be saved: its turn, or the best evaluation so far by ``checkpoint.keep_best``."""
-        every, value = self.config.checkpoint.save_every, self._measured(metrics)
-        if value > self._best:
-            self._best, self._best_step = value, step
+        every = self.config.checkpoint.save_every
+        self._note(step, metrics)
+        if self._scores and self.best_step == step:
             self._kept.add(step)  # the best one before is kept until this one is there
             return True
         return bool(every) and step % every == 0
@@ -160,10 +183,49 @@ class Run:
             raise UserError(
                 "checkpoint.keep_best", f"{name!r} is not measured by this run's evaluations", f"give one of {known}"
             )
+        self._note(0, metrics)
 
-    def _measured(self, metrics: dict) -> float:
-        value = metrics.get(self.config.checkpoint.keep_best)
-        return -math.inf if value is None else value
+    def _note(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Take in an evaluation; one whose value is not finite is no improvement."""
+        if self.config.checkpoint.keep_best in metrics:
+            value = metrics[self.config.checkpoint.keep_best]
+            is_number = value is not None and math.isfinite(value)
+            self._scores.append((step, value if is_number else -math.inf))
+
+    @property
+    def best_step(self) -> int:
+        """Of the evaluation with the highest value of ``checkpoint.keep_best``, of equals the first; 0: before training, or none."""
+        return max(self._scores, key=lambda score: (score[1], -score[0]), default=(0, 0.0))[0]
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether the last ``eval.patience`` evaluations were no better than one before them."""
+        patience = self.config.eval.patience
+        return bool(patience) and sum(step > self.best_step for step, _ in self._scores) >= patience
+
+    @property
+    def _patience_line(self) -> str:
+        name, best = self.config.checkpoint.keep_best, self.best_step
+        value = dict(self._scores)[best]
+        where = f"its checkpoint is in {self.checkpointer.directory}" if best else "the policy before training"
+        return (
+            f"eval.patience {self.config.eval.patience}: {name} {value:.4g} of step {best} was not exceeded up to step "
+            f"{self.done}; {where}"
+        )
+
+    def stop_out_of_patience(self) -> None:
+        """End the run early, as one that is finished: the last step is saved, so that a longer patience can go on."""
+        self._save_last_step()
+        self.progress.message(self._patience_line)
+
+    def is_ready_to_export(self) -> bool:
+        """Load the weights to export: of the last step, or of the best one where ``eval.patience`` has ended the run.
+
+        False where that is the policy before training, of which there is no checkpoint.
+        """
+        if self.is_out_of_patience and self.best_step:
+            self.checkpointer.load(self.best_step)
+        return not self.is_out_of_patience or self.best_step > 0
 
     def save(self) -> None:
         """A checkpoint of the last finished step, in the background if so configured."""
@@ -184,16 +246,20 @@ class Run:
 
     def leave(self) -> None:
         """All ranks have agreed to leave: the last finished step is saved."""
+        self._save_last_step()
+        self.progress.message(f"asked to leave: saved after step {self.done}")
+        self.heartbeat.beat(state="preempted")
+
+    def _save_last_step(self) -> None:
+        """Wait until the last finished step has its checkpoint."""
         self.finish_save(wait=True)
         if self.done > self.saved:
             self.save()
             self.finish_save(wait=True)
-        self.progress.message(f"asked to leave: saved after step {self.done}")
-        self.heartbeat.beat(state="preempted")
 
     def _has_saved(self, step: int) -> None:
         self.saved = step
-        if step == self._best_step:
+        if step == self.best_step:
             self._kept = {step}
         self.heartbeat.beat(saved_step=step)
         if self.config.checkpoint.asynchronous and self.checkpointer.background_seconds:

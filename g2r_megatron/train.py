@@ -4,6 +4,8 @@ Every rank of the policy runs this same code. What is sharded, and over which ra
 ``Workers``; what is shown, saved and recorded, to ``Run``. launch.py does what comes before and after.
 """
 
+from dataclasses import replace
+
 import torch
 
 from g2r_megatron.alarms.checks import alarm_checks
@@ -16,6 +18,7 @@ from g2r_megatron.parallel.preemption import leave_if_asked
 from g2r_megatron.policy.correction import Correction, check_sampler, correct
 from g2r_megatron.policy.trainer import check_first_ratio
 from g2r_megatron.records.phase_times import PhaseTimes
+from g2r_megatron.rollout.recording import step_name
 from g2r_megatron.run import Run
 from g2r_megatron.workers import Inputs, Workers
 
@@ -28,6 +31,8 @@ def take_steps(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run) 
         run.check_keep_best(metrics)
         run.log(0, metrics)
     for step in range(run.done + 1, config.steps + 1):
+        if run.is_out_of_patience:
+            break
         leave_if_asked()
         metrics = train_step(config, inputs, workers, run, step)
         if step == config.steps or (config.eval.every and step % config.eval.every == 0):
@@ -36,8 +41,10 @@ def take_steps(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run) 
         run.stop_on_alarm()
         if workers.trainer.bad_in_a_row >= config.optimizer.max_bad_steps:
             run.stop_after_bad_steps(workers.trainer.bad_in_a_row)
-        if step == config.steps or run.wants_checkpoint(step, metrics):
+        if run.wants_checkpoint(step, metrics) or step == config.steps:
             run.save()
+        if run.is_out_of_patience:
+            run.stop_out_of_patience()
     run.finish_save(wait=True)
 
 
@@ -50,6 +57,7 @@ def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run, 
     times = PhaseTimes(run.phase)
     mix = mix_at(config.grpo.mix, config.grpo.mix_anneal, (step - 1) / config.steps)
     mix = 0.0 if run.watch.uses_sequence_credit else mix
+    dtype = workers.trainer.model.config.params_dtype
     order = (config.rollout.prompts_per_step, step - 1, config.seed, config.data.shuffle)
     with times("step", shown=False):
         with times("sample"):
@@ -59,6 +67,7 @@ def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run, 
                 queries=[inputs.train[i] for i in epoch_batch(len(inputs.train), *order)],
                 group_size=config.rollout.responses_per_prompt,
                 key=f"{config.seed}/{step}",
+                batch=step_name(step),
                 parts=config.judge.parts,
                 mix=mix,
                 measured=run.measured_responses(step),
@@ -68,8 +77,10 @@ def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run, 
         leave_if_asked()
         with workers.judge_on_device(times):
             with times("update"):
-                log_probs = workers.trainer.update_log_probs(rollouts.sequences, workers.reference)
-                correction = corrected(config, rollouts, log_probs.old, workers.trainer.model.config.params_dtype)
+                # in a run's first step also where none is needed: it shows that the update computes the same (below)
+                old_pass = step == run.first or config.needs_old_pass
+                log_probs = workers.trainer.update_log_probs(rollouts.sequences, workers.reference, old_pass)
+                correction = corrected(config, rollouts, log_probs.old, dtype)
             with times("judge"):
                 judgements, judge_metrics = workers.judge.judge_submitted()
                 batch = assign_credit(rollouts, judgements, prompt=inputs.prompt, config=config, mix=mix)
@@ -77,7 +88,7 @@ def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run, 
                 checked = alarm_checks(config, inputs, workers, rollouts, step)
         leave_if_asked()
         with times("update"):
-            metrics = workers.trainer.update(
+            metrics, old = workers.trainer.update(
                 batch.sequences,
                 log_probs.mini_batches,
                 advantages=correction.scaled(batch.advantages) if correction else batch.advantages,
@@ -88,7 +99,10 @@ def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run, 
         with times("sync", shown=False):
             workers.engine.take_weights()
         if step == run.first:
-            check_first_ratio(metrics, workers.trainer.model.config.params_dtype)
+            check_first_ratio(metrics, dtype)
+        if log_probs.old is None:
+            log_probs = replace(log_probs, old=old)
+            correction = corrected(config, rollouts, old, dtype)  # none is on: the comparison of sampler and trainer
         metrics |= checked | (correction.metrics if correction else {})
         metrics |= (
             run.faithfulness.add(judge_metrics)
@@ -103,14 +117,16 @@ def train_step(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run, 
 
 
 def corrected(
-    config: TrainConfig, rollouts: Rollouts, old: list[torch.Tensor], dtype: torch.dtype
+    config: TrainConfig, rollouts: Rollouts, old: list[torch.Tensor] | None, dtype: torch.dtype
 ) -> Correction | None:
     """What the difference between sampler and trainer does to the loss; None where the trainer itself has sampled.
+
+    None also while the trainer's log-probs ``old`` are not there yet.
 
     Raises ``RunError`` when the difference is too large for the same weights.
     """
     sampler = rollouts.sampler_log_probs
-    if sampler is None:
+    if sampler is None or old is None:
         return None
     check_sampler(old, sampler, dtype)
     return correct(old, sampler, config.rollout)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -35,11 +36,13 @@ from g2r_megatron.judge.stage import JudgeStage
 from g2r_megatron.model.build import MegatronModel, build_model, check_model
 from g2r_megatron.model.hf import HFModel, load_model_tokenizer, open_hf_model
 from g2r_megatron.model.offload import HostWeights
+from g2r_megatron.parallel.agreement import union
 from g2r_megatron.parallel.groups import ModelGroups, build_groups
 from g2r_megatron.policy.log_probs import TokenSequence, plan_micro_batches, response_log_probs
 from g2r_megatron.policy.trainer import PolicyTrainer
 from g2r_megatron.records.phase_times import PhaseTimes
 from g2r_megatron.rollout.megatron import MegatronRolloutEngine
+from g2r_megatron.rollout.replay import ReplayEngine
 from g2r_megatron.rollout.thoughts import ThoughtEnd, thought_end
 from g2r_megatron.rollout.types import RolloutEngine
 from g2r_megatron.rollout.vllm.environment import check_engine
@@ -111,7 +114,7 @@ def read_policy(
             "policy.model", f"{section.model} is a reward model ({policy.architecture})", "give a language model"
         )
     check_model("policy", policy, section.layout, section.precision, section.spec)
-    if rollout.engine == "vllm" and rollout.vllm.mode == "colocated":
+    if rollout.engine == "vllm" and rollout.vllm.mode == "colocated" and not rollout.replay:
         check_engine(policy, rollout, section.precision.dtype)
     tokenizer = load_model_tokenizer(policy)
     check_template_options(tokenizer, rollout.template_options, "rollout.template_options", rollout.chat_template)
@@ -191,6 +194,13 @@ def verifier_for(config: VerifierConfig, queries: Sequence[Query]) -> Verifier |
     for query in queries:
         verifier.check(query)
     return verifier
+
+
+def verified_by_all(verifier: Verifier, queries: Sequence[Query], texts: Sequence[str]) -> list[bool | None]:
+    """Whether each response is right, None for a row without an answer. Every rank does its share and gets all (collective)."""
+    share = range(dist.get_rank(), len(queries), dist.get_world_size())
+    found = union({i: verifier.right(queries[i], texts[i]) for i in share if queries[i].answer is not None})
+    return [found.get(i) for i in range(len(queries))]
 
 
 @dataclass
@@ -286,7 +296,9 @@ def build_workers(config: TrainConfig, inputs: Inputs, own_ranks: OwnRanks | Non
 
 
 def build_engine(config: TrainConfig, trainer: PolicyTrainer, stop_ids: set[int]) -> RolloutEngine:
-    """The engine that samples with the trained policy (collective)."""
+    """The engine that samples with the trained policy (collective), or the one that replays what was sampled."""
+    if config.rollout.replay:
+        return ReplayEngine(Path(config.rollout.replay), trainer.model.geometry.vocab)
     dtype = config.policy.precision.dtype
     return start_engine(trainer.model, config.rollout, dtype, stop_ids, trainer.budget, config.timeout_minutes)
 

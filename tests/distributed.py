@@ -13,8 +13,10 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.forkserver import ensure_running
 
@@ -75,22 +77,47 @@ def fits(layout: str, *, layers: int, moe: bool) -> bool:
     return (sizes.tp == 1 or sizes.sp) if moe else sizes.ep == sizes.etp == 1
 
 
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(
-    ["g2r_megatron.judge.stage", "g2r_megatron.policy.trainer", "g2r_megatron.rollout.megatron", "transformers"]
-)
+PROCESSES = multiprocessing.get_context("forkserver")
+PRELOADED = ["g2r_megatron.launch", "g2r_megatron.judge.offline", "transformers.models.auto.modeling_auto"]
+PROCESSES.set_forkserver_preload(PRELOADED)
+
+
+@contextmanager
+def environment(**settings: str) -> Iterator[None]:
+    """``settings`` in this process's environment."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @cache
 def start_server() -> None:
     """Start the server blind to GPUs: these worlds are of CPU processes, also on a machine that has one GPU."""
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    ensure_running()
-    if seen is None:
-        del os.environ["CUDA_VISIBLE_DEVICES"]
-    else:
-        os.environ["CUDA_VISIBLE_DEVICES"] = seen
+    with environment(CUDA_VISIBLE_DEVICES=""):
+        ensure_running()
+
+
+@contextmanager
+def server_with(*modules: str, **settings: str) -> Iterator[None]:
+    """Meanwhile the server has imported ``modules`` too, with ``settings`` in its environment. No world may live on."""
+    start_server.cache_clear()
+    forkserver._forkserver._stop()
+    PROCESSES.set_forkserver_preload([*PRELOADED, *modules])
+    try:
+        with environment(**settings):
+            start_server()
+        yield
+    finally:
+        start_server.cache_clear()
+        forkserver._forkserver._stop()
+        PROCESSES.set_forkserver_preload(PRELOADED)
 
 
 class CaseFailed(AssertionError):
@@ -136,8 +163,8 @@ class World:
         start_server()
         port = free_port()
         for rank in range(self.size):
-            here, there = _processes.Pipe()
-            process = _processes.Process(
+            here, there = PROCESSES.Pipe()
+            process = PROCESSES.Process(
                 target=_serve, args=(rank, self.size, self.judge_ranks, port, there), daemon=True
             )
             process.start()

@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from distributed import PROCESSES, free_port, start_server
 from g2r_megatron.records.heartbeat import HEARTBEAT_FILE
 
 ROOT = Path(__file__).parents[1]
 TASK = ROOT / "examples" / "quickstart"
 STEPS, SAVE_EVERY = 6, 2
 PATIENCE = 600.0  # seconds for anything to happen on a busy machine
-MARK = "G2R_TEST_RUN"  # in the environment of every process of a run, whatever it calls itself
+MARK = "G2R_TEST_RUN"  # in the environment of what ``start`` starts, and of all that this starts
 
 
 def quickstart_options(data: Path) -> list[str]:
@@ -48,10 +49,11 @@ def processes_of(run: Path, rank: int | None = None) -> list[int]:
         if entry.name.isdigit():
             try:
                 environment = (entry / "environ").read_bytes().split(b"\0")
+                writes_log = (entry / "fd" / "1").readlink() == Path(f"{run}.log")
             except OSError:  # ended meanwhile
                 continue
             of_rank = rank is None or f"RANK={rank}".encode() in environment
-            if f"{MARK}={run}".encode() in environment and of_rank:
+            if (writes_log or f"{MARK}={run}".encode() in environment) and of_rank:
                 found.append(int(entry.name))
     return found
 
@@ -80,11 +82,60 @@ def start(
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
+class Forked:
+    """A ``g2r`` command in processes of its own, without their imports: forked from distributed.py's server, which has them.
+
+    The ranks have no launcher, as under srun. What they print is appended to ``log``. Methods as of ``subprocess.Popen``,
+    for all ranks together.
+    """
+
+    def __init__(self, arguments: Sequence[str], log: Path, ranks: int = 1, cwd: Path = ROOT):
+        start_server()
+        place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        self._ranks = []
+        for rank in range(ranks):
+            environment = {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+            given = (list(arguments), log, cwd, environment)
+            self._ranks.append(PROCESSES.Process(target=_command, args=given, daemon=True))
+            self._ranks[-1].start()
+
+    @property
+    def pids(self) -> list[int]:
+        """By rank."""
+        return [rank.pid for rank in self._ranks]
+
+    def poll(self) -> int | None:
+        """Exit code of a rank that has ended, minus the signal that ended it; None while all live."""
+        return next((rank.exitcode for rank in self._ranks if rank.exitcode is not None), None)
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        for rank in self._ranks:
+            rank.join(timeout)
+        return self.poll()
+
+
+def _command(arguments: list[str], log: Path, cwd: Path, environment: dict[str, str]) -> None:
+    """In the new process."""
+    from g2r_megatron.cli import main
+
+    os.environ.update(environment)
+    os.chdir(cwd)
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.exit(main(arguments))
+
+
+def start_forked(run: Path, options: list[str], ranks: int = 1) -> Forked:
+    """As ``start``, where no launcher is tested."""
+    return Forked(["train", *options, "--output_dir", str(run)], Path(f"{run}.log"), ranks)
+
+
 def log_of(run: Path) -> str:
     return Path(f"{run}.log").read_text()
 
 
-def wait_for(happened: Callable[[], bool], process: subprocess.Popen, run: Path) -> None:
+def wait_for(happened: Callable[[], bool], process: subprocess.Popen | Forked, run: Path) -> None:
     deadline = time.monotonic() + PATIENCE
     while not happened():
         assert process.poll() is None, f"ended before it could be killed:\n{log_of(run)}"
@@ -93,7 +144,7 @@ def wait_for(happened: Callable[[], bool], process: subprocess.Popen, run: Path)
 
 
 def finish(run: Path, options: list[str]) -> None:
-    process = start(run, options, ranks=1)
+    process = start_forked(run, options)
     try:
         assert process.wait(PATIENCE) == 0, log_of(run)
     finally:

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,3 +32,14 @@ def load(script: str) -> ModuleType:
     """The module of a script that imports and starts nothing later."""
     with imported(script) as module:
         return module
+
+
+def run_main(script: str, arguments: list[str]) -> str:
+    """``main()`` of a script with these arguments; what it prints."""
+    before, sys.argv = sys.argv, [script, *arguments]
+    try:
+        with imported(script) as module, contextlib.redirect_stdout(io.StringIO()) as printed:
+            module.main()
+    finally:
+        sys.argv = before
+    return printed.getvalue()

@@ -9,16 +9,22 @@ output is shown at the end; all others share two processes. The exit code is tha
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 PYTEST = [sys.executable, "-m", "pytest", "--durations=15"]
 WORKERS = ["-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]
 
 
 def main(arguments: list[str]) -> int:
+    chosen = any(Path(argument.partition("::")[0]).exists() for argument in arguments)
+    # each part imports the files of its own tests only
+    slurm, others = ([], []) if chosen else (["tests/slurm"], ["--ignore=tests/slurm"])
     with tempfile.TemporaryFile("w+") as output:
-        waiting = subprocess.Popen([*PYTEST, "-m", "slurm", *arguments], stdout=output, stderr=subprocess.STDOUT)
+        waiting = subprocess.Popen(
+            [*PYTEST, "-m", "slurm", *slurm, *arguments], stdout=output, stderr=subprocess.STDOUT
+        )
         try:
-            code = subprocess.run([*PYTEST, *WORKERS, "-m", "not slurm", *arguments]).returncode
+            code = subprocess.run([*PYTEST, *WORKERS, "-m", "not slurm", *others, *arguments]).returncode
             print("\nThe tests of tests/slurm, which ran meanwhile:", flush=True)
             slurm_code = waiting.wait()
         finally:

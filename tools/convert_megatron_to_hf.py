@@ -30,6 +30,9 @@ def main(argv: list[str]) -> None:
     )
     arguments = parser.parse_args(argv)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the work is the CPU's and the disk's, in any number of processes
+    from g2r_megatron.parallel.cpu import import_megatron
+
+    import_megatron()
     from g2r_megatron.convert.to_hf import convert_to_hf
 
     convert_to_hf(arguments.checkpoint, arguments.output, arguments.hf)

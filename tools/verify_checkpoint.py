@@ -24,6 +24,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--text", help="what --logits runs on (default: a paragraph in several languages)")
     arguments = parser.parse_args(argv)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the work is the CPU's and the disk's, in any number of processes
+    from g2r_megatron.parallel.cpu import import_megatron
+
+    import_megatron()
     from g2r_megatron.convert.comparison import verify
 
     return verify((arguments.a, arguments.b), arguments.hashes, arguments.logits, arguments.text)

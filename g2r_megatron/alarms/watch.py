@@ -22,8 +22,13 @@ class Alarm:
         name = self.rule.name
         return (
             f"step {self.step}: alarm {name}: {self.rule.curve} {self.value:.3g}, {side} alarms.{name} {self.threshold:g}: "
-            f"{self.rule.meaning}; {self.rule.remedy}"
+            f"{self.advice}"
         )
+
+    @property
+    def advice(self) -> str:
+        """What it means and what to do."""
+        return f"{self.rule.meaning}; {self.rule.remedy}"
 
     @property
     def record(self) -> dict:
@@ -34,6 +39,7 @@ class Alarm:
             "curve": self.rule.curve,
             "value": self.value,
             "threshold": self.threshold,
+            "advice": self.advice,
             "text": self.text,
         }
 

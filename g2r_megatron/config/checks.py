@@ -55,6 +55,7 @@ def check_train_config(config: TrainConfig, world_size: int) -> None:
     check_judge(config.judge, world_size)
     _check_grpo(config.grpo, config.rollout)
     _check_engine(config.rollout)
+    _check_recordings(config.rollout)
     _check_schedule(config)
     _check_evaluation(config, world_size)
     _check_verifier(config.verifier)
@@ -69,12 +70,14 @@ def check_judge_config(config: OfflineJudgeConfig, world_size: int) -> None:
     """Raise ``UserError`` for the first thing in a resolved ``config`` that cannot work on ``world_size`` ranks."""
     require_given("judge.model", config.judge.model, "give the Hugging Face directory of the judge")
     require_given("input", config.input, "give the file of rows to judge (.jsonl, .parquet, ...)")
-    require_given("output", config.output, "give the .jsonl file to write")
+    require_given("output", config.output, "give the file to write")
     check_ranges(config, OFFLINE_JUDGE_RANGES)
     check_judge_is_alone(config.judge, "g2r judge")
     check_judge(config.judge, world_size)
     defaults = fill_from_preset(JudgeConfig(), PRESETS[config.preset]["judge"])
     warn_of_unused(config, OfflineJudgeConfig(judge=defaults))
+    if config.dump_inputs and config.format_out != "jsonl":
+        raise UserError("dump_inputs", f"with format_out {config.format_out}", "leave it out, or use format_out jsonl")
     if config.shard >= config.shards:
         raise UserError("shard", f"{config.shard} of {config.shards} shards", "shards are counted from 0")
     if config.shards == 1 and Path(config.output).exists():
@@ -131,7 +134,7 @@ def _check_sampling(config: ProbeConfig | EvalConfig, world_size: int, command: 
     if config.policy.model:
         check_layout("policy", config.policy.layout, world_size)
         require_given("rollout.think_end", config.rollout.think_end, "give auto, none, or the text that ends a thought")
-    for option in ("prompts_per_step", "responses_per_prompt", "correction", "correction_bounds"):
+    for option in ("prompts_per_step", "responses_per_prompt", "correction", "correction_bounds", "dump", "replay"):
         if (value := getattr(config.rollout, option)) != getattr(RolloutConfig(), option):
             raise UserError(f"rollout.{option}", f"{value} in {command}", "leave it out: it is of training")
     _check_engine(config.rollout)
@@ -249,7 +252,7 @@ def _check_engine(rollout: RolloutConfig) -> None:
         raise UserError("rollout.correction_bounds", str(bounds), "must be [low, high] with 0 <= low < 1 < high")
     if rollout.correction == "tis" and bounds is not None and bounds[0] > 0:
         raise UserError("rollout.correction_bounds", f"{bounds} with tis", "tis has no lower bound: give [0, high]")
-    if rollout.engine == "megatron":
+    if rollout.engine == "megatron" and not rollout.replay:
         return
     if filtered and rollout.correction != "none":
         raise UserError(
@@ -257,6 +260,8 @@ def _check_engine(rollout: RolloutConfig) -> None:
             f"{rollout.correction} with rollout.top_p {rollout.top_p:g} and top_k {rollout.top_k}",
             "the sampler's log-probs are of all tokens: set top_p 1 and top_k 0, or correction none",
         )
+    if rollout.replay:  # nothing is sampled: where the responses come from does not matter
+        return
     if filtered and rollout.temperature != 1:
         raise UserError(
             "rollout.temperature",
@@ -270,6 +275,17 @@ def _check_engine(rollout: RolloutConfig) -> None:
             "rollout.engine",
             "vllm, but the package vllm is not installed",
             "pip install 'g2r-megatron[vllm]' on a machine with a GPU, make vllm without one, or set it megatron",
+        )
+
+
+def _check_recordings(rollout: RolloutConfig) -> None:
+    if rollout.dump:
+        check_directory("rollout.dump", rollout.dump)
+    if rollout.replay and not Path(rollout.replay).is_dir():
+        raise UserError("rollout.replay", f"no directory {rollout.replay}", "give what rollout.dump has written")
+    if rollout.dump and os.path.realpath(rollout.dump) == os.path.realpath(rollout.replay):
+        raise UserError(
+            "rollout.dump", f"{rollout.dump} is rollout.replay too", "give another directory, or leave it out"
         )
 
 
@@ -287,6 +303,15 @@ def _check_evaluation(config: TrainConfig, world_size: int) -> None:
     held_out = config.eval
     if held_out.every and not held_out.data:
         raise UserError("eval.every", f"{held_out.every} without eval.data", "give eval.data files or set it to 0")
+    if held_out.patience:
+        found = f"{held_out.patience} without "
+        if not held_out.every:
+            raise UserError(
+                "eval.patience", f"{found}eval.every", "it counts evaluations: give their distance in steps"
+            )
+        if not config.checkpoint.keep_best:
+            remedy = "name the metric that is to improve, e.g. eval/judge_score"
+            raise UserError("eval.patience", f"{found}checkpoint.keep_best", remedy)
     _check_samples(held_out.samples, held_out.greedy, "eval.")
     gold = held_out.judge
     if gold.model is None:

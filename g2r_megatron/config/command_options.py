@@ -18,6 +18,9 @@ Probed = Literal[
 ]  # fmt: skip
 
 
+OutputFormat = Literal["jsonl", "parquet", "trl"]
+
+
 @dataclass
 class OfflineJudgeConfig:
     """Everything `g2r judge` reads."""
@@ -27,7 +30,9 @@ class OfflineJudgeConfig:
     queries: list[str] = field(default_factory=list)
     """files of the queries, where the rows of input hold only their ids (custom_id) and responses"""
     output: str = ""
-    """output jsonl; must not exist. What a killed process has done of it is kept, and the same command goes on from there"""
+    """file to write; must not exist. What a killed process has done of it is kept, and the same command goes on from there"""
+    format_out: OutputFormat = "jsonl"
+    """of output: jsonl; parquet, whose columns `datasets` loads; trl: parquet with prompt and completion as TRL's trainers read them"""
     shards: int = 1
     """jobs that share the rows, each run with its own `shard`; the last one to finish writes `output`"""
     shard: int = 0
@@ -72,7 +77,8 @@ class ProbeConfig:
     output: str = ""
     """directory to write probe.json and probe.html to; the same command goes on with a probe that was stopped"""
     sample: int = 40
-    """pairs of a response and a criterion that is judged True to measure, of different responses as far as there are"""
+    """pairs of a response and a criterion that is judged True to measure, of different responses as far as there are; of a reward
+    model: responses"""
     false_sample: int = 0
     """pairs judged False to measure beside them"""
     attributions: list[Probed] = field(

@@ -247,6 +247,10 @@ class RolloutConfig:
     responses whose geometric mean of rho is outside"""
     correction_bounds: list[float] | None = None
     """[low, high] of rho; none: [0, 2] for tis, [0.5, 5] for icepop, [0.99, 1.01] for sequence"""
+    dump: str = ""
+    """directory for every response of the run, with tokens, log-probs, scores and verdicts"""
+    replay: str = ""
+    """directory that another run has dumped: train from its responses, and sample nothing"""
     chat_template: bool = True
     """render the conversation with the tokenizer's chat template (off for a tokenizer without one)"""
     template_options: dict[str, Any] = field(default_factory=dict)
@@ -370,6 +374,8 @@ class HeldOutConfig:
     """held-out queries, as data.train"""
     every: int = 0
     """steps between evaluations; 0: only before and after training"""
+    patience: int = 0
+    """so many evaluations in a row whose checkpoint.keep_best is not above its best end the run; 0: never"""
     samples: int = 1
     """responses a prompt"""
     greedy: bool = False
@@ -436,6 +442,11 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
+
+    @property
+    def needs_old_pass(self) -> bool:
+        """Whether an update needs log-probs from before it, and so a pass for them; else its own forward gives them."""
+        return self.grpo.mini_batches > 1 or self.rollout.correction != "none"
 
 
 OWN_RANKS_PARTS = 4  # default of judge.parts with judge.ranks

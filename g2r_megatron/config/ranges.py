@@ -101,6 +101,7 @@ TRAIN_RANGES = {
     "steps": COUNT,
     "seed": SEED,
     "eval.every": COUNT_OR_OFF,
+    "eval.patience": COUNT_OR_OFF,
     "eval.samples": COUNT,
     "eval.judge.micro_batch_tokens": COUNT,
     "eval.judge.max_length": COUNT,

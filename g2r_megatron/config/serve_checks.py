@@ -14,6 +14,12 @@ from g2r_megatron.errors import UserError
 SHORTEST_KEY = 16  # characters of an API key
 
 
+def fill_judge(config: ServeConfig) -> ServeConfig:
+    """``config``, whose judge has what it is not given from the preset."""
+    config.judge = fill_from_preset(config.judge, PRESETS[config.preset]["judge"])
+    return config
+
+
 def check_serve_config(config: ServeConfig, world_size: int | None) -> None:
     """Raise ``UserError`` for the first thing in a resolved ``config`` that cannot work.
 

@@ -8,6 +8,7 @@ from g2r_megatron.config.options import TrainConfig
 from g2r_megatron.config.serve_options import ServeConfig
 from g2r_megatron.errors import warn
 
+VLLM = "rollout.engine=vllm, and no rollout.replay"
 # option -> (whether it has an effect, given the sections that it depends on; what it needs)
 OF_JUDGE: dict[str, tuple[Callable[[Any], bool], str]] = {
     "judge.contraction": (lambda c: c.judge.attribution == "contracted", "judge.attribution=contracted"),
@@ -16,6 +17,7 @@ OF_JUDGE: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda c: c.judge.normalize == "softmax" or not c.judge.standardize,
         "judge.normalize=softmax",
     ),
+    "judge.think": (lambda c: c.judge.chat_template, "judge.chat_template"),
     "judge.smear_gamma": (lambda c: c.judge.smoothing == "smear", "judge.smoothing=smear"),
 }
 OF_TRAINING: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -35,14 +37,26 @@ OF_TRAINING: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda c: c.grpo.advantage != "sequence" and c.grpo.mix > 0,
         "grpo.mix more than 0 and a grpo.advantage other than sequence",
     ),
+    "judge.shuffle": (
+        lambda c: c.grpo.advantage != "sequence" and c.grpo.mix > 0,
+        "grpo.mix more than 0 and a grpo.advantage other than sequence",
+    ),
     "grpo.kl_estimator": (lambda c: c.grpo.kl_coef > 0, "grpo.kl_coef more than 0"),
     "optimizer.min_lr": (lambda c: c.optimizer.decay != "constant", "optimizer.decay linear or cosine"),
-    "rollout.correction": (lambda c: c.rollout.engine == "vllm", "rollout.engine=vllm"),
+    "rollout.engine": (lambda c: not c.rollout.replay, "rollout.replay left out: nothing is sampled"),
+    "rollout.correction": (
+        lambda c: c.rollout.engine == "vllm" or bool(c.rollout.replay),
+        "rollout.engine=vllm, or a replay of what it sampled",
+    ),
     "rollout.correction_bounds": (lambda c: c.rollout.correction != "none", "a rollout.correction other than none"),
-    "rollout.vllm.mode": (lambda c: c.rollout.engine == "vllm", "rollout.engine=vllm"),
-    "rollout.vllm.options": (lambda c: c.rollout.engine == "vllm", "rollout.engine=vllm"),
+    "rollout.vllm.mode": (lambda c: _samples_with_vllm(c), VLLM),
+    "rollout.vllm.options": (lambda c: _samples_with_vllm(c), VLLM),
     "rollout.vllm.urls": (lambda c: _on_servers(c), "rollout.engine=vllm and rollout.vllm.mode=servers"),
     "rollout.vllm.behind_proxy": (lambda c: _on_servers(c), "rollout.engine=vllm and rollout.vllm.mode=servers"),
+    "eval.every": (
+        lambda c: c.eval.every < c.steps,
+        "more steps than that: rows are evaluated before and after training",
+    ),
     "eval.samples": (lambda c: bool(c.eval.data), "eval.data"),
     "eval.greedy": (lambda c: bool(c.eval.data), "eval.data"),
     "eval.judge.model": (lambda c: bool(c.eval.data), "eval.data"),
@@ -62,8 +76,12 @@ def warn_of_unused(config: Config, defaults: Config) -> None:
             warn(f"{option}: {value} has no effect; it needs {needed}")
 
 
+def _samples_with_vllm(config: TrainConfig) -> bool:
+    return config.rollout.engine == "vllm" and not config.rollout.replay
+
+
 def _on_servers(config: TrainConfig) -> bool:
-    return config.rollout.engine == "vllm" and config.rollout.vllm.mode == "servers"
+    return _samples_with_vllm(config) and config.rollout.vllm.mode == "servers"
 
 
 def _value(config: Any, option: str) -> Any:

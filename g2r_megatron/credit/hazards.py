@@ -5,6 +5,7 @@ values. A metric that has nothing to measure is left out, so a mean never hides 
 """
 
 import math
+from collections.abc import Sequence
 from statistics import fmean, median, pstdev
 
 import torch
@@ -26,7 +27,7 @@ def reward_metrics(rewards: list[list[float]]) -> dict[str, float]:
 
 
 def judge_metrics(
-    verdicts: list[list[bool]], truths: list[list[bool] | None], weights: list[list[float]]
+    verdicts: list[list[bool]], truths: Sequence[list[bool] | None], weights: list[list[float]]
 ) -> dict[str, float]:
     """The judge against the truth; one entry per response, each over its rubric items (``truths``: None if unknown).
 

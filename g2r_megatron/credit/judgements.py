@@ -24,7 +24,7 @@ from g2r_megatron.credit.advantages import (
 )
 from g2r_megatron.credit.attribution import response_reward, score_token_rewards, token_rewards
 from g2r_megatron.credit.hazards import judge_metrics
-from g2r_megatron.credit.truth import true_reward, true_verdicts
+from g2r_megatron.credit.truth import true_verdicts
 from g2r_megatron.data.types import Query
 
 Alphas = Sequence[Tensor | None]
@@ -98,8 +98,10 @@ class Judgement(Protocol):
         ...
 
     @staticmethod
-    def metrics(queries: Sequence[Query], texts: Sequence[str], rows: Sequence["JudgementRow"]) -> dict[str, float]:
-        """How the judge judges, and against the truth, where that is known."""
+    def metrics(
+        queries: Sequence[Query], truths: Sequence[list[bool] | None], rows: Sequence["JudgementRow"]
+    ) -> dict[str, float]:
+        """How the judge judges, and against the truth (``true_verdicts`` of each response), where that is known."""
         ...
 
     @staticmethod
@@ -194,9 +196,10 @@ class ItemJudgement:
         return token_rewards(verdicts, ItemJudgement.weights(query), alphas, query.positive_weight, length)
 
     @staticmethod
-    def metrics(queries: Sequence[Query], texts: Sequence[str], rows: Sequence[JudgementRow]) -> dict[str, float]:
+    def metrics(
+        queries: Sequence[Query], truths: Sequence[list[bool] | None], rows: Sequence[JudgementRow]
+    ) -> dict[str, float]:
         verdicts = [[item.verdict for item in _items(row)] for row in rows]
-        truths = [true_verdicts(query, text) for query, text in zip(queries, texts, strict=True)]
         mass = fmean(item.answer_mass for row in rows for item in _items(row))
         metrics = judge_metrics(verdicts, truths, [ItemJudgement.weights(query) for query in queries])
         answered = [_items(row)[0] for query, row in zip(queries, rows, strict=True) if query.answer is not None]
@@ -307,10 +310,14 @@ class ScoreJudgement:
         return score_token_rewards(_score(row), alphas[0], length, finished).float()
 
     @staticmethod
-    def metrics(queries: Sequence[Query], texts: Sequence[str], rows: Sequence[JudgementRow]) -> dict[str, float]:
+    def metrics(
+        queries: Sequence[Query], truths: Sequence[list[bool] | None], rows: Sequence[JudgementRow]
+    ) -> dict[str, float]:
         """A score is on a scale of its own: only the truth's mean is left."""
-        truths = [true_reward(query, text) for query, text in zip(queries, texts, strict=True)]
-        known = [truth for truth in truths if truth is not None]
+        pairs = zip(queries, truths, strict=True)
+        known = [
+            response_reward(truth, [i.weight for i in query.rubric]) for query, truth in pairs if truth is not None
+        ]
         return {"reward/true_mean": fmean(known)} if known else {}
 
     @staticmethod

@@ -145,7 +145,7 @@ class ControlTexts:
 
     def spans(self, text: str, thoughts: bool) -> list[tuple[int, int]]:
         """Every place, overlapping ones too, where ``text`` spells a control token; ``thoughts``: also a thought's marks."""
-        if not self.pattern.search(text):  # much the faster question
+        if not self.pattern.search(text):  # a faster test, which most texts end
             return []
         pattern = self._any if thoughts else self._without_thoughts
         return [match.span(1) for match in pattern.finditer(text)]
@@ -191,7 +191,7 @@ def template_parts(
 
 
 def _attempt(rendered: Callable[[Sequence[dict]], str], messages: Sequence[dict]) -> str | None:
-    """None where the template, which takes the plain messages, rejects marked ones: it reads what is marked."""
+    """The rendering of marked messages; None where the template rejects them though it takes the plain ones."""
     try:
         return rendered(messages)
     except UserError:
@@ -235,7 +235,9 @@ class Enclosing:
         return self._marks.sub("", marked)
 
     def parts(self, marked: str, rendered: Callable[[Sequence[dict]], str]) -> list[Part]:
-        """What the template has written is whole between two marks; a text that it has changed needs another look."""
+        """Parts of the marked rendering. Between two marks stands what the template has written, or a text.
+
+        Where the template has changed a text, a rendering without the text's control tokens decides whose they are."""
         doubtful = self._doubtful(marked)
         if doubtful:
             scrubbed = _attempt(rendered, self._scrubbed())
@@ -268,7 +270,7 @@ class Enclosing:
         return [(p, len(p) > 1 or not self.control.pattern.fullmatch(p)) for p in self._marks.split(marked) if p]
 
     def _doubtful(self, marked: str) -> list[tuple[int, int]]:
-        """Where, between the two marks of a text, something else stands than the text, with a control token in it."""
+        """(start, end) of each place between a text's two marks that is not the text and has a control token in it."""
         found, last = [], 0
         for match in self._marks.finditer(marked):
             closing, core = self.regions.get(match[0], ("", ""))

@@ -1,4 +1,4 @@
-"""The conversation of a row, however a project writes it: a text, messages, turns with from/value, instruction + input."""
+"""Reads the conversation of a row: a text, messages, turns with from/value, or instruction and input."""
 
 import re
 
@@ -31,6 +31,8 @@ OTHER_MEDIA = (
     *("image_url", "image_path", "multi_modal_data", "available_tools", "extra_info.tools", "extra_info.tools_kwargs"),
     *("extra_info.images", "extra_info.image"),
 )
+# What stands for them in the text of a prompt.
+MEDIA_MARK = re.compile(r"<(?:image|video|audio)(?:_\d+)?>|<\|(?:image|video|audio)(?:_\w+)?\|>|<__media__>")
 NOTHING = ("", "none", "null", "n/a")  # texts that spell a missing value
 IN_MESSAGES = ("tool_calls", "function_call", "images", "image", "videos", "audio")
 # A prompt that a chat template has made: the turn markers of published templates.
@@ -40,6 +42,8 @@ RENDERED = re.compile(
     |<\|START_OF_TURN_TOKEN\|>|<\|turn>|\[INST\].*\[/INST\]|<\|role_start\|>|<\|header_start\|>)""",
     re.DOTALL | re.VERBOSE,
 )
+# The same without its special tokens, as trainers write what they sampled from.
+DECODED = re.compile(r"\s*(?:system\n.*)?user\n.*\s?(?:assistant|model)\s*(?:<think>\s*(?:</think>\s*)?)?\Z", re.DOTALL)
 RENDERED_END = re.compile(r"(?:\n\nAssistant:|\n###\s*(?:Response|Assistant):|<extra_id_1>Assistant)\s*\Z")
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 
@@ -81,7 +85,7 @@ def read_conversation(
 
 def is_rendered(value) -> bool:
     """Whether a prompt is a text that a chat template has made."""
-    return isinstance(value, str) and bool(RENDERED.match(value) or RENDERED_END.search(value))
+    return isinstance(value, str) and bool(RENDERED.match(value) or RENDERED_END.search(value) or DECODED.match(value))
 
 
 def refuse_other_media(row: Fields) -> None:
@@ -90,6 +94,12 @@ def refuse_other_media(row: Fields) -> None:
         value = decoded(row.get(name))
         if value not in ([], {}, False) and not (isinstance(value, str) and value.strip().lower() in NOTHING):
             raise row.fail(name, "tools, images, sound and video are not supported: leave the row out, or the field")
+
+
+def media_mark(messages: Messages) -> str | None:
+    """The first mark in a conversation that stands for an image, sound or video, if there is one."""
+    found = (MEDIA_MARK.search(message["content"]) for message in messages)
+    return next((mark[0] for mark in found if mark), None)
 
 
 def _refuse_material(row: Fields, name: str, material: tuple[str, ...], messages: list[dict]) -> None:

@@ -242,9 +242,9 @@ class _Readable(io.RawIOBase):
 
 
 def _json_rows(path: Path, file: BinaryIO, is_row: Callable[[dict], bool]) -> Iterator[tuple[Place, RowOrError]]:
-    """JSON lines, or one JSON text: a list of objects, an object with one list of objects in it, or a single row.
+    """JSON lines, or one JSON text: a list of objects, an object that holds one list of objects, or a single row.
 
-    The content decides, not the extension: both are published under both. Objects of several lines each may follow one
+    The content decides, not the extension: both kinds are published with both extensions. Objects of several lines each may follow one
     another, as jq prints them.
     """
     head, second = _first_lines(file)

@@ -29,7 +29,7 @@ def epoch_batch(num_queries: int, batch_size: int, step: int, seed: int, shuffle
 
 @lru_cache(maxsize=4)
 def _epoch_order(num_queries: int, batch_size: int, epoch: int, seed: int) -> tuple[int, ...]:
-    """A permutation of the queries whose head avoids what its first batch took from the end of the epoch before."""
+    """A permutation of the queries. Its first entries differ from those that the same batch took from the epoch before."""
     # Each order depends on the one before, back to the last epoch that begins together with a batch.
     first = epoch - epoch % (batch_size // gcd(num_queries, batch_size))
     order: list[int] = []

@@ -30,7 +30,7 @@ class Prompts:
         self._ids = lru_cache(maxsize=CACHED_PROMPTS)(self._render)
 
     def add(self, queries: Iterable[Query]) -> None:
-        """Queries that may be asked for."""
+        """Register queries, whose prompts may then be asked for."""
         self._queries |= {query.id: query for query in queries}
 
     def __getitem__(self, id: str) -> list[int]:

@@ -32,17 +32,18 @@ def read_queries(
 ) -> list[Query]:
     """All queries of the files, in order.
 
-    ``paths``: files, directories or glob patterns. ``format``: ``auto`` (every name of ``rows.NAMES``) or one of
-    ``rows.FORMATS``; ``fields`` maps other names. ``polarity``: ``raw`` keeps weights as they are; ``flip_negated`` makes
-    those of pitfalls phrased "does not ..." positive. It is for data where meeting such an item is good (RaR-Science), and
-    goes by the phrase alone, so look at the items: in HealthBench "does not mention ..." is a fault when met, so there the
-    option is refused. None is ``raw``, but refuses items that are called pitfalls and have no number.
-    ``require_response``: rows to be judged, one query for each response; ids and responses may recur, and rows may name
-    one of ``queries`` (by id) instead of holding a conversation; rows that ``may_lack_response`` give a query without one.
-    Otherwise an id may be there once, and so may that of a row without a response.
-    ``require_rubric``: else rows may lack it (``Query.rubric`` is then empty). ``check`` may raise ``UserError`` for a
-    query. An id is the row's own, else a hash of its conversation. ``criterion``: rows with an answer and no rubric are
-    taken, with this as their rubric's only item.
+    ``paths``: files, directories or glob patterns.
+    ``format``: ``auto`` (every name of ``rows.NAMES``) or one of ``rows.FORMATS``; ``fields`` maps other names.
+    ``polarity``: ``raw`` keeps weights as they are. ``flip_negated`` makes the weights of pitfalls phrased "does not ..."
+    positive, for data where meeting such an item is good (RaR-Science). It looks at the phrase alone. In HealthBench "does
+    not mention ..." is a fault when met, so there the option is refused. None is ``raw``, but refuses items that are called
+    pitfalls and have no number.
+    ``require_response``: the rows are to be judged, and each response gives one query. Ids and responses may recur, and a
+    row may name one of ``queries`` (by id) instead of holding a conversation. With ``may_lack_response``, a row without a
+    response gives a query without one, whose id may be there once. Without ``require_response`` every id may be there once.
+    ``require_rubric``: if false, rows may lack a rubric (``Query.rubric`` is then empty).
+    ``check`` may raise ``UserError`` for a query. ``criterion``: rows with an answer and no rubric are taken, with this as
+    their rubric's only item. An id is the row's own, else a hash of its conversation.
 
     Raises ``UserError`` naming the first bad row and the number of bad rows; with ``on_bad_row`` "skip" up to 5% of the
     rows are left out with a warning instead.
@@ -93,7 +94,7 @@ def _all_rows(paths: list[str], reader: RowReader) -> Iterator[tuple[str, dict |
 
 
 def _check_format(row: Fields, format: str, reader: RowReader, has_prompt: bool) -> None:
-    """The fields must not be those of another format than the one that was named."""
+    """Raise ``UserError`` if a row has the fields of another format than the one that was named."""
     if format in ("auto", "verifiable") or not has_prompt:
         return
     wanted = ["prompt", "rubric"] if reader.require_rubric else ["prompt"]

@@ -1,4 +1,4 @@
-"""One row of any project to a ``Query``: which fields hold what, under which names.
+"""Turns one row of any project into a ``Query``. Says which fields hold what, and their names.
 
 Every role has a list of names under which public data sets and projects publish it, in the order in which they are
 looked for. ``data.format`` fixes the names of one data set, ``data.fields`` those of single roles.
@@ -10,7 +10,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
-from g2r_megatron.data.conversations import MATERIAL, Messages, is_rendered, read_conversation, refuse_other_media
+from g2r_megatron.data.conversations import (
+    MATERIAL,
+    Messages,
+    is_rendered,
+    media_mark,
+    read_conversation,
+    refuse_other_media,
+)
 from g2r_megatron.data.fields import MISSING, Fields, decoded
 from g2r_megatron.data.responses import NAMES as RESPONSE_NAMES
 from g2r_megatron.data.responses import has_responses, kept, read_responses
@@ -28,7 +35,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "rubric": (
         *("rubric", "rubrics", "criteria", "reward_model.rubrics", "reward_model.rubric", "reward_model.ground_truth"),
         *("extra_info.rubrics", "extra_info.rubric", "extra_info.reward_model.rubrics", "metadata.rubrics"),
-        *("metadata.rubric", "info.rubrics", "info.rubric", "checklist"),
+        *("metadata.rubric", "info.rubrics", "info.rubric", "checklist", "rubric_items"),
     ),
     "criterion": (
         *("criterion", "description", "rubric_item", "criteria", "requirement", "criterion_description", "text"),
@@ -58,6 +65,8 @@ NAMES: dict[str, tuple[str, ...]] = {
     "answer": ("answer", "final_answer", "expected_answer", "reward_model.ground_truth"),
     "response": RESPONSE_NAMES,
 }
+# Of results alone: Gemini's batches, Bedrock's, lm-eval's samples.
+RESULT_IDS = ("key", "recordId", "doc_id")
 OWN_PART = "leave it out of the row, or judge the rows as they are, without `queries`"
 # The names of one data set, for data.format.
 FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -117,13 +126,15 @@ class RowReader:
         self.mapped, self.responses, self.may_lack_response = dict(fields), responses, may_lack_response
         self._found: set[str] = set()  # roles of data.fields that some row has
         self._without_id = 0
+        self._media_marks: list[str] = []  # with the places of the rows
+        self._by_messages: dict[str, list[Query]] | None = None  # the queries of joined rows, by their conversation
         self._material = () if "prompt" in fields else MATERIAL if responses else (*MATERIAL, "choices")
         self.require_rubric = require_rubric
         self.criterion, self.verifiable = criterion, format == "verifiable"
         self.answers = 0  # training rows that ended with an answer
         self._rubrics = RubricReader(self.names, polarity, self.mapped)
         # top-level fields that a row may be read from: they do not come back beside a judgement
-        roles = ["prompt", "system", "rubric", "id", "reference", "response"]
+        roles = ["prompt", "system", "rubric", "reference", "response"]
         roles += ["answer"] if criterion is not None else []
         self._used = {name.partition(".")[0] for role in roles for name in self.names[role]} | {"input", "history"}
 
@@ -167,12 +178,20 @@ class RowReader:
         """A text or a number, of a row that is scored by it: with ``data.format`` verifiable, or without a rubric."""
         if self.criterion is None or not (self.verifiable or not self._rubrics.has_rubric(row)):
             return None
+        found: dict[str, str] = {}
         for name in row.there(self.names["answer"]):
             value = row.get(name)
             if type(value) in (int, float):
-                return str(value)
-            if isinstance(value, str) and value.strip():
-                return row.text(name)
+                found[name] = str(value)
+            elif isinstance(value, str) and value.strip():
+                found[name] = row.text(name)
+        if found:
+            first = next(iter(found))
+            for name, text in found.items():
+                if not (found[first].strip().endswith(text.strip()) or text.strip().endswith(found[first].strip())):
+                    remedy = f"say which is the answer with data.fields: {{answer: {first}}} or {{answer: {name}}}"
+                    raise row.fail(name, f"it differs from {first}: {remedy}")
+            return found[first]
         if self.verifiable:
             raise row.nothing("answer", self.names["answer"])
         return None
@@ -182,6 +201,7 @@ class RowReader:
 
         ``queries``: by id, those that the rows answer when they hold no conversation themselves.
         """
+        name = row.first(self._id_names)
         if queries is None:
             messages, answer = self._own_conversation(row)
             rubric, sources = self._read_rubric(row)
@@ -189,10 +209,10 @@ class RowReader:
             query = self._query(row, messages, rubric, sources, reference)
             self.answers += answer is not None and bool(row.there(self.names["response"]))
         else:
-            query, answer, sources = self._known(row, queries)
+            name, query = self._named(row, queries)
+            answer, sources = self._own_parts(row, query)
         lacks = self.may_lack_response and answer is None and not has_responses(row, self.names["response"])
         responses = [] if lacks else read_responses(row, self.names["response"], answer)
-        name = row.first(self._id_names)
         used = self._used | set(self._used_item_names())
         given = Given(
             row.get(name) if name else query.id,
@@ -219,13 +239,21 @@ class RowReader:
                 )
         if "id" in self.mapped and self._without_id:
             warn(f"{self._without_id} rows have no {self.mapped['id']!r}: the id is a hash of the conversation")
+        if marks := self._media_marks:
+            warn(
+                f"rows with a mark for an image, sound or video in their text: {len(marks)} (the first: {marks[0]}); it is "
+                "read as these letters; leave rows out that cannot be answered without"
+            )
         if not joined:  # else the weights are the queries'
             self._rubrics.weights.warn()
 
     def _conversation(self, row: Fields) -> tuple[Messages, str | None]:
         self._found |= {role for role in self.mapped if role not in self._found and row.there(self.names[role])}
         refuse_other_media(row)
-        return read_conversation(row, self.names["prompt"], self.names["system"], self._material)
+        messages, answer = read_conversation(row, self.names["prompt"], self.names["system"], self._material)
+        if mark := media_mark(messages):
+            self._media_marks.append(f"{mark} at {row.where}")
+        return messages, answer
 
     def _own_conversation(self, row: Fields) -> tuple[Messages, str | None]:
         if not row.there(self.names["prompt"]) and row.has("custom_id"):
@@ -245,14 +273,40 @@ class RowReader:
         """Of rows to be judged: the id of a batch result has its own name, whatever the queries call theirs."""
         return tuple(dict.fromkeys((*self.names["id"], *NAMES["id"])))
 
-    def _known(self, row: Fields, queries: dict[str, Query]) -> tuple[Query, str | None, list[Fields]]:
-        """The query that a row answers, and the row's own answer and rubric items; what it repeats must be the query's."""
-        name = row.first(self._id_names)
-        if name is None:
-            raise row.nothing("id", self._id_names)
-        query = queries.get(str(row.get(name)))
-        if query is None:
-            raise row.fail(name, "it must be the id of one of the queries")
+    def _named(self, row: Fields, queries: dict[str, Query]) -> tuple[str | None, Query]:
+        """The query that a row answers, and the field that names it; None where only its conversation does."""
+        there = row.there((*self._id_names, *RESULT_IDS))
+        if not there:
+            return None, self._with_conversation(row, queries)
+        if "id" in self.mapped and there[0] == self.mapped["id"]:
+            there = there[:1]
+        known = [name for name in there if id_text(row.get(name)) in queries]
+        if not known:
+            raise row.fail(there[0], "it must be the id of one of the queries")
+        found = [queries[id_text(row.get(name))] for name in known]
+        for name, other in zip(known[1:], found[1:]):
+            if other is not found[0]:
+                remedy = f"say which is the id with data.fields: {{id: {known[0]}}} or {{id: {name}}}"
+                raise row.fail(name, f"{known[0]} is the id of another query: {remedy}")
+        return known[0], found[0]
+
+    def _with_conversation(self, row: Fields, queries: dict[str, Query]) -> Query:
+        """The only query with the conversation of a row that has no id."""
+        if not row.there(self.names["prompt"]):
+            raise row.nothing("id", (*self._id_names, *RESULT_IDS))
+        messages, _ = self._conversation(row)
+        if self._by_messages is None:
+            self._by_messages = {}
+            for query in queries.values():
+                self._by_messages.setdefault(json.dumps(query.messages), []).append(query)
+        found = self._by_messages.get(json.dumps(messages), [])
+        if len(found) != 1:
+            problem = f"no id, and {len(found) or 'none'} of the queries have its conversation"
+            raise UserError(row.where, problem, f"give its query's id as one of {', '.join(self._id_names)}")
+        return found[0]
+
+    def _own_parts(self, row: Fields, query: Query) -> tuple[str | None, list[Fields]]:
+        """A row's own answer and rubric items; what it repeats of its query must be the query's."""
         self._found |= {role for role in self.mapped if row.there(self.names[role])}
         prompt, answer = row.first(self.names["prompt"]), None
         if prompt is not None and not is_rendered(row.get(prompt)) and not row.has("prompt_token_ids"):
@@ -268,7 +322,7 @@ class RowReader:
             raise row.fail(
                 row.first(self.names["rubric"]), f"it differs from that of the query {query.id!r}: {OWN_PART}"
             )
-        return query, answer, sources
+        return answer, sources
 
     def _id(self, row: Fields, messages: Messages) -> str:
         """The row's own id (a whole number counts), else a hash of its conversation."""
@@ -277,17 +331,34 @@ class RowReader:
         if value is None or value == "" or value != value:  # NaN: pandas' missing value
             self._without_id += 1
             return hashlib.sha1(json.dumps(messages, sort_keys=True).encode()).hexdigest()[:16]
-        return row.text(name) if isinstance(value, str) or type(value) not in (int, float) else str(value)
+        return row.text(name) if isinstance(value, str) or type(value) not in (int, float) else id_text(value)
 
     def _reference(self, row: Fields) -> str | None:
+        """The reference answer of a row. Two that differ are refused."""
+        found = {
+            name: text for name in self.names["reference"] if (text := self._reference_text(row, name)) is not None
+        }
+        first = next(iter(found), None)
+        for name, text in found.items():
+            # what a rule compares with may be the end of a whole reference answer
+            if name != "reward_model.ground_truth" and text.strip() != found[first].strip():
+                remedy = f"say which is the reference with data.fields: {{reference: {first}}} or {{reference: {name}}}"
+                raise row.fail(name, f"it differs from {first}: {remedy}")
+        return found[first] if found else None
+
+    def _reference_text(self, row: Fields, name: str) -> str | None:
         """A text; only under our own or a mapped name anything else is a mistake: "ground truth" can be of any type."""
-        for name in row.there(self.names["reference"]):
-            value = row.get(name)
-            if name == "reference" or "reference" in self.mapped:
-                return row.optional_text(name)
-            if isinstance(value, str) and value not in ("", *MISSING) and not _is_structure(decoded(value)):
-                return row.text(name, may_be_blank=True)
+        value = row.get(name)
+        if name == "reference" or "reference" in self.mapped:
+            return row.optional_text(name)
+        if isinstance(value, str) and value not in ("", *MISSING) and not _is_structure(decoded(value)):
+            return row.text(name, may_be_blank=True)
         return None
+
+
+def id_text(value) -> str:
+    """An id as it is compared: pandas makes 7 to 7.0 where other rows have none."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _is_structure(value) -> bool:

@@ -1,4 +1,4 @@
-"""The rubric of a row, however a project writes it: where its items are, what a criterion is called, what it weighs."""
+"""Reads the rubric of a row in the forms of many projects: its items, their criteria and their weights."""
 
 import re
 import sys
@@ -48,7 +48,7 @@ class RubricReader:
         return items, sources
 
     def has_rubric(self, row: Fields) -> bool:
-        """Whether there is one, good or bad."""
+        """Whether the row has a rubric, valid or not."""
         return self._place(row) is not None
 
     def _place(self, row: Fields) -> str | None:

@@ -1,4 +1,4 @@
-"""What can stand in a model directory where a file should be: a pointer, a web page, a part of a download."""
+"""Finds what is in a model directory in the place of a file: a pointer, a web page, a part of a download."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ DOWNLOADS = ".cache/huggingface/download"  # where hf download --local-dir keeps
 
 
 def refuse_stand_in(file: Path, head: bytes) -> None:
-    """Raise ``UserError`` when ``head``, the file's first ``HEAD_BYTES`` bytes, is of something that stands for it."""
+    """Raise ``UserError`` when ``head``, the file's first ``HEAD_BYTES`` bytes, shows that it is a pointer or a web page."""
     for beginning, found, remedy in STAND_INS:
         if head.lstrip().lower().startswith(beginning):
             raise UserError(str(file), found, remedy)

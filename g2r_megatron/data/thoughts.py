@@ -1,4 +1,4 @@
-"""The marks with which models and chat templates open and close a thought, in text: ``<think>`` and its relatives.
+"""The marks with which models and chat templates open and close a thought, in text: ``<think>`` and similar ones.
 
 Known are the tags of published templates: ``<think>``, ``<thinking>``, ``<reasoning>``, ``<seed:think>`` and the like,
 ``[THINK]``, ``<|START_THINKING|>``, ``<|begin_of_thought|>`` and Gemma's ``<|channel>thought``.

@@ -1,4 +1,4 @@
-"""How many tokens a text can have at most, without tokenizing it: most rows are known to fit by their bytes."""
+"""An upper bound on the number of tokens of a text, from its bytes: most rows are known to fit without tokenizing them."""
 
 import unicodedata
 from collections.abc import Iterable

@@ -31,8 +31,8 @@ from g2r_megatron.data.chat_template import (
 )
 from g2r_megatron.data.sentencepiece_model import LEADING_SPACES
 from g2r_megatron.data.thoughts import is_thought_mark
-from g2r_megatron.data.tokenizer_files import load_tokenizer as load_tokenizer  # found here too
 from g2r_megatron.data.tokenizer_files import json_object, vocabulary_size
+from g2r_megatron.data.tokenizer_files import load_tokenizer as load_tokenizer  # found here too
 from g2r_megatron.errors import UserError
 
 # Added tokens that any text may hold: words, blanks, sentence punctuation; and signs without a word between them.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from g2r_megatron.data.sentencepiece_model import build_backend
 from g2r_megatron.data.stand_ins import check_stand_ins
@@ -147,6 +147,8 @@ def _read_tokenizer(path: Path, config: dict):
 
 def _read_vocabulary(path: Path, config: dict):
     """``vocab.json`` and ``merges.txt``: how texts are split before merges, transformers knows by the tokenizer's class."""
+    from transformers import AutoTokenizer  # imports torch's compiler: a second of every command's start
+
     try:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What a rubric item weighs: a number, a word, or a word in its title. What may be a weight or a sign is never passed over."""
+"""Reads the weight of a rubric item: a number, a word, or a word in its title. Nothing that may be a weight is ignored."""
 
 import re
 from functools import lru_cache
@@ -55,7 +55,7 @@ HARMLESS = {"id", "index", "idx", "check"}  # fields of an item that say nothing
 
 
 class WrongPolarity(UserError):
-    """``data.polarity`` does not go with the data: no matter of a single row."""
+    """``data.polarity`` does not fit the data as a whole, so no single row is at fault."""
 
 
 class WeightReader:
@@ -192,7 +192,7 @@ def _words(value) -> list[str]:
 
 @lru_cache(maxsize=4096)
 def _word(text: str) -> str | None:
-    """The weight word that ``text`` is; labels recur."""
+    """The weight word that ``text`` is. Cached, because labels recur."""
     match = WHOLE_WORD.fullmatch(text)
     return match[1].lower() if match else None
 

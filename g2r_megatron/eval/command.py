@@ -14,8 +14,6 @@ from g2r_megatron.data.types import Query
 from g2r_megatron.errors import UserError, warn
 from g2r_megatron.eval.ledger import LedgerFile
 from g2r_megatron.eval.records import (
-    PAGE,
-    RESPONSES,
     Answer,
     data_key,
     judge_facts,
@@ -27,6 +25,7 @@ from g2r_megatron.eval.sampling import newest_weights, run_options, sampled
 from g2r_megatron.eval.table import summary_table
 from g2r_megatron.judge.output_file import job_key
 from g2r_megatron.parallel import groups
+from g2r_megatron.records.evaluations import PAGE, RESPONSES
 from g2r_megatron.records.progress_bar import CountProgress
 from g2r_megatron.rollout.vllm.check_servers import check_servers
 from g2r_megatron.verify.verifier import Verifier
@@ -36,6 +35,7 @@ from g2r_megatron.workers import (
     judge_texts,
     read_policy,
     read_verdict_judge,
+    verified_by_all,
     verifier_for,
 )
 
@@ -187,7 +187,7 @@ def verify_missing(config: EvalConfig, verifier: Verifier, tasks: Sequence[Task]
         for first in range(0, len(todo), config.batch_rows):
             places = todo[first : first + config.batch_rows]
             texts = [file.ledger.answers[place].text for place in places]
-            found = verifier.verdicts([tasks[place].query for place in places], texts)
+            found = verified_by_all(verifier, [tasks[place].query for place in places], texts)
             file.verified(places, [verdict is True for verdict in found])
             progress.done(before + first + len(places))
     verifier.close()

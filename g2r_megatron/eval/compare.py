@@ -13,9 +13,9 @@ import numpy as np
 
 from g2r_megatron.errors import UserError, warn
 from g2r_megatron.eval.page import compare_page
-from g2r_megatron.eval.records import read_results
 from g2r_megatron.eval.scoring import CLIPPED
 from g2r_megatron.eval.table import COMPARED, compared_rows, text_table
+from g2r_megatron.records.evaluations import read_results
 from g2r_megatron.records.files import replace_text
 
 RESAMPLES = 10_000

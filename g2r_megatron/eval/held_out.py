@@ -1,16 +1,16 @@
 """Scores on the held-out queries of a training run."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import fmean
 
 from g2r_megatron.config.options import TrainConfig
 from g2r_megatron.credit.judgements import ItemJudgement, JudgementRow, kind_of
-from g2r_megatron.credit.truth import true_verdicts
-from g2r_megatron.eval.records import SUMMARY, Answer, data_key, judge_facts, read_results, record_of, write_results
+from g2r_megatron.eval.records import Answer, data_key, judge_facts, record_of, write_results
 from g2r_megatron.experience import Rollouts, sample_and_submit, score_metrics
 from g2r_megatron.judge.parts import take_verified
+from g2r_megatron.records.evaluations import SUMMARY, read_results, step_directory
 from g2r_megatron.records.phase_times import PhaseTimes
+from g2r_megatron.rollout.recording import eval_name
 from g2r_megatron.run import Run
 from g2r_megatron.workers import Inputs, Workers
 
@@ -48,6 +48,7 @@ def evaluate(
             queries=inputs.eval,
             group_size=config.eval.samples,
             key=f"{config.seed}/eval",
+            batch=eval_name(step),
             parts=config.judge.parts,
             mix=None,
             temperature=0.0 if config.eval.greedy else None,
@@ -55,8 +56,9 @@ def evaluate(
         )
         with workers.judge_on_device():
             judgements, _ = workers.judge.judge_submitted()
+        run.dump_batch(eval_name(step), rollouts, judgements, step)
         scores = score_metrics(rollouts, judgements)
-        gold = truths(rollouts) if kind_of(judgements[0]) is ItemJudgement else None
+        gold = true_judgements(rollouts) if kind_of(judgements[0]) is ItemJudgement else None
         if workers.gold is not None:
             gold = workers.gold.judge(rollouts.queries, [response.text for response in rollouts.responses])
             answered = [query.answer is not None for query in rollouts.queries]
@@ -69,12 +71,11 @@ def evaluate(
     return times.metrics() | metrics
 
 
-def truths(rollouts: Rollouts) -> list[JudgementRow] | None:
+def true_judgements(rollouts: Rollouts) -> list[JudgementRow] | None:
     """What is true of every response, as a gold judge would say it; None unless that is known for all items of all rows."""
-    known = [true_verdicts(q, r.text) for q, r in zip(rollouts.queries, rollouts.responses, strict=True)]
-    if not all(known):
+    if not all(rollouts.truths):
         return None
-    return [[ItemJudgement(float(true), float(not true), true) for true in row or ()] for row in known]
+    return [[ItemJudgement(float(true), float(not true), true) for true in row or ()] for row in rollouts.truths]
 
 
 def records_of(rollouts: Rollouts, judgements: list[JudgementRow], gold: list[JudgementRow] | None) -> list[dict]:
@@ -92,19 +93,14 @@ def keep(config: TrainConfig, inputs: Inputs, run: Run, step: int, records: list
         judge = judge_facts(config.judge)
         judge["model"] = config.judge.model or config.policy.model
         facts = {"policy": config.output_dir, "step": step, "judge": judge, "data": data_key(inputs.eval)}
-        write_results(directory_of(run.output, step), facts, records, config.seed)
+        write_results(step_directory(run.output, step), facts, records, config.seed)
     if "gold_score" not in records[0]:
         return {}
-    first = directory_of(run.output, 0)
+    first = step_directory(run.output, 0)
     if step == 0 or not (first / SUMMARY).is_file():
         return gold_metrics(records, [])
     found, before = read_results(first)
     return gold_metrics(records, before if found["data"] == data_key(inputs.eval) else [])
-
-
-def directory_of(output: Path, step: int) -> Path:
-    """Where the evaluation after ``step`` is."""
-    return output / "eval" / f"step_{step:08d}"
 
 
 def gold_metrics(records: Sequence[dict], before: Sequence[dict]) -> dict[str, float]:

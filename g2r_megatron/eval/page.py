@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from html import escape
 
 from g2r_megatron.eval.table import COMPARED, HEADINGS, compared_rows, said_of, score_rows
-from g2r_megatron.report.heatmap import visible
 from g2r_megatron.report.page import document, section
+from g2r_megatron.report.text import visible
 
 MOST_RESPONSES = 40  # drawn; all are in responses.jsonl
 OPEN_CARDS = 2  # shown without a click
@@ -53,7 +53,7 @@ def compare_page(a: str, b: str, datasets: dict[str, dict], pairs: Sequence[tupl
 
 def _pair(difference: float, a: dict, b: dict, is_open: bool) -> str:
     kind = "good" if difference > 0 else "bad"
-    sides = "".join(f'<p class="fine">{name}</p>{response(record)}' for name, record in (("A", a), ("B", b)))
+    sides = response(a, "A") + response(b, "B")
     return (
         f'<details class="sample"{" open" if is_open else ""}><summary>{visible(str(a["id"]))} <b class="{kind}">{difference:+.2f}</b>'
         f"</summary>{_prompt(a)}{sides}</details>"
@@ -61,9 +61,12 @@ def _pair(difference: float, a: dict, b: dict, is_open: bool) -> str:
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are text."""
+    """Cells are text; a row whose first one begins with a blank is a part of the row above."""
     head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
-    body = "".join(f"<tr>{''.join(f'<td>{visible(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    body = "".join(
+        f"<tr{' class=run' * row[0].startswith(' ')}>{''.join(f'<td>{visible(cell)}</td>' for cell in row)}</tr>"
+        for row in rows
+    )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -77,11 +80,11 @@ def card(record: dict, is_open: bool) -> str:
     )
 
 
-def response(record: dict) -> str:
-    """The text of a response and its verdicts, a met criterion of negative weight marked as bad."""
+def response(record: dict, name: str = "") -> str:
+    """The text of a response and its verdicts, a met criterion of negative weight marked as bad; ``name``: shown before its score."""
     items = "".join(f"<li>{_verdict(item)} {visible(item['criterion'])}</li>" for item in record["items"])
     return (
-        f'<div class="strip"><div class="label"><p class="what">score {record["score"]:.3f}</p></div>'
+        f'<div class="strip"><div class="label"><p class="what">{f"{name}: " * bool(name)}score {record["score"]:.3f}</p></div>'
         f'<p class="text">{visible(record["response"])}</p></div><div class="rest"><ul>{items}</ul></div>'
     )
 

@@ -1,7 +1,6 @@
 """The results of an evaluation as files: a record a response, what they add up to, and the page.
 
-A directory holds ``responses.jsonl`` (one record a line), ``eval.json`` (the summary, and what was evaluated on what by
-whom) and ``eval.html``. ``g2r eval`` and the evaluations of a training write the same files.
+``g2r eval`` and the evaluations of a training write the same files (records/evaluations.py reads them).
 """
 
 import hashlib
@@ -13,12 +12,10 @@ from pathlib import Path
 from g2r_megatron.config.options import JudgeConfig, VerdictJudgeConfig
 from g2r_megatron.credit.judgements import ItemJudgement, JudgementRow, plain_number
 from g2r_megatron.data.types import Query
-from g2r_megatron.errors import UserError
 from g2r_megatron.eval.page import eval_page
 from g2r_megatron.eval.scoring import summary
+from g2r_megatron.records.evaluations import PAGE, RESPONSES, SUMMARY
 from g2r_megatron.records.files import make_directory, replace_text
-
-RESPONSES, SUMMARY, PAGE = "responses.jsonl", "eval.json", "eval.html"
 
 
 @dataclass(frozen=True)
@@ -98,17 +95,3 @@ def write_results(directory: Path, facts: dict, records: Sequence[dict], seed: i
     replace_text(directory / PAGE, eval_page(found, records))
     replace_text(directory / SUMMARY, json.dumps(found, indent=1) + "\n")
     return found
-
-
-def read_results(directory: Path) -> tuple[dict, list[dict]]:
-    """(eval.json, records) of a directory that ``write_results`` has written. Raises ``UserError`` for any other."""
-    remedy = "give the output of a finished g2r eval, or RUN/eval/step_... of a training"
-    for name in (SUMMARY, RESPONSES):
-        if not (directory / name).is_file():
-            raise UserError(str(directory), f"no {name} in it", remedy)
-    try:
-        found = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
-        lines = (directory / RESPONSES).read_text(encoding="utf-8").split("\n")
-        return found, [json.loads(line) for line in lines if line]
-    except ValueError as error:
-        raise UserError(str(directory), f"broken ({error})", remedy) from error

@@ -71,7 +71,7 @@ def compared_rows(datasets: dict[str, dict]) -> list[list[str]]:
                 f"{own['a']:.4f}",
                 f"{own['b']:.4f}",
                 interval,
-                f"{own['p']:.3f}",
+                f"{own['p']:.3f}" if own["p"] >= 0.001 else "<0.001",
                 *counts,
             ]
         )

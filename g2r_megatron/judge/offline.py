@@ -4,7 +4,7 @@ One output line per response, in the order of the rows: ``id, reward, tokens, to
 p_true, p_false, verdict, attribution, alpha`` (``attribution`` and ``alpha`` null where no backward ran: items judged
 False or of weight 0). A reward model has no items: ``id, reward, tokens, token_rewards, attribution, alpha``. Lists run
 over the T tokens of the response. The judge's fp32 results are written with 9 significant digits, which identify an
-fp32 number. A value that is not finite is null.
+fp32 number. A value that is not finite is null. ``format_out`` parquet and trl: the same as columns (judge/columns.py).
 """
 
 import os
@@ -18,24 +18,27 @@ from statistics import fmean
 
 import torch.distributed as dist
 
-from g2r_megatron.config.command_options import OfflineJudgeConfig, ProbeConfig
+from g2r_megatron.config.command_options import OfflineJudgeConfig, OutputFormat, ProbeConfig
 from g2r_megatron.credit.judgements import Alphas, JudgementRow, kind_of, plain_numbers
 from g2r_megatron.data.readers import read_queries
 from g2r_megatron.data.token_bound import most_tokens
 from g2r_megatron.data.tokenizer import encode_text, token_texts
 from g2r_megatron.data.types import Query
 from g2r_megatron.errors import UserError, warn
+from g2r_megatron.judge.columns import check_ids, fields_for_trl, write_parquet
 from g2r_megatron.judge.frozen import FrozenJudge
 from g2r_megatron.judge.health import JudgeHealth
 from g2r_megatron.judge.length_bound import check_judge_positions
 from g2r_megatron.judge.output_file import (
     PartialFile,
+    Writer,
     check_parts,
     job_key,
     join_parts,
     part_path,
     partial_file,
     share_of,
+    write_lines,
 )
 from g2r_megatron.judge.prompt import JudgePrompt
 from g2r_megatron.judge.reward_prompt import RewardPrompt, judge_prompt
@@ -71,7 +74,10 @@ def judge_file(config: OfflineJudgeConfig) -> None:
             return
     hf = open_hf_model(config.judge.model, "judge.model")
     prompt = judge_prompt(hf, load_model_tokenizer(hf), config.judge)
-    rows = own_rows(config, read_rows(config, prompt))
+    rows = read_rows(config, prompt)
+    if config.format_out != "jsonl":
+        check_ids([query.given.id for query in rows])
+    rows = own_rows(config, rows)
     check_judge_positions(hf, config.judge, ((query, len(query.response.encode())) for query in rows))
     groups.initialize(config.seed)
     key, ids = job_key(config, rows), [query.given.id for query in rows]
@@ -80,7 +86,7 @@ def judge_file(config: OfflineJudgeConfig) -> None:
         done = shared(len(file.rewards) if writes else None)
         health = judge_and_write(config, hf, prompt, rows, done, file)
         if writes:
-            file.complete()
+            file.complete(write_lines if config.shards > 1 else writer_of(config))
             before = f" ({done} of them before)" if done else ""
             line = f"{path}: {len(rows)} rows{before}, mean reward {fmean(file.rewards):.3f}"
             finish(config, f"{line}, {health.passes} backward passes")
@@ -115,7 +121,7 @@ def judge_and_write(
             for row, inputs, judgements in judge_rows(stage, batch, config.seed):
                 alphas = stage.alphas(row.body, judgements, row_key(config.seed, row))
                 health.count(row.query.id, judgements, alphas)
-                records.append(output_record(stage, row, judgements, alphas))
+                records.append(output_record(stage, row, judgements, alphas, config.format_out))
                 if config.dump_inputs:
                     add_inputs(records[-1], inputs, prompt)
             if file is not None:
@@ -129,8 +135,15 @@ def finish(config: OfflineJudgeConfig, line: str) -> None:
     if int(os.environ.get("RANK", 0)) == 0:
         print(line, flush=True)
         before = Path(config.output).exists()
-        if config.shards > 1 and join_parts(Path(config.output), config.shards) and not before:
+        if config.shards > 1 and join_parts(Path(config.output), config.shards, writer_of(config)) and not before:
             print(f"{config.output}: complete, {config.shards} parts joined", flush=True)
+
+
+def writer_of(config: OfflineJudgeConfig) -> Writer:
+    """What makes the output of its lines."""
+    if config.format_out == "jsonl":
+        return write_lines
+    return partial(write_parquet, format_out=config.format_out)
 
 
 def shared(count: int | None) -> int:
@@ -197,7 +210,9 @@ def judge_rows(stage: JudgeStage, rows: Sequence[Row], seed: int) -> list[tuple[
     return list(zip(rows, inputs, judgements, strict=True))
 
 
-def output_record(stage: JudgeStage, row: Row, judgements: JudgementRow, alphas: Alphas) -> dict:
+def output_record(
+    stage: JudgeStage, row: Row, judgements: JudgementRow, alphas: Alphas, format_out: OutputFormat
+) -> dict:
     """The output line of one row, as plain data. ``alphas``: of its judgements."""
     query, kind = row.query, kind_of(judgements)
     rewards = kind.token_rewards(query, judgements, alphas, len(row.body))
@@ -207,6 +222,8 @@ def output_record(stage: JudgeStage, row: Row, judgements: JudgementRow, alphas:
         "tokens": token_texts(stage.prompt.tokenizer, row.body),
         "token_rewards": plain_numbers(rewards),
     } | kind.output_record(query, judgements, alphas)
+    if format_out == "trl":
+        record |= fields_for_trl(query, row.body)
     if query.given.choice is not None:
         record["choice"] = query.given.choice
     add_given(record, query.given.fields)

@@ -2,14 +2,15 @@
 
 While it is written it is ``.NAME.partial``, whose first line identifies the job. Whole batches that a killed process
 wrote are kept. So a continued file equals the file of an uninterrupted process, bit for bit. Several jobs each write a
-share of the rows: ``OUTPUT.parts/00003-of-00016.jsonl``; the last one to finish joins them.
+share of the rows: ``OUTPUT.parts/00003-of-00016.jsonl``; the last one to finish joins them. Partial files and parts are
+lines of JSON in every format; what is whole is written by a ``Writer``.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,11 @@ from g2r_megatron.errors import UserError
 
 # Options that may differ between two attempts at one file: they change no number by more than rounding.
 FREE = ("input", "queries", "output", "batch_rows")  # the rows count, not their paths
+Writer = Callable[[Iterable[bytes], BinaryIO], None]
+
+
+def write_lines(lines: Iterable[bytes], target: BinaryIO) -> None:
+    target.writelines(lines)
 
 
 def share_of(count: int, shard: int, shards: int) -> range:
@@ -62,15 +68,15 @@ class PartialFile:
             _to_disk(self.file)
         self.rewards += [record["reward"] for record in records]
 
-    def complete(self) -> None:
-        """Give the file its name, without the first line. Raises ``UserError`` if another process has taken over."""
+    def complete(self, write: Writer = write_lines) -> None:
+        """Make the whole file of the lines, without the first one. Raises ``UserError`` if another process has taken over."""
         partial, whole = partial_path(self.path), self.path.with_name(f".{self.path.name}.{_process()}.whole")
         with _named_errors(self.path):
             if not partial.exists() or os.fstat(self.file.fileno()).st_ino != partial.stat().st_ino:
                 raise UserError("output", f"{self.path} is being written by another process", "leave it to that one")
             with partial.open("rb") as source, whole.open("wb") as target:
                 source.readline()
-                shutil.copyfileobj(source, target)
+                write(source, target)
                 _to_disk(target)
             whole.replace(self.path)
             partial.unlink()
@@ -130,7 +136,7 @@ def copy_whole_batches(
     return rewards
 
 
-def join_parts(output: Path, shards: int) -> bool:
+def join_parts(output: Path, shards: int, write: Writer = write_lines) -> bool:
     """Write ``output`` from its parts if all exist, then remove them; returns whether ``output`` exists now.
 
     Any number of jobs may do this at once: each writes the same bytes to a file with its own name and renames that
@@ -144,15 +150,19 @@ def join_parts(output: Path, shards: int) -> bool:
         try:
             if not output.exists():
                 with whole.open("wb") as target:
-                    for part in parts:
-                        with part.open("rb") as source:
-                            shutil.copyfileobj(source, target)
+                    write(_lines(parts), target)
                     _to_disk(target)
                 whole.replace(output)
         except FileNotFoundError:  # another job has joined and removed them meanwhile
             whole.unlink(missing_ok=True)
         shutil.rmtree(parts_directory(output), ignore_errors=True)
     return True
+
+
+def _lines(parts: Iterable[Path]) -> Iterator[bytes]:
+    for part in parts:
+        with part.open("rb") as source:
+            yield from source
 
 
 def check_parts(output: Path, shards: int) -> None:

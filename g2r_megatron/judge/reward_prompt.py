@@ -65,7 +65,9 @@ class RewardPrompt(ResponseReader):
         self._response_continues = data_continues(tokenizer, before[-1][0])
         self._prints_thought = _without_empty_thought(before) != before
         behind = encode_parts(tokenizer, after, continues=True)
-        self.check_branch(self.score_position([-1, *behind]), "what the score is read from", "use another value")
+        read_after = self.score_position([-1, *behind])
+        self.reads_behind_response = read_after > 0  # the score, not at the response's last token
+        self.check_branch(read_after, "what the score is read from", "use another value")
         self._sides = lru_cache(maxsize=CACHED_CONVERSATIONS)(self._sides_uncached)
 
     def build_items(self, query: Query, response_ids: Sequence[int]) -> list[JudgeInput]:

@@ -165,7 +165,7 @@ def suffix_batches(
     batches: list[SuffixBatch] = []
     for plan in plans:
         if plan.users:
-            kept = KeptKeys(plan.users, again)
+            kept = KeptKeys(plan.users, again, model.config.num_layers)
             prefix = _prefix_batch(model, plan.units, inputs, kept)
             starts = [sum(unit.prefix for unit in plan.units[:i]) for i in range(len(plan.units))]
         else:

@@ -9,20 +9,21 @@ from dataclasses import dataclass
 
 import torch
 
-_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 @dataclass(frozen=True)
 class Branches:
     """Where the branches of a tree are, as a batch padded to the longest.
 
-    ``prefix``: tokens before them. ``rows`` int64 [branches, longest]: offset of each token behind the prefix, padding
-    repeating its branch's last token; ``real`` bool of the same shape. ``back`` int64 [tokens]: from offset to place in
-    the flattened batch.
+    ``prefix``: tokens before them; ``lengths``: tokens of each. ``rows`` int64 [branches, longest]: offset of each token
+    behind the prefix, padding repeating its branch's last token; ``real`` bool of the same shape. ``back`` int64
+    [tokens]: from offset to place in the flattened batch.
     """
 
     prefix: int
+    lengths: list[int]
     rows: torch.Tensor
     real: torch.Tensor
     back: torch.Tensor
@@ -35,15 +36,20 @@ class Branches:
         at = torch.arange(max(lengths))
         real = at < sizes[:, None]
         rows = starts[:, None] + torch.minimum(at, sizes[:, None] - 1)
-        return Branches(prefix, rows, real, real.flatten().nonzero().squeeze(1))
+        return Branches(prefix, lengths, rows, real, real.flatten().nonzero().squeeze(1))
 
     def batch(self, x: torch.Tensor) -> torch.Tensor:
-        """[1, heads, tokens, ...] -> [branches, heads, longest, ...]."""
-        return x[0][:, self.rows].transpose(0, 1)
+        """[1, heads, tokens, ...] -> [branches, heads, longest, ...], one copy of whole rows."""
+        heads, tokens = x.shape[1:3]
+        at = self.rows[:, None] + torch.arange(heads, device=x.device)[:, None] * tokens
+        return x.flatten(0, 2).index_select(0, at.flatten()).unflatten(0, at.shape)
 
     def flat(self, x: torch.Tensor) -> torch.Tensor:
         """The inverse of ``batch``."""
-        return x.transpose(0, 1).flatten(1, 2)[:, self.back].unsqueeze(0)
+        heads, longest = x.shape[1:3]
+        branch, offset = self.back // longest, self.back % longest
+        at = branch * heads * longest + torch.arange(heads, device=x.device)[:, None] * longest + offset
+        return x.flatten(0, 2).index_select(0, at.flatten()).unflatten(0, at.shape).unsqueeze(0)
 
 
 class TreeAttention(torch.autograd.Function):
@@ -53,10 +59,10 @@ class TreeAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, branches: Branches, scale: float | None):
         p = branches.prefix
         (q0, k0, v0), (q1, k1, v1) = ([x[:, :, half] for x in (query, key, value)] for half in _halves(p))
-        out, sums = _attend(q0, k0, v0, 0.0, True, scale=scale)
-        to_prefix, prefix_sums = _attend(q1, k0, v0, 0.0, False, scale=scale)
+        out, sums = attend(q0, k0, v0, 0.0, True, scale=scale)
+        to_prefix, prefix_sums = attend(q1, k0, v0, 0.0, False, scale=scale)
         own = [branches.batch(x) for x in (q1, k1, v1)]
-        to_self, self_sums = (branches.flat(x) for x in _attend(*own, 0.0, True, scale=scale))
+        to_self, self_sums = (branches.flat(x) for x in attend(*own, 0.0, True, scale=scale))
         merged = torch.logaddexp(prefix_sums, self_sums)
         to_prefix = to_prefix * (prefix_sums - merged).exp().unsqueeze(-1).to(query.dtype)
         to_self = to_self * (self_sums - merged).exp().unsqueeze(-1).to(query.dtype)
@@ -73,12 +79,12 @@ class TreeAttention(torch.autograd.Function):
         before, behind = ([x[:, :, half] for x in tensors] for half in _halves(branches.prefix))
         _, _, k0, v0, _ = before
         g1, q1, _, _, o1 = behind
-        dq0, dk0, dv0 = _attend_backward(*before, sums, 0.0, True, scale=scale)
-        dq1, dk, dv = _attend_backward(g1, q1, k0, v0, o1, merged, 0.0, False, scale=scale)
+        dq0, dk0, dv0 = attend_backward(*before, sums, 0.0, True, scale=scale)
+        dq1, dk, dv = attend_backward(g1, q1, k0, v0, o1, merged, 0.0, False, scale=scale)
         dk0, dv0 = dk0.add_(dk), dv0.add_(dv)
         g, q, k, v, o = (branches.batch(x) for x in behind)
         g = g * branches.real[:, None, :, None]  # padding is no query
-        own = _attend_backward(g, q, k, v, o, branches.batch(merged), 0.0, True, scale=scale)
+        own = attend_backward(g, q, k, v, o, branches.batch(merged), 0.0, True, scale=scale)
         dq, dk1, dv1 = (branches.flat(x) for x in own)
         halves = (dq0, dq1.add_(dq)), (dk0, dk1), (dv0, dv1)
         return *(torch.cat(pair, dim=2) for pair in halves), None, None

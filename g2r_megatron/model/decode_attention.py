@@ -5,6 +5,8 @@ step has a new number. Products and a softmax need no plan, and most of their ti
 read in blocks (``CacheContext``), so that a run has few shapes.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 
@@ -13,27 +15,74 @@ from g2r_megatron.parallel.microbatches import padded
 
 
 class CacheContext(StaticInferenceContext):
-    """Megatron-Core's static KV cache, read in whole blocks of ``block`` positions."""
+    """Megatron-Core's static KV cache whose sequences are each at a position of their own.
+
+    A pass is over whole prompts, which go into given rows of the cache (``begin_prompts``), or over one position of every
+    row (``begin_step``). The cache is read in whole blocks of ``block`` positions. (Megatron-Core 0.16's dynamic context
+    has positions of their own too, but only on GPUs with FlashAttention's paged kernels, and no virtual stages.)
+    """
 
     def __init__(self, sequences: int, length: int, block: int):
         super().__init__(sequences, padded(length, block))
         self.block = block
+        self._rows = self._positions = torch.empty(0, dtype=torch.int64)
+        self._angles: torch.Tensor | None = None
 
-    def read_length(self, end: int) -> int:
-        """Positions that a step reads when ``end`` positions are stored."""
-        return padded(end, self.block)
+    def begin_prompts(self, rows: Sequence[int], device: torch.device) -> None:
+        """The next pass is over prompts from position 0; the first ``len(rows)`` of its batch are stored in ``rows``."""
+        self.enable_prefill_mode()
+        self._angles = None
+        self._rows = torch.tensor(rows, dtype=torch.int64, device=device)
 
-    def distances(self, position: int, device: torch.device) -> torch.Tensor:
-        """What a step's ``attention_mask`` is: int64 [positions read], how far each one is behind ``position``.
+    def begin_step(self, positions: Sequence[int], device: torch.device) -> torch.Tensor:
+        """The next pass is over one token a row, at ``positions``. Returns its ``attention_mask``.
 
-        Those below 0 hold nothing yet.
+        This is int64 [rows, 1, positions read]: how far each is behind the row's own. Those below 0 hold nothing yet.
         """
-        return position - torch.arange(self.read_length(position + 1), device=device)
+        self.enable_decode_mode()
+        self._angles = None
+        self._positions = torch.tensor(positions, device=device)
+        self._rows = torch.arange(len(positions), device=device)
+        read = padded(max(positions) + 1, self.block)
+        return (self._positions.unsqueeze(1) - torch.arange(read, device=device)).unsqueeze(1)
+
+    def angles(self, rotary: torch.Tensor, length: int) -> torch.Tensor:
+        """Of all positions [n, 1, 1, d]: those of this pass, [length, 1, 1, d], or [1, rows, 1, d] in a step."""
+        if self._angles is None:  # the same in every layer
+            self._angles = rotary[self._positions].transpose(0, 1) if self.is_decode_only() else rotary[:length]
+        return self._angles
+
+    def update(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor, allocate: Callable[[int, int], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store a pass's rotated keys and its values [s, b, ng, hn]; what its queries look at.
+
+        ``allocate(length, sequences)`` makes an empty cache of keys or values.
+        """
+        if layer not in self.key_value_memory_dict:
+            # A block can end after the stored positions. The values there are multiplied by 0, so they must be finite.
+            caches = [allocate(self.max_sequence_length, self.max_batch_size).zero_() for _ in range(2)]
+            self.key_value_memory_dict[layer] = caches
+        caches = self.key_value_memory_dict[layer]
+        if not self.is_decode_only():
+            for cache, new in zip(caches, (key, value), strict=True):
+                cache[: new.size(0)].index_copy_(1, self._rows, new[:, : len(self._rows)])
+            return key, value
+        for cache, new in zip(caches, (key, value), strict=True):
+            cache[self._positions, self._rows] = new[0]
+        return caches[0], caches[1]
+
+    def keep(self, rows: Sequence[int], device: torch.device) -> None:
+        """Go on with these rows alone."""
+        chosen = torch.tensor(rows, device=device)
+        for layer, caches in self.key_value_memory_dict.items():
+            self.key_value_memory_dict[layer] = [cache.index_select(1, chosen) for cache in caches]
+        self.max_batch_size = len(rows)
 
 
 def is_cache(attention_mask: torch.Tensor) -> bool:
-    """Whether it is ``distances`` of a cache; structures of rows have two dimensions (model/tree_attention.py)."""
-    return attention_mask.dim() == 1
+    """Whether it is of a step over a cache; structures of rows have two dimensions (model/tree_attention.py)."""
+    return attention_mask.dim() == 3
 
 
 def decode_attention(
@@ -44,18 +93,21 @@ def decode_attention(
     window: int | None,
     scale: float | None,
 ) -> torch.Tensor:
-    """``query`` [1, b, np, hn], ``key``/``value`` [keys, b, ng, hn], ``distances`` [keys] -> [1, b, np * hn].
+    """``query`` [1, b, np, hn], caches ``key``/``value`` [>= keys, b, ng, hn] -> [1, b, np * hn].
 
-    ``window``: at most so many positions back are seen. Scores and their softmax are fp32.
+    ``distances`` [b, 1, keys]: of ``CacheContext.begin_step``; as many keys are read. ``window``: at most so many positions
+    back are seen. Scores and their softmax are fp32.
     """
-    if query.size(0) != 1 or distances.size(0) != key.size(0):
-        raise ValueError(f"{tuple(query.shape)} over {tuple(key.shape)} is not one position over {len(distances)} keys")
-    groups = key.size(1) * key.size(2)
-    q = query.reshape(groups, -1, query.size(3))  # heads of a group together
-    k, v = (x.flatten(1, 2).transpose(0, 1) for x in (key, value))  # [b * ng, keys, hn], not copied
+    keys, (length, b, ng, hn) = distances.size(2), key.shape
+    if query.size(0) != 1 or query.size(1) != b or distances.size(0) != b or keys > length:
+        shapes = f"{tuple(query.shape)} over {tuple(key.shape)}"
+        raise ValueError(f"{shapes} is not one position a sequence over {tuple(distances.shape)} keys")
+    q = query.reshape(b * ng, -1, hn)  # heads of a group together
+    k, v = (x[:keys].flatten(1, 2).transpose(0, 1) for x in (key, value))  # [b * ng, keys, hn], not copied
     hidden = distances < 0
     if window is not None:
         hidden = hidden | (distances > window)
-    scores = fp32_product(q, k.mT).mul_(query.size(3) ** -0.5 if scale is None else scale)
-    found = fp32_product(scores.masked_fill_(hidden, float("-inf")).softmax(-1).to(v.dtype), v)
-    return found.to(query.dtype).view(1, query.size(1), -1)
+    scores = fp32_product(q, k.mT).mul_(hn**-0.5 if scale is None else scale)
+    scores.view(b, -1, keys).masked_fill_(hidden, float("-inf"))
+    found = fp32_product(scores.softmax(-1).to(v.dtype), v)
+    return found.to(query.dtype).view(1, b, -1)

@@ -45,26 +45,20 @@ class GroupAwareSelfAttention(SelfAttention):
 
     Its QKV split also works with fewer key-value heads than TP ranks in a model with own groups: Megatron-Core 0.16
     gathers the QKV projection over the *global* TP group in that case. Its cache holds keys as they are read, rotated
-    once (Megatron-Core 0.16 rotates all of them in every step), and is read in blocks (model/decode_attention.py).
+    once (Megatron-Core 0.16 rotates all of them in every step), of sequences that are each at a position of their own, and
+    is read in blocks (model/decode_attention.py).
     """
-
-    def _allocate_memory(self, *args):
-        # A block can end after the stored positions. The values there are multiplied by 0, so they must be finite.
-        return super()._allocate_memory(*args).zero_()
 
     def _adjust_key_value_for_inference(self, context, query, key, value, rotary_pos_emb, *args, **kwargs):
         if context is None:
             return super()._adjust_key_value_for_inference(context, query, key, value, rotary_pos_emb, *args, **kwargs)
-        start = context.sequence_len_offset
-        angles = rotary_pos_emb[1][start : start + key.size(0)]
+        angles, dtype = context.angles(rotary_pos_emb[1], key.size(0)), key.dtype
         key = apply_rotary_pos_emb(key, angles, config=self.config, cp_group=self.pg_collection.cp)
-        query, key, value, rotary, *rest = super()._adjust_key_value_for_inference(
-            context, query, key, value, rotary_pos_emb, *args, **kwargs
+        key, value = context.update(
+            self.layer_number, key, value, lambda n, b: self._allocate_memory(n, b, self.key_hidden_size, dtype)
         )
-        if context.is_decode_only():
-            cached, length = context.key_value_memory_dict[self.layer_number], context.read_length(key.size(0))
-            key, value = (x[:length, : query.size(1)] for x in cached)
-        return query, key, value, (rotary[0], None), *rest
+        mask_type = AttnMaskType.no_mask if context.is_decode_only() else AttnMaskType.causal
+        return query, key, value, (angles, None), mask_type, None
 
     def get_query_key_value_tensors(self, *args, **kwargs):
         if self.config.num_query_groups >= self.world_size:

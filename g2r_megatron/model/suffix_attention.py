@@ -1,20 +1,23 @@
 """Attention of a suffix row (model/suffix_rows.py), with a backward that also sums the scores' gradients by key.
 
-The results of a tree's blocks are merged by their log-sum-exps. In the backward, with P = exp(score - merged log-sum-exp), the
-gradient of the scores is dS = P (dO V^T - delta), delta = the sum of dO O: dQ, dK, dV follow from it as usual, and its
-column sums over the gated queries are the gates' gradients. All of it is plain matrix products over chunks of queries,
-with scores and sums in fp32: the same code, and the same bits every time, on CPU and GPU. Kept keys and values get no
-gradient.
+On the CPU the forward of a block without a mask of its own is torch's fused kernel. All else is plain matrix products over
+chunks of queries, with scores and sums in fp32. The results of a tree's blocks are merged by their log-sum-exps. In the
+backward, with P = exp(score - merged log-sum-exp), the gradient of the scores is dS = P (dO V^T - delta), delta = the sum of
+dO O: dQ, dK, dV follow from it as usual, and its column sums over the gated queries are the gates' gradients: the same
+code, and the same bits every time, on CPU and GPU. Kept keys and values get no gradient.
 """
 
+import math
 from collections.abc import Iterator
+from itertools import accumulate, pairwise
 
 import torch
 
+from g2r_megatron.model.branch_attention import attend, attend_backward
 from g2r_megatron.model.suffix_rows import Block, SuffixRow, row_blocks
 
 LOWEST = torch.finfo(torch.float32).min  # log of a sum over nothing
-CPU_SCORES, GPU_SCORES = 2**18, 2**24  # of a chunk: as many as the CPU's cache holds; enough to fill a GPU
+CPU_SCORES, GPU_SCORES = 2**19, 2**24  # of a chunk: as many as the CPU's cache holds; enough to fill a GPU
 
 
 def scores_at_once(on_cpu: bool) -> int:
@@ -42,6 +45,20 @@ def suffix_attention(
     return SuffixAttention.apply(query, key, value, *kept, blocks, scale)
 
 
+class Scratch:
+    """fp32 memory that chunks use one after the other: on a CPU new memory for each costs as much as the arithmetic on it."""
+
+    def __init__(self, device: torch.device):
+        self._memory = torch.empty(0, device=device)
+
+    def take(self, *shape: int) -> torch.Tensor:
+        """Uninitialised, [*shape]; what was taken before is overwritten."""
+        size = math.prod(shape)
+        if self._memory.numel() < size:
+            self._memory = torch.empty(size, device=self._memory.device)
+        return self._memory[:size].view(shape)
+
+
 class SuffixAttention(torch.autograd.Function):
     """``apply(query, key, value, kept keys [groups, P, d], kept values, blocks of each tree, scale)`` -> like query."""
 
@@ -50,15 +67,16 @@ class SuffixAttention(torch.autograd.Function):
         q, own, kept = _grouped(query, key), (key[0], value[0]), (kept_key, kept_value)
         out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
         sums = torch.full(q.shape[:3], LOWEST, device=q.device)
+        scratch = Scratch(q.device)
         for block in (block for blocks in trees for block in blocks):
-            found, found_sums = _look(block, q, *(kept if block.kept else own), scale)
+            found, found_sums = _look(block, q, *(kept if block.kept else own), scale, scratch)
             here, here_sums = out[:, :, block.queries], sums[:, :, block.queries]
             merged = torch.logaddexp(here_sums, found_sums)
             here.mul_((here_sums - merged).exp().unsqueeze(-1))
             here.add_(found.mul_((found_sums - merged).exp().unsqueeze(-1)))
             here_sums.copy_(merged)
         for block in (block for blocks in trees for block in blocks if block.of_attention):
-            _add_attention(block, q, kept_key, sums, scale)
+            _add_attention(block, q, kept_key, sums, scale, scratch)
         out = out.to(query.dtype).view_as(query)
         ctx.save_for_backward(query, key, value, kept_key, kept_value, out, sums)
         ctx.trees, ctx.scale = trees, scale
@@ -70,10 +88,14 @@ class SuffixAttention(torch.autograd.Function):
         q, g = _grouped(query, key), _grouped(gradient, key)
         delta = (g.float() * out.view_as(q)).sum(-1)
         dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q, key[0], value[0]))
+        scratch = Scratch(q.device), Scratch(q.device)
         for block in (block for blocks in ctx.trees for block in blocks):
+            if block.plain and not block.kept and block.table is None and not q.is_cuda:
+                _look_back_at_once(block, q, key[0], value[0], g, out.view_as(q), sums, (dq, dk, dv), ctx.scale)
+                continue
             of_keys = None if block.kept else (dk, dv)
             keys, values = kept if block.kept else (key[0], value[0])
-            _look_back(block, q, keys, values, g, sums, delta, dq, of_keys, ctx.scale)
+            _look_back(block, q, keys, values, g, sums, delta, dq, of_keys, ctx.scale, scratch)
         dq = dq.to(query.dtype).view_as(query)
         return dq, dk.to(key.dtype).unsqueeze(0), dv.to(value.dtype).unsqueeze(0), None, None, None, None
 
@@ -83,12 +105,19 @@ def _grouped(x: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     return x[0].unflatten(0, (key.size(1), -1)).contiguous()
 
 
-def _look(block: Block, q, key, value, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _look(block: Block, q, key, value, scale: float, scratch: Scratch) -> tuple[torch.Tensor, torch.Tensor]:
     """fp32 (result [groups, r, n, d], log-sum-exp [groups, r, n]) of the block's n queries over its keys alone."""
+    if block.plain and not q.is_cuda:
+        pieces = [
+            attend(q[:, :, queries], key[:, None, keys], value[:, None, keys], 0.0, block.causal, scale=scale)
+            for queries, keys in _pieces(block)
+        ]
+        out, sums = (torch.cat(found, dim=2) for found in zip(*pieces, strict=True))
+        return out.float(), sums
     q, k, v = _batched(block, q[:, :, block.queries]), _keys(block, key), _keys(block, value)
     out, sums = (torch.empty(shape, dtype=torch.float32, device=q.device) for shape in (q.shape, q.shape[:3]))
     for batch, rows, keys in _chunks(block, q, k):
-        scores = _scores(block, q, k, batch, rows, keys, scale)
+        scores = _scores(block, q, k, batch, rows, keys, scale, scratch)
         # nothing but -inf where a query sees none of these keys: its result is 0
         highest = scores.amax(-1, keepdim=True).clamp_(min=LOWEST)
         scores.sub_(highest).exp_()
@@ -99,15 +128,15 @@ def _look(block: Block, q, key, value, scale: float) -> tuple[torch.Tensor, torc
     return _unbatched(block, out), _unbatched(block, sums)
 
 
-def _add_attention(block: Block, q, key, sums, scale: float) -> None:
+def _add_attention(block: Block, q, key, sums, scale: float, scratch: Scratch) -> None:
     """Add to the table the probabilities that the block's queries, by their shares, give its columns, summed over heads."""
     q, sums, k = q[:, :, block.queries], sums[:, :, block.queries], _keys(block, key)
     for batch, rows, keys in _chunks(block, q, k):
-        p = _scores(block, q, k, batch, rows, keys, scale).sub_(sums[batch, :, rows].unsqueeze(-1)).exp_()
+        p = _scores(block, q, k, batch, rows, keys, scale, scratch).sub_(sums[batch, :, rows].unsqueeze(-1)).exp_()
         block.table.add_(block.shares[:, rows] @ p[..., block.columns].sum((0, 1)))
 
 
-def _look_back(block: Block, q, key, value, g, sums, delta, dq, of_keys, scale: float) -> None:
+def _look_back(block: Block, q, key, value, g, sums, delta, dq, of_keys, scale: float, scratch) -> None:
     """Add the block's part to ``dq`` (fp32, like ``q``), to ``of_keys`` (dk, dv) unless None, and to the gates' table."""
     queries = block.queries
     q, g, sums, delta = (_batched(block, x[:, :, queries]) for x in (q, g, sums, delta))
@@ -116,13 +145,14 @@ def _look_back(block: Block, q, key, value, g, sums, delta, dq, of_keys, scale: 
         real = block.branches.real.repeat_interleave(key.size(0), 0)[:, None]
         g, delta = g * real.unsqueeze(-1), delta * real  # padding is no query
     block_dq = torch.empty(q.shape, dtype=torch.float32, device=q.device)
-    block_dk, block_dv = (torch.zeros(k.shape, dtype=torch.float32, device=k.device) for _ in range(2))
+    if of_keys is not None:
+        block_dk, block_dv = (torch.zeros(k.shape, dtype=torch.float32, device=k.device) for _ in range(2))
     gates = _GateSums(block, q)
     for batch, rows, keys in _chunks(block, q, k):
-        scores = _scores(block, q, k, batch, rows, keys, scale)
+        scores = _scores(block, q, k, batch, rows, keys, scale, scratch[0])
         p = scores.sub_(sums[batch, :, rows].unsqueeze(-1)).exp_()
         g_rows = g[batch, :, rows].flatten(1, 2)
-        ds = fp32_product(g_rows, v[batch, keys].mT).view_as(p)
+        ds = fp32_product(g_rows, v[batch, keys].mT, scratch[1]).view_as(p)
         ds.sub_(delta[batch, :, rows].unsqueeze(-1)).mul_(p)
         flat = ds.flatten(1, 2).to(k.dtype)
         block_dq[batch, :, rows] = fp32_product(flat, k[batch, keys]).mul_(scale).view(*ds.shape[:3], -1)
@@ -135,6 +165,25 @@ def _look_back(block: Block, q, key, value, g, sums, delta, dq, of_keys, scale: 
         for whole, part in zip(of_keys, (block_dk, block_dv), strict=True):
             whole[:, block.keys] += _unbatched(block, part.unsqueeze(1)).squeeze(1)
     gates.finish()
+
+
+def _look_back_at_once(block: Block, q, key, value, g, out, sums, gradients, scale: float) -> None:
+    """``_look_back`` of branches over themselves without gates, by torch's fused kernel for the CPU."""
+    dq, dk, dv = gradients
+    for at, _ in _pieces(block):
+        tensors = g[:, :, at], q[:, :, at], key[:, None, at], value[:, None, at], out[:, :, at], sums[:, :, at]
+        found_q, found_k, found_v = attend_backward(*tensors, 0.0, block.causal, scale=scale)
+        dq[:, :, at] += found_q
+        dk[:, at] += found_k.squeeze(1)
+        dv[:, at] += found_v.squeeze(1)
+
+
+def _pieces(block: Block) -> list[tuple[slice, slice]]:
+    """(queries, keys) in their rows, of each branch over itself or of the whole block."""
+    if block.branches is None:
+        return [(block.queries, block.keys)]
+    ends = [block.queries.start, *(block.queries.start + end for end in accumulate(block.branches.lengths))]
+    return [(slice(low, high), slice(low, high)) for low, high in pairwise(ends)]
 
 
 class _GateSums:
@@ -175,6 +224,7 @@ def _chunks(block: Block, q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[sl
     batch, r, n = q.shape[:3]
     limit = scores_at_once(on_cpu=not q.is_cuda)
     rows = max(1, min(n, limit // max(1, r * k.size(1))))
+    rows = -(-n // -(-n // rows))  # as even as can be
     together = max(1, limit // max(1, r * n * k.size(1))) if rows == n else 1
     for first in range(0, batch, together):
         for low in range(0, n, rows):
@@ -183,10 +233,10 @@ def _chunks(block: Block, q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[sl
             yield slice(first, first + together), slice(low, high), slice(0, seen)
 
 
-def _scores(block: Block, q, k, batch: slice, rows: slice, keys: slice, scale: float) -> torch.Tensor:
-    """fp32 [batch, r, rows, keys]: scaled, masked, gated."""
+def _scores(block: Block, q, k, batch: slice, rows: slice, keys: slice, scale: float, scratch: Scratch) -> torch.Tensor:
+    """fp32 [batch, r, rows, keys], in ``scratch``: scaled, masked, gated."""
     some = q[batch, :, rows]
-    scores = fp32_product(some.flatten(1, 2), k[batch, keys].mT).view(*some.shape[:3], -1).mul_(scale)
+    scores = fp32_product(some.flatten(1, 2), k[batch, keys].mT, scratch).view(*some.shape[:3], -1).mul_(scale)
     if block.mask is not None:
         scores.add_(block.mask[rows, keys])
     if block.log_level is not None:
@@ -199,11 +249,12 @@ def _scores(block: Block, q, k, batch: slice, rows: slice, keys: slice, scale: f
     return scores
 
 
-def fp32_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b [batch, n, m], summed up and returned in fp32 whatever the factors are."""
-    if a.dtype == torch.float32:
-        return torch.bmm(a, b)
-    return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.bmm(a.float(), b.float())
+def fp32_product(a: torch.Tensor, b: torch.Tensor, scratch: Scratch | None = None) -> torch.Tensor:
+    """a @ b [batch, n, m], summed up and returned in fp32 whatever the factors are, in the memory of ``scratch`` if given."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    out = None if scratch is None else scratch.take(a.size(0), a.size(1), b.size(2))
+    return torch.bmm(a.float(), b.float(), out=out)
 
 
 def _keys(block: Block, x: torch.Tensor) -> torch.Tensor:

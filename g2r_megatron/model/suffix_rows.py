@@ -34,11 +34,12 @@ class KeptKeys:
     """Keys and values [groups, S, d] of a row of prefixes in each of this rank's layers, until they were used.
 
     ``users``: suffix rows that run over them. ``again``: those rows' attention runs twice, first without gradients
-    (activation recompute); only the run with gradients counts.
+    (activation recompute); only the run with gradients counts. ``last_layer``: the number of the model's last, whose attention
+    for the prefixes nobody uses; None: all are used.
     """
 
-    def __init__(self, users: int, again: bool):
-        self.number, self._users, self._again = next(_numbers), users, again
+    def __init__(self, users: int, again: bool, last_layer: int | None = None):
+        self.number, self._users, self._again, self.last_layer = next(_numbers), users, again, last_layer
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._used: dict[int, int] = {}
         _rows[self.number] = self
@@ -115,7 +116,7 @@ class Block:
 
     ``queries``: local positions of the suffix row; ``keys``: positions of the kept row (``kept``) or of the suffix row. With
     ``branches`` both are the same run of tokens, taken apart into a batch of branches. ``mask`` fp32 [queries, keys] is
-    added to the scores; ``causal``: query i sees no key after the i-th.
+    added to the scores; ``causal``: query i sees no key after the i-th; ``plain``: nothing but that changes the scores.
 
     Gates: keys ``columns`` (None: none) are the response tokens of ``table`` [slots, columns]; ``gated`` fp32 [queries, columns] is 0
     where a token is its own key, None: nowhere; ``log_level`` fp32 [1, 1, queries, 1], or [branches, 1, 1, 1], None where
@@ -127,6 +128,7 @@ class Block:
     keys: slice
     mask: torch.Tensor | None
     causal: bool = False
+    plain: bool = False
     branches: Branches | None = None
     columns: slice | None = None
     gated: torch.Tensor | None = None
@@ -201,11 +203,13 @@ class _Planner:
         if self.window is not None:
             seen &= at[:, None] - keys <= self.window
         begin, end = (min(max(edge, low), high) for edge in self.tree.response)
+        mask = self._added(seen)
         block = Block(
             kept=True,
             queries=queries,
             keys=slice(self.tree.prefix + low, self.tree.prefix + high),
-            mask=self._added(seen),
+            mask=mask,
+            plain=mask is None,
             columns=slice(begin - low, end - low),
         )
         return [self._with_gates(block, begin, offsets, None)]
@@ -250,6 +254,7 @@ class _Planner:
             keys=slice(behind, self.start + self.offsets[-1]),
             mask=self._added(seen),
             causal=True,
+            plain=self.window is None or self.window >= batch.rows.size(1) - 1,
             branches=replace(
                 batch, **{name: getattr(batch, name).to(self.device) for name in ("rows", "real", "back")}
             ),
@@ -257,10 +262,12 @@ class _Planner:
         )
         if self.tree.table is None or begin == end:
             return replace(block, columns=None)
+        log_level = self._log_levels([part.level for part in parts], (-1, 1, 1, 1))
         return replace(
             block,
+            plain=block.plain and log_level is None,
             gated=(distance != 0).float().to(self.device)[:, block.columns],
-            log_level=self._log_levels([part.level for part in parts], (-1, 1, 1, 1)),
+            log_level=log_level,
             shares=self._shares(torch.arange(len(parts)), parts),
             table=self.tree.table[:, begin - self.tree.response[0] : end - self.tree.response[0]],
         )
@@ -277,11 +284,13 @@ class _Planner:
         first, shares = begin - self.tree.response[0], self._shares(numbers, parts)
         if self.tree.of_attention:  # of the queries only each part's last counts
             shares *= torch.isin(offsets + 1, torch.tensor(self.offsets[1:])).to(shares)
+        log_level = self._log_levels([parts[k].level for k in numbers.tolist()], (1, 1, -1, 1))
         return replace(
             block,
+            plain=block.plain and log_level is None,
             of_attention=self.tree.of_attention,
             gated=gated,
-            log_level=self._log_levels([parts[k].level for k in numbers.tolist()], (1, 1, -1, 1)),
+            log_level=log_level,
             shares=shares,
             table=self.tree.table[:, first : first + columns.stop - columns.start],
         )

@@ -1,6 +1,7 @@
 """Attention over a packed row of trees: a prefix seen by several branches that do not see each other.
 
-A row is described by its *structure*, int32 [3, S] on the CPU: for every position the number of its tree, its branch
+A row is described by its *structure*, int32 [3, S] on the CPU: for every position the number of its tree (-1: padding, at
+the row's end: its result is of no use, and 0 on a CPU), its branch
 (0: the tree's prefix, 1..: the branches that follow it) and its position within the sequence prefix + branch, as rotary
 embedding counts it. It is passed as the ``attention_mask`` of a model because a tensor passes through activation
 recompute. It stays on the CPU so that every layer can look up what was made from it once, without waiting for a GPU.
@@ -23,14 +24,15 @@ from g2r_megatron.model.suffix_attention import suffix_attention
 from g2r_megatron.model.suffix_rows import find_row
 
 FLEX_COMPILATIONS = 64  # of FlexAttention in one process: policy, judge and reference together
+PADDING = -1
 KEPT_ROWS = 4  # micro-batches whose masks are kept: those that a pipeline stage has in flight
 
 
 def row_structure(trees: Sequence[tuple[int, Sequence[int]]], length: int) -> torch.Tensor:
     """The structure, int32 [3, length] on the CPU, of a row of trees, each (tokens of its prefix, tokens of each branch).
 
-    A sequence on its own is a prefix without branches. The rest of the row after the trees is padding, a tree of its
-    own.
+    A sequence on its own is a prefix without branches. The rest of the row after the trees is padding, which sees itself
+    causally where leaving it out would be no faster.
     """
     numbers, branches, positions = [], [], []
     for number, (prefix, its_branches) in enumerate(trees):
@@ -41,7 +43,7 @@ def row_structure(trees: Sequence[tuple[int, Sequence[int]]], length: int) -> to
             branches += [branch] * tokens
             positions += range(prefix, prefix + tokens)
     rest = length - len(numbers)
-    rows = [numbers + [len(trees)] * rest, branches + [0] * rest, positions + list(range(rest))]
+    rows = [numbers + [PADDING] * rest, branches + [0] * rest, positions + list(range(rest))]
     return torch.tensor(rows, dtype=torch.int32)
 
 
@@ -98,7 +100,10 @@ def row_attention(
         context = suffix_attention(q, k, v, row, layer, window, scale, share)
     else:
         if structure.size(0) > 3:
-            find_row(int(structure[3, 0])).put(layer, k, v)
+            kept = find_row(int(structure[3, 0]))
+            kept.put(layer, k, v)
+            if layer == kept.last_layer:
+                return torch.zeros_like(query).flatten(2)
         context = tree_attention(q, k, v, structure[:3], window, scale, share)
     return context.permute(2, 0, 1, 3).flatten(2)
 
@@ -161,11 +166,15 @@ class TreeMask:
 def _tree_masks(
     structure: bytes, window: int | None, dtype: torch.dtype, share: tuple[int, int]
 ) -> tuple[TreeMask, ...]:
-    """The row's trees in order. Made once a row, not once a layer: autograd would keep each layer's copy."""
+    """The row's trees in order, without the padding. Made once a row, not once a layer: autograd would keep each layer's copy."""
     first, step = share
     rows = torch.frombuffer(bytearray(structure), dtype=torch.int32).view(3, -1)
     masks, start = [], 0
-    for length in torch.unique_consecutive(rows[0], return_counts=True)[1].tolist():
+    for number, length in zip(
+        *(x.tolist() for x in torch.unique_consecutive(rows[0], return_counts=True)), strict=True
+    ):
+        if number == PADDING:
+            break
         tree = rows[:, start : start + length]
         prefix = int((tree[1] == 0).sum())
         at = torch.arange(length)
@@ -199,8 +208,9 @@ def _tree_by_tree(query, key, value, trees: tuple[TreeMask, ...], scale: float |
     gqa = query.size(1) != key.size(1)
     asking = [sum(tree.queries) for tree in trees]
     lengths = [tree.prefix + tree.branches for tree in trees]
-    out = []
-    split = query.split(asking, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2)
+    out, padding = [], query.size(2) - sum(asking)
+    some, seen = query[:, :, : sum(asking)], slice(0, sum(lengths))
+    split = some.split(asking, dim=2), key[:, :, seen].split(lengths, dim=2), value[:, :, seen].split(lengths, dim=2)
     for tree, q, k, v in zip(trees, *split, strict=True):
         if tree.apart is not None:
             out.append(TreeAttention.apply(q, k, v, tree.apart, scale))
@@ -220,7 +230,7 @@ def _tree_by_tree(query, key, value, trees: tuple[TreeMask, ...], scale: float |
                     q_branches, k, v, attn_mask=tree.branch_mask, scale=scale, enable_gqa=gqa
                 )
             )
-    return torch.cat(out, dim=2)
+    return torch.cat([*out, torch.zeros_like(query[:, :, :padding])], dim=2)
 
 
 # GPU: one FlexAttention call a row, which skips the blocks that no query sees.

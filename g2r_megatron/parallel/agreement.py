@@ -1,4 +1,4 @@
-"""What ranks tell each other: the results of their shares, and errors, which all must raise.
+"""Ranks exchange the results of their shares, and errors: all must raise the error of one.
 
 After an error of one rank the others would wait for it in the next collective.
 """

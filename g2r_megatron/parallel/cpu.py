@@ -8,6 +8,7 @@ Every redirection has its reason beside it; none replaces arithmetic or communic
 import contextlib
 import functools
 import importlib
+import sys
 import types
 
 import torch
@@ -168,7 +169,7 @@ class _UnevenCollectives(types.ModuleType):
 
 
 def _redirect_groups() -> None:
-    """Megatron-Core's global groups, all trivial here, that have the same ranks are one: idle gloo groups poll."""
+    """Megatron-Core's global groups with the same ranks become one group: each idle gloo group polls."""
     state = importlib.import_module("megatron.core.parallel_state")
     create, made = state.create_group, {}
 
@@ -185,15 +186,21 @@ def import_megatron() -> None:
     """Import Megatron-Core; on CPU with its functions as they are written. To be called before any other import of it.
 
     Megatron-Core decorates with torch.compile, which imports the compiler: a second or two of a command's start. None of
-    these functions is worth compiling for a CPU, and a laptop may have no C++ compiler.
+    these functions is worth compiling for a CPU, and a laptop may have no C++ compiler. It also imports wandb, for an
+    inference engine that is not used here: another third of a second, which runs with ``log.wandb`` spend later.
     """
     if not on_cpu():
         return
     compiled, torch.compile = torch.compile, lambda function: function
+    hidden = "wandb" not in sys.modules
+    if hidden:
+        sys.modules["wandb"] = None  # type: ignore[assignment]  # an import of it fails, as if it were not installed
     try:
         importlib.import_module("megatron.core.jit").disable_jit_fuser()
     finally:
         torch.compile = compiled
+        if hidden:
+            del sys.modules["wandb"]
 
 
 def install() -> None:

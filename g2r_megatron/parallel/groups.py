@@ -100,11 +100,11 @@ def initialize(seed: int, judge_ranks: int = 0, timeout_minutes: float | None = 
 
 
 def gpu_environment(timeout: timedelta) -> dict[str, str]:
-    """What torch and NCCL read of the environment when they start, unless it is set already.
+    """Settings of the environment that torch and NCCL read when they start. What the user has set stays.
 
-    A collective that waits for longer than ``timeout`` is ended by torch's watchdog; a watchdog that is itself stuck (in a
-    call of CUDA or NCCL that does not return), by its heartbeat monitor, as late. Before that the flight recorder writes
-    the last collectives of every rank to TORCH_FR_DUMP_TEMP_FILE + rank.
+    torch's watchdog ends a collective that waits for longer than ``timeout``. A call of CUDA or NCCL that does not return
+    can block the watchdog; then its heartbeat monitor ends the process after the same time. Before that, the flight
+    recorder writes the last collectives of every rank to TORCH_FR_DUMP_TEMP_FILE + rank.
     """
     return {
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # abort the communicator, end the process
@@ -118,7 +118,7 @@ def gpu_environment(timeout: timedelta) -> dict[str, str]:
 
 
 def make_deterministic() -> None:
-    """From here on a job repeated on the same machines gives the same bits; an operation that cannot raises an error.
+    """Make a job that is repeated on the same machines give the same bits. An operation that cannot do so raises an error.
 
     Call it before CUDA starts: cuBLAS, Transformer Engine and NCCL read the environment. Models built from now on take
     Megatron-Core's ``deterministic_mode`` (model/build.py).
@@ -139,8 +139,8 @@ def seed_all(seed: int) -> None:
 def _subgroup_of(world: dist.ProcessGroup, rank_lists: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup | None:
     """The group among ``rank_lists`` that this rank is in, or None (collective the first time).
 
-    One group for each split of the ranks, whatever it is called and whichever model asks: most dimensions of a layout
-    coincide (all of size 1 do), and each group costs buffers and a communicator, under gloo also a thread that polls.
+    There is one group for each split of the ranks, for all dimensions and both models. Most dimensions of a layout split the
+    ranks alike (all of size 1 do), and each group costs buffers and a communicator; with gloo also a thread that polls.
     """
     group, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in rank_lists], timeout=_timeout)
     return group
@@ -152,7 +152,7 @@ def _subgroup(rank_lists: Iterable[list[int]]) -> dist.ProcessGroup | None:
 
 @contextmanager
 def _without_world_size() -> Iterator[None]:
-    """HyperCommGrid believes the environment before torch.distributed, whose world may be one side of the job only."""
+    """HyperCommGrid takes WORLD_SIZE for the size of the world. It is the job's; the world may be one side of it."""
     before = os.environ.pop("WORLD_SIZE", None)
     try:
         yield

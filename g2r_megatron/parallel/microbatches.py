@@ -36,6 +36,11 @@ def cache_block(longest: int) -> int:
     return padded(-(-longest // 8), 32)
 
 
+def few_length(tokens: int) -> int:
+    """``tokens`` rounded up to one of few lengths: multiples of 32, from 128 on two or three between powers of two."""
+    return padded(tokens, 1 << max(5, tokens.bit_length() - 2))
+
+
 def padded(length: int, multiple: int) -> int:
     """``length`` rounded up to ``multiple`` (sequence parallelism splits the sequence evenly)."""
     return -(-length // multiple) * multiple

@@ -1,8 +1,8 @@
 """SIGUSR1 and SIGTERM ask a run to leave; all ranks agree on where they leave.
 
 A signal reaches one rank or several, at any moment. Its handler only notes it. A signal may reach the launcher alone:
-torchrun passes on only what its --signals-to-handle names. It ends the launcher then, and a rank whose launcher has gone
-takes that as a signal. Where a rank may leave, the ranks reduce one number, so that all leave at the same place. These
+torchrun passes on only what its --signals-to-handle names. Then the signal ends the launcher, and a rank treats the end of its
+launcher as a signal. Where a rank may leave, the ranks reduce one number, so that all leave at the same place. These
 places are between the phases of a step and between the batches of a sampling phase, always before the optimizer changes
 the weights. The last finished step is saved there. A run that resumes from it equals a run that was never interrupted.
 """
@@ -55,7 +55,7 @@ def leave_if_asked() -> None:
 
 
 def _wants_to_leave() -> bool:
-    """Whether this rank was signalled, or its launcher has gone."""
+    """Whether this rank was signalled, or its launcher has ended."""
     return _asked or (_LAUNCHER is not None and os.getppid() != _LAUNCHER)
 
 
@@ -68,12 +68,12 @@ def tell_other_side() -> None:
     if _wants_to_leave():
         try:
             job_store().set(_KEY, "")
-        except DistError as gone:  # the store went with the launcher that held it: the policy's ranks find that too
+        except DistError as gone:  # the store ended with its launcher: the policy's ranks notice that too
             print(f"g2r: the job's store does not answer ({gone})", file=sys.stderr, flush=True)
 
 
 def _told() -> bool:
-    """Whether a judge rank has reported a signal. A launcher that has gone took the store with it: that counts too."""
+    """Whether a judge rank has reported a signal. Also true if the store has ended with its launcher."""
     from torch.distributed import DistError
 
     from g2r_megatron.parallel.sides import has_sides, job_store

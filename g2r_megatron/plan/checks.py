@@ -44,7 +44,15 @@ def check_config(config: PlanConfig, problems: Problems) -> tuple[HFModel | None
     judge = policy
     if config.judge.model is not None:
         judge = problems.catch(open_hf_model, config.judge.model, "judge.model")
-    for name, hf, section in (("policy", policy, config.policy), ("judge", judge, config.judge)):
+    gold = None
+    if config.eval.judge.model is not None:
+        gold = problems.catch(open_hf_model, config.eval.judge.model, "eval.judge.model")
+    sections = (
+        ("policy", policy, config.policy),
+        ("judge", judge, config.judge),
+        ("eval.judge", gold, config.eval.judge),
+    )
+    for name, hf, section in sections:
         if hf is not None:
             problems.catch(_check_model, name, hf, section)
     return policy, judge
@@ -80,7 +88,9 @@ def missing_files(config: PlanConfig) -> list[str]:
     if not config.data.train:
         lines.append("data.train is not given")
     lines += [f"data file {file} is not there" for file in (*config.data.train, *config.eval.data) if not _there(file)]
-    for option, path in {"policy.model": config.policy.model, "judge.model": config.judge.model}.items():
+    models = {"policy.model": config.policy.model, "judge.model": config.judge.model}
+    models["eval.judge.model"] = config.eval.judge.model
+    for option, path in models.items():
         if path is None:
             continue
         directory = find_directory(path, option)

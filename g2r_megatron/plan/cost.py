@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 from g2r_megatron.plan.activations import FP32, SAMPLING, kv_cache_bytes
 from g2r_megatron.plan.config import Hardware
-from g2r_megatron.plan.engine import engine_model, engine_rollout, in_ranks, on_servers
+from g2r_megatron.plan.engine import engine_model, engine_rollout, in_ranks, none_here
 from g2r_megatron.plan.models import Job, PlannedModel
 from g2r_megatron.plan.workload import (
     Passes,
@@ -29,7 +29,7 @@ from g2r_megatron.plan.workload import (
 LAYER_OPERATIONS = 69
 QK_NORM_OPERATIONS = 16
 EXPERTS_OPERATIONS = 66
-STEP_OPERATIONS = 42
+STEP_OPERATIONS = 36
 LATENCY = 20e-6  # seconds of one small collective
 ATTENTION_BACKWARD = 2.5  # products of attention's backward to those of its forward (it computes the scores again)
 
@@ -211,8 +211,11 @@ def gradient_links(model: PlannedModel, stage: int, distributed: bool) -> Links:
 
 
 def sampling_phase(job: Job, work: Workload) -> Phase:
-    """Sampling by the engine in use. On servers the job itself has nothing to do, and how long it waits is not known here."""
-    if on_servers(job.config):
+    """Sampling by the engine in use. On servers and in a replay the job itself has nothing to do.
+
+    How long it waits for servers is not known here.
+    """
+    if none_here(job.config):
         return Phase("rollout", job.policy.name, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0.0)
     if in_ranks(job.config):
         sampling = engine_rollout(work, job.config, job.policy.ranks)
@@ -282,8 +285,9 @@ def step_phases(job: Job) -> list[Phase]:
     )
     phases = [
         sampling_phase(job, work),
-        run_phase(job, "old log-probs", policy, passes, backward=False),
     ]
+    if config.needs_old_pass:  # else only in a run's first step
+        phases.append(run_phase(job, "old log-probs", policy, passes, backward=False))
     if job.reference is not None or job.judge_is_reference:
         model = judge if job.judge_is_reference else job.reference
         phases.append(run_phase(job, "reference", model, reference_passes(work, config, model.ranks), backward=False))
@@ -317,5 +321,5 @@ def step_seconds(job: Job, phases: list[Phase]) -> float:
     judging = seconds["verdicts"] + seconds.get("attribution", 0.0)
     sampling = seconds["rollout"]
     judged = max(sampling + judging / parts, sampling / parts + judging)
-    before = sampling + seconds["old log-probs"] + seconds.get("reference", 0.0)
+    before = sampling + seconds.get("old log-probs", 0.0) + seconds.get("reference", 0.0)
     return max(before, judged) + seconds["update"]

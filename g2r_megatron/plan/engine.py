@@ -12,11 +12,16 @@ from g2r_megatron.plan.workload import Rollout, Workload
 
 def in_ranks(config: PlanConfig) -> bool:
     """Whether the policy's ranks have vLLM engines."""
-    return config.rollout.engine == "vllm" and config.rollout.vllm.mode == "colocated"
+    return config.rollout.engine == "vllm" and config.rollout.vllm.mode == "colocated" and not config.rollout.replay
 
 
 def on_servers(config: PlanConfig) -> bool:
-    return config.rollout.engine == "vllm" and config.rollout.vllm.mode == "servers"
+    return config.rollout.engine == "vllm" and config.rollout.vllm.mode == "servers" and not config.rollout.replay
+
+
+def none_here(config: PlanConfig) -> bool:
+    """Whether the job's ranks do not sample: servers do, or another run has done (rollout.replay)."""
+    return on_servers(config) or bool(config.rollout.replay)
 
 
 def engine_model(job: Job) -> PlannedModel:

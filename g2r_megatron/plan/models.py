@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 from g2r_megatron.config.layout import data_parallel_size
 from g2r_megatron.config.options import Dtype, Layout
-from g2r_megatron.model.hf import Geometry, HFModel
+from g2r_megatron.model.hf import Geometry, HFModel, open_hf_model
 from g2r_megatron.plan import activations
 from g2r_megatron.plan.activations import Kind
 from g2r_megatron.plan.config import PlanConfig
@@ -88,13 +89,14 @@ def uses_te(dtype: str, spec: str) -> bool:
 
 @dataclass(frozen=True)
 class Job:
-    """All models of a job. ``reference`` is the frozen policy if KL needs a copy besides the judge."""
+    """All models of a job. ``reference`` is the frozen policy if KL needs a copy besides the judge; ``gold``: eval.judge."""
 
     config: PlanConfig
     ranks: int
     policy: PlannedModel
     judge: PlannedModel
     reference: PlannedModel | None
+    gold: PlannedModel | None
 
     @property
     def shared(self) -> bool:
@@ -123,10 +125,19 @@ def plan_job(config: PlanConfig, policy: HFModel, judge: HFModel, count: CountSt
     reference = None
     if config.grpo.kl_coef > 0 and (c.model is not None or own):
         reference = planned("policy", policy, p, 0, policy_world, False, "none")
+    gold = None
+    if config.eval.judge.model is not None:
+        gold = planned("eval.judge", _gold(config.eval.judge.model), config.eval.judge, 0, policy_world, False, "none")
     return Job(
         config,
         world,
         planned("policy", policy, p, 0, policy_world, True, p.recompute),
         planned("judge", judge, c, judge_first, judge_world, False, c.recompute),
         reference,
+        gold,
     )
+
+
+@cache
+def _gold(path: str) -> HFModel:
+    return open_hf_model(path, "eval.judge.model")

@@ -12,7 +12,7 @@ from g2r_megatron.plan.checks import Problems, check_config, check_inputs, missi
 from g2r_megatron.plan.config import GIB, PlanConfig
 from g2r_megatron.plan.cost import Phase, step_phases, step_seconds
 from g2r_megatron.plan.engine import in_ranks, on_servers
-from g2r_megatron.plan.models import CountStages, Job, plan_job
+from g2r_megatron.plan.models import CountStages, Job, PlannedModel, plan_job
 from g2r_megatron.plan.rank_memory import RankMemory, rank_memory
 from g2r_megatron.plan.stages import built_stages, expected_stages
 from g2r_megatron.plan.workload import Workload, workload
@@ -128,7 +128,10 @@ def possible_changes(config: PlanConfig) -> Iterator[Change]:
             yield {"rollout.batch_size": r.batch_size // divisor}
     if not c.offload and not c.ranks:
         yield {"judge.offload": True}
-    for name, layout in (("policy", p.layout), ("judge", c.layout)):
+    sections = [("policy", p.layout), ("judge", c.layout)]
+    if config.eval.judge.model is not None:
+        sections.append(("eval.judge", config.eval.judge.layout))
+    for name, layout in sections:
         for factor in (2, 4, 8):
             if layout.tp * factor <= config.gpus_per_node:
                 yield {f"{name}.layout.tp": layout.tp * factor, f"{name}.layout.sp": True}
@@ -163,6 +166,8 @@ def try_job(config: PlanConfig, policy: HFModel, judge: HFModel, count: CountSta
 
     world = config.nodes * config.gpus_per_node
     try:
+        if config.eval.judge.model is not None:
+            check_layout("eval.judge", config.eval.judge.layout, world, config.judge.ranks)
         for name, hf, section in (("policy", policy, config.policy), ("judge", judge, config.judge)):
             check_layout(name, section.layout, world, config.judge.ranks)
             check_model(name, hf, section.layout, Precision(dtype=section.precision.dtype), "torch")
@@ -209,6 +214,15 @@ def job_notes(job: Job, work: Workload) -> list[str]:
     if work.responses % job.policy.dp:
         notes.append(f"{work.responses} responses a step are uneven over {job.policy.dp} policy replicas: some idle")
     if config.judge.offload:
-        weights = max(job.judge.weight_bytes(stage) for stage in range(job.judge.layout.pp)) / GIB
-        notes.append(f"judge.offload pins {weights * config.gpus_per_node:.0f} GiB of host memory on each node")
+        notes.append(f"judge.offload pins {_host_gib(job.judge, config):.0f} GiB of host memory on each node")
+    if job.gold is not None:
+        notes.append(
+            f"eval.judge pins {_host_gib(job.gold, config):.0f} GiB of host memory on each node between evaluations, whose "
+            "time is not in the plan"
+        )
     return notes
+
+
+def _host_gib(model: PlannedModel, config: PlanConfig) -> float:
+    """Of a node, whose ranks all keep their weights in host memory."""
+    return max(model.weight_bytes(stage) for stage in range(model.layout.pp)) / GIB * config.gpus_per_node

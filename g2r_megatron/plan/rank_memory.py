@@ -4,7 +4,8 @@ from dataclasses import dataclass, field, replace
 
 from g2r_megatron.plan import activations
 from g2r_megatron.plan.activations import FP32, LOGITS_BACKWARD, LOGITS_FORWARD, SAMPLING
-from g2r_megatron.plan.engine import engine_bytes, in_ranks, on_servers
+from g2r_megatron.plan.config import PlanConfig
+from g2r_megatron.plan.engine import engine_bytes, in_ranks, none_here
 from g2r_megatron.plan.models import Job, PlannedModel
 from g2r_megatron.plan.workload import (
     Passes,
@@ -31,6 +32,7 @@ class RankMemory:
     last: int
     policy_stage: int | None
     judge_stage: int | None
+    gold_stage: int | None
     static: dict[str, float] = field(default_factory=dict)
     phases: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -103,8 +105,9 @@ def rank_memory(job: Job) -> list[RankMemory]:
     config, work = job.config, workload(job.config)
     groups: list[RankMemory] = []
     for rank in range(job.ranks):
-        stages = job.policy.stage_of(rank), job.judge.stage_of(rank)
-        if groups and (groups[-1].policy_stage, groups[-1].judge_stage) == stages:
+        gold_stage = job.gold.stage_of(rank) if job.gold is not None else None
+        stages = job.policy.stage_of(rank), job.judge.stage_of(rank), gold_stage
+        if groups and (groups[-1].policy_stage, groups[-1].judge_stage, groups[-1].gold_stage) == stages:
             groups[-1].last = rank
         else:
             groups.append(RankMemory(rank, rank, *stages))
@@ -113,6 +116,8 @@ def rank_memory(job: Job) -> list[RankMemory]:
             _add_policy(group, job, work)
         if group.judge_stage is not None:
             _add_judge(group, job, work, config.judge.offload)
+        if job.gold is not None and group.gold_stage is not None:
+            group.phases["evaluation by eval.judge"] = _gold_bytes(job.gold, group.gold_stage, config)
     return groups
 
 
@@ -121,9 +126,10 @@ def _add_policy(group: RankMemory, job: Job, work) -> None:
     passes = policy_passes(work, config, model.ranks)
     group.static["policy weights"] = model.weight_bytes(stage)
     group.static |= training_state(model, stage, config.optimizer.distributed)
-    if not on_servers(config):
+    if not none_here(config):
         in_engine = engine_bytes(job) if in_ranks(config) else None
         group.phases["rollout"] = in_engine or rollout_bytes(model, stage, rollout(work, config, model.ranks))
+    # in a run's first step at least
     group.phases["old log-probs"] = forward_bytes(model, stage, passes)
     group.phases["update"] = update_bytes(model, stage, passes)
     if job.reference is not None:
@@ -150,3 +156,11 @@ def _add_judge(group: RankMemory, job: Job, work, offload: bool) -> None:
     else:
         group.static["judge weights"] = model.weight_bytes(stage)
     group.phases |= phases
+
+
+def _gold_bytes(model: PlannedModel, stage: int, config: PlanConfig) -> dict[str, float]:
+    """Its weights, in host memory otherwise, and verdicts on responses at the limits."""
+    judge = replace(config, judge=replace(config.eval.judge.without_credit(), parts=1))
+    passes = verdict_passes(workload(judge), judge, model.ranks)
+    parts = forward_bytes(model, stage, passes) | row_bytes(model, 1, passes)
+    return {"judge weights": model.weight_bytes(stage)} | parts

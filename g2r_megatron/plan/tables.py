@@ -80,7 +80,7 @@ def _role(group: RankMemory, plan: Plan) -> str:
 def print_plan(plan: Plan, out: Console) -> None:
     """Tables of memory and time, notes and assumptions. Problems are printed by the caller."""
     if plan.job is not None:
-        for model in filter(None, (plan.job.policy, plan.job.judge, plan.job.reference)):
+        for model in filter(None, (plan.job.policy, plan.job.judge, plan.job.reference, plan.job.gold)):
             label = "reference" if model is plan.job.reference else model.name
             out.print(_model_line(replace(model, name=label)), soft_wrap=True)
         out.print()
@@ -193,7 +193,7 @@ def plan_json(plan: Plan) -> str:
         content["models"] = [
             {"name": m.name, "layout": asdict(m.layout), "ranks": [m.first, m.first + m.ranks - 1], "dp": m.dp}
             | {"stages": [asdict(stage) | {"total": stage.total} for stage in m.stages]}
-            for m in filter(None, (plan.job.policy, plan.job.judge, plan.job.reference))
+            for m in filter(None, (plan.job.policy, plan.job.judge, plan.job.reference, plan.job.gold))
         ]
         content["memory"] = [
             asdict(group) | {"peak": group.peak, "peak_phase": group.peak_phase} for group in plan.memory

@@ -229,6 +229,13 @@ class Checkpointer:
             raise UserError(where, f"{what}, and no other one is whole", "restore one, or choose another output_dir")
         return 0
 
+    def load(self, step: int) -> None:
+        """Restore the checkpoint of ``step`` (collective). Raises ``UserError`` when it is damaged."""
+        problem = self._problem_of(self._path(step))
+        if problem is not None:
+            raise UserError(*problem, "restore it, or take another checkpoint")
+        self._load(self._path(step))
+
     def _remove_leftovers(self) -> None:
         for path in self.directory.glob("*.incomplete"):
             try:

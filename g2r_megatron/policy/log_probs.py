@@ -68,11 +68,12 @@ def token_log_probs(
 class UpdateLogProbs:
     """What an update needs besides advantages: its mini-batches (indices), and log-probs from the models themselves.
 
-    ``old`` and ``reference`` (None without a KL penalty): fp32 [T_i] a sequence, with the stop token, on the CPU.
+    ``old`` (None: the update's own, detached) and ``reference`` (None without a KL penalty): fp32 [T_i] a sequence, with
+    the stop token, on the CPU.
     """
 
     mini_batches: list[list[int]]
-    old: list[torch.Tensor]
+    old: list[torch.Tensor] | None
     reference: list[torch.Tensor] | None
 
 
@@ -96,6 +97,16 @@ def response_log_probs(
     batches = [response_batch(model, sequences, items, budget) for items in plan]
     results = run_schedule(model, batches, forward_tokens, collect, backward=False)
     model.train(training)
+    return on_every_rank(model, results, sequences)
+
+
+def on_every_rank(
+    model: MegatronModel, results: list[tuple[list[int], torch.Tensor]], sequences: Sequence[TokenSequence]
+) -> list[torch.Tensor]:
+    """A value a response token, [T_i] fp32 (CPU) of every sequence (collective over the world).
+
+    ``results``: of this rank's micro-batches, (indices of sequences, flat [n] in row order). A sequence of no rank gets 0.
+    """
     lengths = [len(sequence.response_ids) for sequence in sequences]
     flat = torch.zeros(sum(lengths), device=local_device())
     pieces = flat.split(lengths)

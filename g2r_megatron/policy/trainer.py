@@ -1,6 +1,7 @@
 """The trained policy: Megatron-Core DDP, its (distributed) optimizer and scheduler, one update a mini-batch."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,12 +18,13 @@ from g2r_megatron.model.schedule import TokenBatch, forward_tokens, run_schedule
 from g2r_megatron.policy.log_probs import (
     TokenSequence,
     UpdateLogProbs,
+    on_every_rank,
     plan_micro_batches,
     response_batch,
     response_log_probs,
     token_log_probs,
 )
-from g2r_megatron.policy.losses import aggregation_weights, loss_metrics, policy_loss
+from g2r_megatron.policy.losses import LossOutput, aggregation_weights, loss_metrics, policy_loss
 from g2r_megatron.policy.optimizer_shards import load_owned
 
 # How far the first ratios of a run may be from 1: old log-probs and update run the same kernels on the same weights.
@@ -171,6 +173,21 @@ def build_scheduler(optimizer, options: OptimizerConfig, steps: int) -> Optimize
     )
 
 
+class Forward(NamedTuple):
+    """Of a micro-batch with its gradient: the indices of its sequences, their log-probs (flat, detached) and the loss."""
+
+    items: list[int]
+    log_probs: torch.Tensor
+    output: LossOutput
+
+
+class Update(NamedTuple):
+    """Metrics (the same on every rank), and the log-probs before the update: fp32 [T_i] a sequence, on the CPU."""
+
+    metrics: dict[str, float]
+    old: list[torch.Tensor]
+
+
 class PolicyTrainer:
     """Owns the policy's gradients, optimizer and schedule."""
 
@@ -200,11 +217,17 @@ class PolicyTrainer:
         """Micro-batches of this rank for one optimizer step over ``mini_batch``."""
         return plan_micro_batches(self.model, sequences, mini_batch, self.budget)
 
-    def update_log_probs(self, sequences: list[TokenSequence], reference: MegatronModel | None) -> UpdateLogProbs:
-        """What ``update`` needs of the policy as it is, and of the frozen ``reference`` policy (collective)."""
+    def update_log_probs(
+        self, sequences: list[TokenSequence], reference: MegatronModel | None, old_pass: bool = True
+    ) -> UpdateLogProbs:
+        """What ``update`` needs of the policy as it is, and of the frozen ``reference`` policy (collective).
+
+        Without ``old_pass`` the update takes its own log-probs as the old ones, which needs a single mini-batch.
+        """
         chunks = torch.arange(len(sequences)).chunk(self.config.grpo.mini_batches)
         mini_batches = [chunk.tolist() for chunk in chunks]
-        old, of_reference = self.log_probs(sequences, mini_batches), None
+        old = self.log_probs(sequences, mini_batches) if old_pass else None
+        of_reference = None
         if reference is not None:
             plans = [plan_micro_batches(reference, sequences, indices, self.budget) for indices in mini_batches]
             plan = [items for rows in plans for items in rows]
@@ -221,16 +244,20 @@ class PolicyTrainer:
         sequences: list[TokenSequence],
         mini_batch: list[int],
         advantages: list[torch.Tensor],
-        old: list[torch.Tensor],
+        old: list[torch.Tensor] | None,
         reference: list[torch.Tensor] | None,
         kept: list[torch.Tensor] | None = None,
     ) -> dict[str, float]:
         """Fill the gradient buffers with the mini-batch's gradient; its loss metrics (same on every rank).
 
-        ``advantages``, ``old``, ``reference``: one [T_i] tensor per entry of ``sequences`` (with the stop token). ``kept``:
-        bool, the tokens that count (None: all). Means leave out the other tokens, and a response with no token that
-        counts.
+        ``advantages``, ``old``, ``reference``: one [T_i] tensor per entry of ``sequences`` (with the stop token). ``old``
+        None: the log-probs of this very pass, detached. ``kept``: bool, the tokens that count (None: all). Means leave out
+        the other tokens, and a response with no token that counts.
         """
+        return self._reduce_metrics(self._backward(sequences, mini_batch, advantages, old, reference, kept))
+
+    def _backward(self, sequences, mini_batch, advantages, old, reference, kept) -> list[Forward]:
+        """``gradients`` without its metrics: what the micro-batches gave, on the last stage."""
         if kept is None:
             kept = [torch.ones(len(sequence.response_ids), dtype=torch.bool) for sequence in sequences]
         weighed = [i for i in mini_batch if kept[i].any() or not len(kept[i])]
@@ -254,23 +281,23 @@ class PolicyTrainer:
             token_weights = [weight_of[i] * kept[i] for i in batch.items]
             output = policy_loss(
                 log_probs,
-                flat(old, batch),
+                log_probs.detach() if old is None else flat(old, batch),
                 flat(advantages, batch),
                 torch.cat(token_weights).to(log_probs.device),
                 self.config.grpo,
                 None if reference is None else flat(reference, batch),
             )
-            return output.loss, output
+            return output.loss, Forward(batch.items, log_probs.detach(), output)
 
         batches = [response_batch(self.model, sequences, items, self.budget) for items in plan]
-        return self._reduce_metrics(run_schedule(self.model, batches, forward_tokens, loss, backward=True))
+        return run_schedule(self.model, batches, forward_tokens, loss, backward=True)
 
-    def _reduce_metrics(self, outputs: list) -> dict[str, float]:
+    def _reduce_metrics(self, forwards: list[Forward]) -> dict[str, float]:
         """Sum (and maximise) the micro-batches' totals over the world; every rank gets the metrics."""
         sums, maxima = torch.zeros(len(SUMS), device=local_device()), torch.zeros(1, device=local_device())
         present = torch.zeros(1, device=local_device())
         if self.model.groups.is_replica_writer:
-            for output in outputs:
+            for _, _, output in forwards:
                 sums += torch.stack([output.sums.get(name, sums.new_zeros(())) for name in SUMS])
                 maxima = torch.maximum(maxima, output.maxima["ratio"])
                 present += "kl" in output.sums
@@ -299,14 +326,21 @@ class PolicyTrainer:
         self.optimizer.step()
         return grad_norm, True
 
-    def update(self, sequences, mini_batches, advantages, old, reference, kept=None) -> dict[str, float]:
+    def update(self, sequences, mini_batches, advantages, old, reference, kept=None) -> Update:
         """One training step: an optimizer step a mini-batch, then the schedule. Metrics are means over mini-batches.
 
-        The schedule is a function of the training step: it advances also if optimizer steps were skipped.
+        ``old`` None: the update's own log-probs, for a single mini-batch. The schedule is a function of the training step:
+        it advances also if optimizer steps were skipped.
         """
+        if old is None and len(mini_batches) > 1:
+            raise ValueError("the second of several mini-batches needs the log-probs before the first")
         collected, skipped = [], 0
         for mini_batch in mini_batches:
-            metrics = self.gradients(sequences, mini_batch, advantages, old, reference, kept)
+            forwards = self._backward(sequences, mini_batch, advantages, old, reference, kept)
+            if old is None:
+                of_batches = [(items, log_probs) for items, log_probs, _ in forwards]
+                old = on_every_rank(self.model, of_batches, sequences)
+            metrics = self._reduce_metrics(forwards)
             metrics["optimizer/grad_norm"], applied = self.step(metrics["loss/policy"] + metrics.get("loss/kl", 0.0))
             skipped += not applied
             collected.append(metrics)
@@ -316,4 +350,4 @@ class PolicyTrainer:
         means["optimizer/lr"] = self.learning_rate
         means["optimizer/skipped_steps"] = float(skipped)
         self.scheduler.step(increment=1)
-        return means
+        return Update(means, old)

@@ -17,7 +17,7 @@ from g2r_megatron.judge.length_bound import check_judge_positions
 from g2r_megatron.judge.offline import read_rows
 from g2r_megatron.judge.output_file import job_key
 from g2r_megatron.judge.prompt import JudgePrompt
-from g2r_megatron.judge.reward_prompt import judge_prompt
+from g2r_megatron.judge.reward_prompt import RewardPrompt, judge_prompt
 from g2r_megatron.model.build import build_model
 from g2r_megatron.model.hf import load_model_tokenizer, open_hf_model
 from g2r_megatron.parallel import groups
@@ -47,15 +47,15 @@ def probe_judge(config: ProbeConfig) -> None:
         config = replace(config, policy=replace(config.policy, model=newest_weights(config.policy.model)))
     hf = open_hf_model(config.judge.model, "judge.model")
     prompt = judge_prompt(hf, load_model_tokenizer(hf), config.judge)
-    if not isinstance(prompt, JudgePrompt):
-        raise UserError("judge.model", "a reward model has no verdicts to probe", "give a language model as the judge")
+    if isinstance(prompt, RewardPrompt):
+        check_reward_model(config, prompt)
     queries = read_rows(config, prompt, may_lack_response=True)
     policy = read_asked_policy(config, prompt, queries)
     most = config.rollout.max_response_tokens
     lengths = ((q, most if q.response is None else len(q.response.encode())) for q in queries)
     check_judge_positions(hf, config.judge, lengths)
     if policy is None:
-        responses_of(config, prompt, queries)  # before a file is made for nothing
+        responses_of(config, prompt, queries)  # raises before any file is made
     groups.initialize(config.seed)
     file, ledger = _opened(config, job_key(config, queries, FREE))
     if policy is not None:
@@ -64,14 +64,34 @@ def probe_judge(config: ProbeConfig) -> None:
     layout = groups.build_groups("judge", config.judge.layout)
     model = build_model("judge", hf, layout, config.judge.precision, config.judge.recompute, config.judge.spec)
     prober = Prober(model, prompt, config)
-    judged = judge_rows(config, prober, responses, ledger, file)
-    chosen = choose_pairs(config, judged, ledger)
+    judged: list[Response] = []  # of a reward model there are no verdicts
+    if isinstance(prompt, RewardPrompt):
+        chosen = choose_scored(config, responses)
+    else:
+        judged = judge_rows(config, prober, responses, ledger, file)
+        chosen = choose_pairs(config, judged, ledger)
     measure_pairs(prober, chosen, ledger, file, layout.dp_size)
     if file is not None:
         write_results(config, prompt, judged, chosen, ledger)
 
 
-def read_asked_policy(config: ProbeConfig, prompt: JudgePrompt, queries: Sequence[Query]) -> PolicyInputs | None:
+def check_reward_model(config: ProbeConfig, prompt: RewardPrompt) -> None:
+    """Raise ``UserError`` for what cannot be measured of a reward model."""
+    if config.false_sample:
+        raise UserError(
+            "false_sample", f"{config.false_sample}, but a reward model has no verdicts", "leave it out: sample counts"
+        )
+    if not prompt.reads_behind_response:
+        raise UserError(
+            "judge.model",
+            "a reward model that reads its score at the response's last token: the sentence there cannot be hidden from it",
+            "give one whose chat template ends an answer with a token of its own",
+        )
+
+
+def read_asked_policy(
+    config: ProbeConfig, prompt: JudgePrompt | RewardPrompt, queries: Sequence[Query]
+) -> PolicyInputs | None:
     """The policy, with the prompts that it must answer; None if all rows have a response. Raises ``UserError``."""
     asked = [query for query in queries if query.response is None]
     if not asked:
@@ -109,8 +129,8 @@ def answered(
     return [replace(query, response=ledger.responses.get(row, query.response)) for row, query in enumerate(queries)]
 
 
-def responses_of(config: ProbeConfig, prompt: JudgePrompt, queries: Sequence[Query]) -> list[Response]:
-    """What can be measured of ``queries``. Raises ``UserError`` if nothing can."""
+def responses_of(config: ProbeConfig, prompt: JudgePrompt | RewardPrompt, queries: Sequence[Query]) -> list[Response]:
+    """The responses that have sentences enough to be measured. Raises ``UserError`` if there is none."""
     if responses := eligible(queries, prompt, config.seed):
         return responses
     raise UserError(
@@ -134,7 +154,7 @@ def _opened(config: ProbeConfig, key: str) -> tuple[LedgerFile | None, Ledger]:
 def judge_rows(
     config: ProbeConfig, prober: Prober, responses: Sequence[Response], ledger: Ledger, file: LedgerFile | None
 ) -> list[Response]:
-    """Verdicts of rows, until as many as pairs are wanted have one of each kind; the rows judged, in order."""
+    """Judge rows until enough of them have a verdict True, and enough a verdict False. Returns the judged rows, in order."""
 
     def enough(judged: Sequence[Response]) -> bool:
         found = [ledger.rows[response.row] for response in judged]
@@ -175,6 +195,17 @@ def choose_pairs(config: ProbeConfig, judged: Sequence[Response], ledger: Ledger
     return chosen
 
 
+def choose_scored(config: ProbeConfig, responses: Sequence[Response]) -> list[tuple[Response, int]]:
+    """The responses to measure with a reward model, each with its only judgement. Raises ``UserError`` for less than 2."""
+    if len(responses) < 2:
+        raise UserError(
+            "input", f"{len(responses)} response of {FEWEST_SENTENCES} or more sentences", "give at least 2"
+        )
+    if len(responses) < config.sample and dist.get_rank() == 0:
+        warn(f"{len(responses)} responses, {config.sample} asked for: there are no more in the input")
+    return [(response, 0) for response in responses[: config.sample]]
+
+
 def measure_pairs(
     prober: Prober, chosen: Sequence[tuple[Response, int]], ledger: Ledger, file: LedgerFile | None, replicas: int
 ) -> None:
@@ -193,7 +224,7 @@ def measure_pairs(
 
 def write_results(
     config: ProbeConfig,
-    prompt: JudgePrompt,
+    prompt: JudgePrompt | RewardPrompt,
     judged: Sequence[Response],
     chosen: Sequence[tuple[Response, int]],
     ledger: Ledger,
@@ -205,7 +236,8 @@ def write_results(
     described = []
     for (response, item), pair in zip(chosen, pairs, strict=True):
         query = response.query
-        texts = {"id": query.given.id if query.given else query.id, "criterion": query.rubric[item].criterion}
+        criterion = "the reward" if pair.verdict is None else query.rubric[item].criterion
+        texts = {"id": query.given.id if query.given else query.id, "criterion": criterion}
         tokens = token_texts(prompt.tokenizer, response.body)
         described.append(texts | {"tokens": tokens, "sentences": response.spans} | asdict(pair))
     output = Path(config.output)

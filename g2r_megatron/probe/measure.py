@@ -1,4 +1,4 @@
-"""One judge, measured: its verdicts under changed questions, and of a pair the truth and every attribution."""
+"""Measures one judge: its verdicts on changed questions; and for a pair, what each sentence is worth and what each attribution says."""
 
 import re
 import time
@@ -15,7 +15,9 @@ from g2r_megatron.data.types import Query
 from g2r_megatron.judge.frozen import FrozenJudge
 from g2r_megatron.judge.hiding import read_deleted, read_hidden
 from g2r_megatron.judge.prompt import JudgePrompt
+from g2r_megatron.judge.reward_prompt import RewardPrompt
 from g2r_megatron.judge.stage import JudgeStage, item_alphas
+from g2r_megatron.judge.targets import VerdictTarget
 from g2r_megatron.judge.types import JudgeInput
 from g2r_megatron.model.build import MegatronModel
 from g2r_megatron.probe.pairs import Pair, Response, RowVerdicts, verdict
@@ -44,7 +46,7 @@ def method_config(judge: JudgeConfig, method: Probed) -> JudgeConfig:
 class Prober:
     """Measures with one model. Every rank passes the same and gets all results (collective)."""
 
-    def __init__(self, model: MegatronModel, prompt: JudgePrompt, config: ProbeConfig):
+    def __init__(self, model: MegatronModel, prompt: JudgePrompt | RewardPrompt, config: ProbeConfig):
         self.prompt, self.config = prompt, config
         judge_config = replace(config.judge, verdict="compare")
         self.stages = {
@@ -55,11 +57,14 @@ class Prober:
         self.judge = next(iter(self.stages.values())).judge
         template = swapped_template(judge_config)
         self.swapped = None
-        if template is not None:
+        if template is not None and isinstance(prompt, JudgePrompt):
             self.swapped = JudgePrompt(prompt.tokenizer, replace(judge_config, template=template))
 
     def verdicts(self, responses: Sequence[Response]) -> list[RowVerdicts]:
-        """Of every item, in one pass: what is changed comes after the response in most templates."""
+        """The verdicts of every item, on the question as it is and on the changed ones, in one call of the judge. A reward
+        model has none.
+
+        Most templates put what is changed after the response, so the rows share their beginning."""
         rows = []
         for response in responses:
             negated = _negated(response.query)
@@ -82,7 +87,7 @@ class Prober:
         masked = self._timed("masked", seconds, lambda: read_hidden(self.judge, inputs, spans))
         deleted = self._timed("deleted", seconds, lambda: read_deleted(self.judge, inputs, spans))
         pairs = [
-            Pair(response.row, item, verdict(without[0].tolist()), _lost(without), _lost(gone))
+            Pair(response.row, item, _verdict(without[0].tolist()), _lost(without), _lost(gone))
             for response, item, without, gone in zip(responses, items, masked, deleted, strict=True)
         ]
         for method, stage in self.stages.items():
@@ -100,7 +105,7 @@ class Prober:
         return result
 
     def _credit(self, pair: Pair, response: Response, method: str, judgement) -> None:
-        """Sums over sentences of ``judgement``'s b, and the placebo's of the first method."""
+        """Add to ``pair`` the sums of ``judgement``'s b over each sentence. The first method's sums, shuffled, are the placebo."""
         b = judgement.attribution
         (alpha,) = item_alphas(self.prompt, self.config.judge, response.body, [judgement], "")
         pair.credit[method] = [float(b[low:high].double().sum()) for low, high in response.spans]
@@ -115,17 +120,24 @@ class Prober:
 
 
 def _attributions(stage: JudgeStage, inputs: Sequence[JudgeInput]) -> list:
-    """The judgement, with its attribution, of each input, verdict pass included."""
+    """The judgement of each input, with its attribution. The time of the verdict's pass is included."""
     rows = [[item] for item in inputs]
     judgements = stage.verdicts(rows, [""] * len(rows))
     stage.attribute(rows, judgements, [[True]] * len(rows), [[1.0]] * len(rows))
     return [judgement for (judgement,) in judgements]
 
 
+def _verdict(values: list[float]) -> bool | None:
+    """Of log-probs [2]; None of a score [1]."""
+    return verdict(values) if len(values) == VerdictTarget.columns else None
+
+
 def _lost(values: torch.Tensor) -> list[float]:
-    """Of log-probs fp32 [1 + parts, 2]: what the margin loses without each part."""
-    margins = values[:, 0].double() - values[:, 1].double()
-    return (margins[0] - margins[1:]).tolist()
+    """How much the verdict's margin, or the score, falls without each part. ``values``: log-probs, fp32 [1 + parts, 2], or
+    scores [1 + parts, 1], the first with all parts."""
+    values = values.double()
+    measure = values[:, 0] - values[:, 1] if values.size(1) == VerdictTarget.columns else values[:, 0]
+    return (measure[0] - measure[1:]).tolist()
 
 
 def _negated(query: Query) -> Query:

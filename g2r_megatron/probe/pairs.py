@@ -9,7 +9,7 @@ from g2r_megatron.credit.sentences import sentence_ids
 from g2r_megatron.data.tokenizer import encode_text, token_texts
 from g2r_megatron.data.types import Query
 from g2r_megatron.judge.hiding import unit_spans
-from g2r_megatron.judge.prompt import JudgePrompt
+from g2r_megatron.judge.prompt import ResponseReader
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,10 @@ class Response:
 
 @dataclass(frozen=True)
 class RowVerdicts:
-    """(p(True), p(False)) of every item of a row, as it is, with the verdicts' words swapped (None: the template does not
+    """(p(True), p(False)) of every item of a row.
 
-    name both), and of "It is not true that: ...".
+    ``plain``: as the row is. ``swapped``: with the words of the verdicts exchanged in the template; None if the template
+    does not name both. ``negated``: with "It is not true that: " before the criterion.
     """
 
     plain: list[list[float]]
@@ -38,13 +39,14 @@ class RowVerdicts:
 class Pair:
     """What was measured of one pair; lists run over the response's sentences.
 
-    ``masked``, ``deleted``: what the verdict's margin loses without the sentence. ``credit``: of each attribution, the sum of
+    ``verdict``: None if the judge is a reward model, whose pairs are responses (``item`` 0). ``masked``, ``deleted``: what the
+    verdict's margin, or the score, loses without the sentence. ``credit``: of each attribution, the sum of
     b over the sentence; ``ess``: ESS/T of its alpha; ``seconds``: of each measurement.
     """
 
     row: int
     item: int
-    verdict: bool
+    verdict: bool | None
     masked: list[float]
     deleted: list[float]
     credit: dict[str, list[float]] = field(default_factory=dict)
@@ -52,7 +54,7 @@ class Pair:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def eligible(queries: Sequence[Query], prompt: JudgePrompt, seed: int) -> list[Response]:
+def eligible(queries: Sequence[Query], prompt: ResponseReader, seed: int) -> list[Response]:
     """The rows whose responses have sentences enough, in an order that ``seed`` decides."""
     found = []
     for row, query in enumerate(queries):
@@ -65,7 +67,7 @@ def eligible(queries: Sequence[Query], prompt: JudgePrompt, seed: int) -> list[R
 
 
 def verdict(probabilities: Sequence[float]) -> bool:
-    """Of (p(True), p(False)): the likelier one."""
+    """The more probable verdict of (p(True), p(False))."""
     return probabilities[0] > probabilities[1]
 
 

@@ -14,7 +14,7 @@ from g2r_megatron.probe.pairs import Pair, RowVerdicts, verdict
 
 RESAMPLES = 2000
 PLACEBO = "shuffled"
-# sequences of a pair that the judge runs for an attribution, with its verdict: forward and backward
+# how many sequences the judge runs for one pair: forward + backward, the verdict included
 PASSES = {"gate_branch": "1 + 1*", "gate_all": "2 + 1*", "attention": "2", "occlusion": "1 + sentences"}
 GRADIENT_PASSES = "2 + 1"
 
@@ -48,7 +48,7 @@ def agreement(pairs: Sequence[Pair], credits: Sequence[Sequence[float]], truth: 
 
 
 def method_summary(pairs: Sequence[Pair], method: str, seed: int) -> dict:
-    """How one attribution did."""
+    """The results of one attribution: agreement, ESS, seconds and passes."""
     credits, shares = [pair.credit[method] for pair in pairs], [pair.ess[method] for pair in pairs]
     seconds = [pair.seconds[method] for pair in pairs if method in pair.seconds]
     return {
@@ -62,7 +62,7 @@ def method_summary(pairs: Sequence[Pair], method: str, seed: int) -> dict:
 
 
 def judge_summary(rows: Sequence[RowVerdicts]) -> dict:
-    """Whether the judge answers at all, and what changes its answers that should not, over all items of the rows judged."""
+    """Whether the judge answers at all, and whether changes of the wording change its answers, over all items judged."""
     plain = [item for row in rows for item in row.plain]
     negated = [item for row in rows for item in row.negated]
     swapped = [item for row in rows if row.swapped is not None for item in row.swapped]
@@ -82,19 +82,19 @@ def _share_same(first: list[list[float]], second: list[list[float]], same: bool)
 
 
 def summary(pairs: Sequence[Pair], rows: Sequence[RowVerdicts], methods: Sequence[str], seed: int) -> dict:
-    """Everything that probe.json says but the pairs themselves."""
-    true, false = ([pair for pair in pairs if pair.verdict is wanted] for wanted in (True, False))
-    of_true = _of_verdict(true, methods, seed)
+    """Everything that probe.json says but the pairs themselves. ``rows``: none of a reward model, which has no verdicts."""
+    scored, true, false = ([pair for pair in pairs if pair.verdict is wanted] for wanted in (None, True, False))
+    main = scored or true
+    found = _of_verdict(main, methods, seed)
     result = {
-        "line": verdict_line(of_true["attributions"]),
-        "pairs_true": len(true),
-        "pairs_false": len(false),
+        "line": verdict_line(found["attributions"], "reward model" if scored else "judge"),
         "responses": len({pair.row for pair in pairs}),
         "sentences_mean": fmean(len(pair.masked) for pair in pairs),
-        "top_by_chance": fmean(1 / len(pair.masked) for pair in true),
-        "judge": judge_summary(rows),
-        "true": of_true,
+        "top_by_chance": fmean(1 / len(pair.masked) for pair in main),
     }
+    if scored:
+        return result | {"score": found}
+    result |= {"pairs_true": len(true), "pairs_false": len(false), "judge": judge_summary(rows), "true": found}
     return result | ({"false": _of_verdict(false, methods, seed)} if false else {})
 
 
@@ -106,7 +106,7 @@ def _of_verdict(pairs: Sequence[Pair], methods: Sequence[str], seed: int) -> dic
     }
 
 
-def verdict_line(attributions: dict[str, dict]) -> str:
+def verdict_line(attributions: dict[str, dict], judge: str = "judge") -> str:
     """What to use. An attribution follows the judge if its interval is above 0 and above the placebo's.
 
     Of those that follow, the cheapest whose mean is within the interval of the best.
@@ -121,12 +121,10 @@ def verdict_line(attributions: dict[str, dict]) -> str:
     if not follow and any(score[1] > 0 for score in scores.values()):
         return f"too few pairs to tell {', '.join(rest)} from {of_placebo} (up to {_short(ceiling)}): raise --sample"
     if not follow:
-        return (
-            f"no credit follows what this judge uses: {', '.join(rest)}, {of_placebo}: train without (grpo.preset=grpo)"
-        )
+        return f"no credit follows what this {judge} uses: {', '.join(rest)}, {of_placebo}: train without (grpo.preset=grpo)"
     close = [name for name in follow if scores[name][0] >= scores[follow[0]][1]]
     best = min(close, key=lambda name: attributions[name]["seconds"])
-    line = f"credit from {', '.join(named[name] for name in follow)} follows what this judge uses ({of_placebo}); "
+    line = f"credit from {', '.join(named[name] for name in follow)} follows what this {judge} uses ({of_placebo}); "
     line += f"{', '.join(rest)} {'do' if len(rest) > 1 else 'does'} not: " if rest else ""
     return f"{line}use `{best}`"
 

@@ -1,4 +1,4 @@
-"""A probe's results as text: the cells that terminal and page share, and the table on the terminal."""
+"""A probe's results as text: the cells for terminal and page, and the terminal's table."""
 
 from io import StringIO
 
@@ -7,6 +7,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+TITLES = {
+    "score": "scored responses",
+    "true": "pairs judged True",
+    "false": "pairs judged False",
+}  # of probe.json's tables
 HEADINGS = (
     "credit", "masked: Spearman", "top", "deleted: Spearman", "top", "ESS/T median (lowest)", "seconds", "passes",
 )  # fmt: skip
@@ -34,10 +39,13 @@ def method_rows(of_verdict: dict) -> list[list[str]]:
 
 def said_of_judge(found: dict) -> list[str]:
     """Lines on the pairs and on how the judge answers."""
+    sizes = f"{found['sentences_mean']:.1f} sentences a response; top sentence by chance {found['top_by_chance']:.2f}"
+    if "score" in found:
+        return [f"{found['responses']} responses scored by a reward model; {sizes}"]
     judge = found["judge"]
     lines = [
         f"{found['pairs_true']} pairs judged True, {found['pairs_false']} judged False, of {found['responses']} responses; "
-        f"{found['sentences_mean']:.1f} sentences a response; top sentence by chance {found['top_by_chance']:.2f}",
+        + sizes,
         f"of {judge['items']} verdicts {judge['true_rate']:.0%} True; p(True) + p(False) {judge['answer_mass']:.2f}",
     ]
     if judge["swapped_same"] is None:
@@ -56,12 +64,10 @@ def summary_table(found: dict) -> str:
     """Plain text, ready to print."""
     out = StringIO()
     console = Console(file=out, width=150, color_system=None, force_terminal=False)
-    for kind in ("true", "false"):
+    for kind, title in TITLES.items():
         if kind not in found:
             continue
-        table = Table(
-            box=box.SIMPLE_HEAD, pad_edge=False, title=f"pairs judged {kind.capitalize()}", title_justify="left"
-        )
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
         for number, heading in enumerate(HEADINGS):
             table.add_column(heading, justify="right" if number else "left")
         for row in method_rows(found[kind]):

@@ -1,4 +1,4 @@
-"""RUN/bad_steps/: the batches of training steps whose loss or gradients were not finite, to be looked at."""
+"""RUN/bad_steps/: the batches of training steps whose loss or gradients were not finite, for a person to inspect."""
 
 import json
 from pathlib import Path

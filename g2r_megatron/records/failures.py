@@ -21,7 +21,7 @@ GRACE_SECONDS = 5.0  # for the other ranks to fail as well: the launcher ends al
 
 @contextmanager
 def reported(heartbeat: Heartbeat) -> Iterator[None]:
-    """Around a run: an error is announced as soon as it happens and is the heartbeat's ``error``; then it is raised again."""
+    """Around a run: an error is printed as soon as it happens, written to the heartbeat, and raised again."""
     try:
         yield
         _end_quietly()
@@ -40,7 +40,7 @@ def reported(heartbeat: Heartbeat) -> Iterator[None]:
 
 
 def announce(error: Exception, place: str | None = None) -> tuple[str, bool]:
-    """Print ``error`` once, on the rank that failed first; (the first error of all ranks, whether it is this one).
+    """Print ``error`` once, on the rank that failed first. Returns (the first error of all ranks, whether it is this one).
 
     A mistake of the user, or the end of a run, is one line; anything else has ``place`` (which rank was doing what)
     before it, and a traceback on the first rank. Later calls with the same error print nothing.
@@ -85,7 +85,7 @@ def _announce(error: Exception, place: str | None) -> tuple[str, bool]:
 
 
 def _end_quietly() -> None:
-    """This rank has come to its end: one that fails later (a policy rank, after its judge's) is not to wait for word."""
+    """Report that this rank has ended, so that a rank that fails later (a policy's, after the judge's) does not wait for it."""
     store = _launcher_store()
     if store is not None:
         store.set(f"{_failed_key()}/{os.environ['RANK']}", "")
@@ -96,7 +96,7 @@ def _failed_key() -> str:
 
 
 def _launcher_store():
-    """torchrun's store, which outlives the ranks; None without torchrun, or when its machine is gone."""
+    """torchrun's store, which ends after the ranks; None without torchrun, or when its machine does not answer."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     from torch.distributed import DistError, TCPStore

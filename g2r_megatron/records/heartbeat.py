@@ -15,7 +15,7 @@ STATES = ("starting", "running", "preempted", "finished", "failed")
 
 
 class Heartbeat:
-    """Replaced whole at every change, by the first rank; so a reader finds all of it, and ``time`` tells its age.
+    """The first rank replaces the whole file at every change. A reader sees its age by ``time``.
 
     {"state": one of STATES, "time": unix seconds, "step": last finished step, "saved_step": newest complete checkpoint
     (0: none), "phase", "steps": in all, "attempt": 1 for the first start, "job": Slurm's id or null, "host", "pid",

@@ -35,7 +35,7 @@ class JobFile:
         return records[1:]
 
     def append(self, records: Iterable[dict]) -> None:
-        """They are on the disk when this returns. Raises ``UserError`` if that fails."""
+        """Append records. They are on the disk when this returns. Raises ``UserError`` if that fails."""
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(record) + "\n" for record in records)

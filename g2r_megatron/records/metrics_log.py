@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.jsonl and samples.jsonl, TensorBoard and, when asked for, W&B."""
+"""The records of a run: metrics.jsonl and samples.jsonl, TensorBoard and, when asked for, W&B."""
 
 import json
 import math
@@ -19,7 +19,7 @@ class MetricsLog:
     """The records of one run. Construct it on rank 0 only.
 
     ``metrics.jsonl`` holds one object a line, ``step`` first; a value that is not finite is written as
-    ``null`` (JSON has no NaN). Each line is on its way to disk when ``log`` returns, so a killed run
+    ``null`` (JSON has no NaN). Each line is written when ``log`` returns, so a killed run
     loses at most a torn last line, which readers ignore and ``truncate_after`` removes.
     """
 
@@ -52,7 +52,7 @@ class MetricsLog:
         _append(self.output_dir / ALARMS_FILE, record)
 
     def truncate_after(self, step: int) -> None:
-        """Forget what was recorded after ``step``: call it when training resumes from the checkpoint of ``step``.
+        """Remove what was recorded after ``step``: call it when training resumes from the checkpoint of ``step``.
 
         Each file is replaced atomically; -1 empties them. A torn last line goes too.
         """

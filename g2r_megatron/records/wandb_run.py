@@ -43,7 +43,7 @@ def reachable(host: str, port: int) -> bool:
 
 
 def _mode() -> Mode:
-    """W&B's mode here: offline also where the server cannot be reached, which is said."""
+    """W&B's mode here. Where the server cannot be reached it is offline, with a warning."""
     mode = wandb_mode()
     if mode == "online" and not reachable(*wandb_host()):
         warn(f"W&B's server {wandb_host()[0]} cannot be reached: {LATER}")
@@ -78,7 +78,7 @@ class WandbRun:
             self._run = wandb.init(mode="offline", **self._options)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Add the values of ``step``. Where W&B fails the training goes on without it, which is said."""
+        """Add the values of ``step``. Where W&B fails, the training goes on without it, after a warning."""
         if self._run is None:
             return
         try:

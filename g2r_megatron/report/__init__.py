@@ -1,6 +1,7 @@
-"""Comparison of runs: a table for the terminal and a self-contained HTML page."""
+"""Comparison of runs: a table for the terminal, a self-contained HTML page, and its figures as files."""
 
+from g2r_megatron.report.export import write_figures
 from g2r_megatron.report.page import write_report
 from g2r_megatron.report.summary import summary_table
 
-__all__ = ["summary_table", "write_report"]
+__all__ = ["summary_table", "write_figures", "write_report"]

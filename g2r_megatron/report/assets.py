@@ -25,7 +25,7 @@ nav b { margin-right: 10px; font-size: 14px; } nav .end { margin-left: auto; }
 button { font: inherit; font-size: 13px; color: inherit; background: none; border: 1px solid var(--rule); border-radius: 99px; padding: 3px 12px; cursor: pointer; }
 button:hover { border-color: var(--faint); } button[aria-pressed=false] { opacity: .4; text-decoration: line-through; }
 :focus-visible { outline: 2px solid var(--c, var(--ink)); outline-offset: 2px; }
-td .swatch, th .swatch { white-space: nowrap; } .swatch::before { content: ""; display: inline-block; width: 14px; height: 4px; border-radius: 2px; background: var(--c); margin-right: 8px; vertical-align: 3px; }
+td .swatch, th .swatch { overflow-wrap: anywhere; } .swatch::before { content: ""; display: inline-block; width: 14px; height: 4px; border-radius: 2px; background: var(--c); margin-right: 8px; vertical-align: 3px; }
 .swatch.again::before { background: repeating-linear-gradient(90deg, var(--c) 0 4px, transparent 4px 6px); }
 .chip { color: var(--c); font-weight: 660; }
 .scroll { overflow-x: auto; }
@@ -48,15 +48,16 @@ svg .axis { fill: var(--faint); } svg .grid { stroke: var(--rule); } svg .zero {
 svg .mark { stroke: var(--faint); stroke-dasharray: 2 4; } svg .marktext { fill: var(--faint); }
 svg .line { fill: none; stroke: var(--c); stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; } svg .again .line { stroke-dasharray: 6 4; }
 svg .band { fill: var(--c); opacity: .14; } svg .dot { fill: var(--paper); stroke: var(--c); stroke-width: 2; }
+svg .alarm { fill: var(--warn); stroke: var(--paper); stroke-width: 1; } svg .alarmtext { fill: var(--warn); font-weight: 640; paint-order: stroke; stroke: var(--paper); stroke-width: 3px; }
 svg .end { fill: var(--c); font-weight: 640; font-size: 12.5px; }
 svg .hair { stroke: var(--faint); visibility: hidden; }
 #tip { position: fixed; z-index: 9; pointer-events: none; display: none; background: var(--raised); color: var(--ink); border: 1px solid var(--rule); border-radius: 7px; padding: 7px 11px; font-size: 12.5px; line-height: 1.5; box-shadow: 0 6px 22px rgb(0 0 0 / .16); max-width: 340px; font-variant-numeric: tabular-nums; }
-.bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: 10px 16px; align-items: center; margin: 16px 0; }
-.bars .bar { display: flex; height: 24px; gap: 2px; } .bars .bar span { border-radius: 3px; min-width: 1px; overflow: hidden; font-size: 12px; line-height: 24px; padding-left: 6px; white-space: nowrap; }
+.bars { display: grid; grid-template-columns: minmax(0, max-content) minmax(0, 1fr) max-content; gap: 10px 16px; align-items: center; margin: 16px 0; }
+.bars .bar { display: flex; height: 24px; gap: 2px; } .bars .bar span { border-radius: 3px; min-width: 1px; flex: 0 1 auto; overflow: hidden; font-size: 12px; line-height: 24px; padding-left: 6px; white-space: nowrap; }
 .sample_phase { background: color-mix(in srgb, var(--ink) 16%, transparent); } .judge_phase { background: color-mix(in srgb, var(--good) 62%, var(--paper)); }
 .update_phase { background: color-mix(in srgb, var(--ink) 34%, transparent); } .other_phase { background: color-mix(in srgb, var(--ink) 7%, transparent); }
 .key { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin: 0 6px 0 14px; vertical-align: -1px; }
-details.sample { border-top: 1px solid var(--rule); padding: 12px 0; } summary { cursor: pointer; }
+details.sample { border-top: 1px solid var(--rule); padding: 12px 0; } summary { cursor: pointer; overflow-wrap: anywhere; }
 .prompt { margin: 12px 0 6px; max-width: 60em; } .prompt p { margin: 2px 0 0; white-space: pre-wrap; overflow-wrap: anywhere; color: var(--soft); max-height: 9.3em; overflow: auto; }
 .strip { display: grid; grid-template-columns: 250px minmax(0, 1fr); gap: 24px; padding: 11px 0; border-top: 1px solid var(--rule); }
 .strip .label p { margin: 0; } .strip .what { font-weight: 600; font-size: 14px; line-height: 1.35; overflow-wrap: anywhere; }
@@ -65,11 +66,20 @@ details.sample { border-top: 1px solid var(--rule); padding: 12px 0; } summary {
 .text .good, .scale .good { background: color-mix(in oklab, var(--good) calc(var(--v) * 72%), transparent); } .text .bad, .scale .bad { background: color-mix(in oklab, var(--bad) calc(var(--v) * 72%), transparent); }
 .text span[data-tip]:hover { outline: 1.5px solid var(--ink); } b.good { color: var(--good); } b.bad { color: var(--bad); } .more { color: var(--faint); }
 .scale { display: inline-flex; gap: 2px; margin: 0 8px; vertical-align: -2px; } .scale span { width: 20px; height: 14px; border-radius: 3px; outline: 1px solid var(--rule); outline-offset: -1px; }
-.rest { border-top: 1px solid var(--rule); padding-top: 8px; } .rest p { margin: 0; } .rest ul { margin: 4px 0 0; padding-left: 18px; columns: 2 320px; column-gap: 40px; font-size: 14px; } .rest li { break-inside: avoid; overflow-wrap: anywhere; }
+.rest { border-top: 1px solid var(--rule); padding: 8px 0; } .rest p { margin: 0; } .rest ul { margin: 4px 0 0; padding-left: 18px; columns: 2 320px; column-gap: 40px; font-size: 14px; } .rest li { break-inside: avoid; overflow-wrap: anywhere; }
+.credited ul { margin: 0; padding-left: 18px; font-size: 14.5px; overflow-wrap: anywhere; } .credited p { margin: 6px 0 0; font-size: 13.5px; line-height: 2; }
+.credited .fine { font-size: 13px; } .credited .fine:first-child, .credited > p:first-child { margin: 0; line-height: 1.5; }
+.word { background: color-mix(in oklab, var(--good) 16%, transparent); border-radius: 4px; padding: 1px 7px; margin-right: 4px; white-space: nowrap; } .word small { color: var(--soft); }
 .pairs { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 6px 32px; margin-top: 10px; } .pairs h3 { grid-column: 1 / -1; font-size: 15px; margin: 14px 0 0; border-top: 1px solid var(--rule); padding-top: 12px; }
 .pairs p { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 15em; overflow: auto; unicode-bidi: plaintext; } .pairs .fine { white-space: normal; margin-bottom: 4px; }
 pre { font: 12.5px/1.5 var(--mono); overflow-x: auto; background: var(--raised); border: 1px solid var(--rule); border-radius: 7px; padding: 14px; }
-@media (max-width: 760px) { main, nav div { padding-left: 16px; padding-right: 16px; } .strip, .pairs { grid-template-columns: minmax(0, 1fr); gap: 6px; } h1 { font-size: 24px; } td.dumbbell, th.dumbbell { display: none; } }
+@media (max-width: 760px) {
+  main, nav div { padding-left: 16px; padding-right: 16px; } .strip, .pairs { grid-template-columns: minmax(0, 1fr); gap: 6px; }
+  h1 { font-size: 24px; overflow-wrap: anywhere; } .whole { white-space: normal; } td.dumbbell, th.dumbbell { display: none; }
+  td:first-child, .health td:first-child { min-width: 112px; } th, td { padding-left: 8px; padding-right: 8px; }
+  figure.chart { overflow-x: auto; } figure svg { min-width: min(var(--w), 480px); }
+  .bars { grid-template-columns: minmax(0, 1fr) max-content; } .bars .swatch { grid-column: 1 / -1; }
+}
 @media print { nav { position: static; } .prompt p, .strip .text, .pairs p { max-height: none; } }
 """
 
@@ -141,3 +151,15 @@ theme.addEventListener('click', () => {
   root.style.colorScheme = dark ? 'light' : 'dark';
 });
 """
+
+# Of a figure in a file of its own: fixed colours on white, and nothing that only browsers know.
+FIGURE_CSS = """
+text { font-size: 11px; fill: #5b626b; } .title { font-size: 13px; font-weight: bold; fill: #1d2126; }
+.axis, .marktext { fill: #8b919a; } .grid { stroke: #e4e1d9; } .zero { stroke: #8b919a; } .mark { stroke: #8b919a; stroke-dasharray: 2 4; }
+.line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; } .again .line { stroke-dasharray: 6 4; }
+.band { opacity: 0.14; } .dot { fill: #ffffff; stroke-width: 2; } .end { font-size: 12.5px; font-weight: bold; }
+.alarm { fill: #a8540a; stroke: #ffffff; } .alarmtext { fill: #a8540a; font-weight: bold; paint-order: stroke; stroke: #ffffff; stroke-width: 3px; }
+""" + "".join(
+    f".c{slot} .line, .c{slot} .dot {{ stroke: {colour}; }} .c{slot} .band, .end.c{slot} {{ fill: {colour}; }}\n"
+    for slot, colour in enumerate(("#2a6fbb", "#d97f12", "#0a8f6c", "#a8428f", "#6a6f2b", "#5d5fc0"))
+)

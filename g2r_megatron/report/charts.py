@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from g2r_megatron.report.text import plain, visible
+
 LONGEST_NAME = 24  # characters of a curve's name at its end
 SLOTS = 6  # colours in the style sheet; further groups repeat them with dashes
 
@@ -17,8 +19,9 @@ class Curve:
     label: str
     slot: int
     points: Sequence[tuple[float, float, float, float]]
-    dots: Sequence[tuple[float, float]] = ()  # (x, y) drawn as marks without a line
+    dots: Sequence[tuple[float, float]] = ()  # (x, y) drawn as circles without a line
     loose: int = 0  # the last this many points are marks of their own, not joined to the line
+    marks: Sequence[tuple[float, float, str]] = ()  # (x, y, name) drawn as triangles with their names
 
 
 @dataclass(frozen=True)
@@ -58,19 +61,30 @@ class Frame:
 
 def line_chart(chart: Chart, curves: Sequence[Curve]) -> str:
     """A ``<figure>`` with the chart; empty text when no curve has a point."""
-    curves = [curve for curve in curves if curve.points or curve.dots]
+    curves = drawable(curves)
     if not curves:
         return ""
+    body, frame = chart_body(chart, curves)
+    return (
+        f'<figure class="chart" style="--w:{chart.width}px"><figcaption>{visible(chart.title)}</figcaption>'
+        f'<svg viewBox="0 0 {chart.width} {chart.height}" role="img" aria-label="{visible(chart.title)}"'
+        f' data-chart="{escape(_hover_data(chart, curves, frame))}">{body}'
+        f'<line class="hair" y1="{frame.top}" y2="{frame.bottom}"/></svg></figure>'
+    )
+
+
+def drawable(curves: Sequence[Curve]) -> list[Curve]:
+    """Those with something to draw."""
+    return [curve for curve in curves if curve.points or curve.dots]
+
+
+def chart_body(chart: Chart, curves: list[Curve]) -> tuple[str, Frame]:
+    """The SVG elements of a chart with at least one of ``drawable`` curves, and its coordinates."""
     frame, y_ticks = _frame(chart, curves)
     body = _grid(chart, frame, y_ticks) + "".join(_curve(curve, frame) for curve in curves)
     if chart.end_labels:
         body += _end_labels(curves, frame)
-    return (
-        f'<figure class="chart" style="--w:{chart.width}px"><figcaption>{escape(chart.title)}</figcaption>'
-        f'<svg viewBox="0 0 {chart.width} {chart.height}" role="img" aria-label="{escape(chart.title)}"'
-        f' data-chart="{escape(_hover_data(chart, curves, frame))}">{body}'
-        f'<line class="hair" y1="{frame.top}" y2="{frame.bottom}"/></svg></figure>'
-    )
+    return body + _mark_names(curves, frame), frame
 
 
 def slot_class(slot: int) -> str:
@@ -91,11 +105,13 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
 
 def _frame(chart: Chart, curves: list[Curve]) -> tuple[Frame, list[float]]:
     xs = [point[0] for curve in curves for point in (*curve.points, *curve.dots)]
+    xs += [x for curve in curves for x, _, _ in curve.marks]
     ys = [y for curve in curves for point in curve.points for y in point[2:]]
-    ys += [y for curve in curves for _, y in curve.dots] + list(chart.y_range or ())
+    ys += [y for curve in curves for _, y in curve.dots] + [y for curve in curves for _, y, _ in curve.marks]
+    ys += list(chart.y_range or ())
     y_ticks = nice_ticks(min(ys), max(ys), 4 if chart.height < 240 else 5)
     left = 14 + 6.4 * max(len(_tick(tick, y_ticks)) for tick in y_ticks)
-    right = chart.width - (12 + 6.6 * max(len(_short(curve.label)) for curve in curves) if chart.end_labels else 10)
+    right = chart.width - (12 + 7.9 * max(len(_short(curve.label)) for curve in curves) if chart.end_labels else 10)
     x0, x1 = min(0.0, *xs), max(xs)
     frame = Frame(left, right, 10, chart.height - 36, x0, x1 if x1 > x0 else x0 + 1, y_ticks[0], y_ticks[-1])
     return frame, y_ticks
@@ -156,7 +172,31 @@ def _curve(curve: Curve, frame: Frame) -> str:
         parts.append(f'<polyline class="line" points="{line}"/>')
     for x, y in (*loose, *curve.dots):
         parts.append(f'<circle class="dot" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3.4"/>')
+    for x, y, name in curve.marks:
+        left, top = frame.x(x), frame.y(y)
+        tip = visible(f"{curve.label}: alarm {name}")
+        parts.append(f'<path class="alarm" d="M{left:.1f} {top - 1:.1f}l6 -11h-12z" data-tip="{tip}"/>')
     return f'<g class="{slot_class(curve.slot)}" data-slot="{curve.slot}">{"".join(parts)}</g>'
+
+
+def _mark_names(curves: list[Curve], frame: Frame) -> str:
+    """Each name once, at its first mark; to the left of marks in the right half, and never one above another."""
+    first: dict[str, tuple[float, float]] = {}
+    for curve in curves:
+        for x, y, name in curve.marks:
+            first[name] = min(first.get(name, (x, y)), (x, y))
+    parts, used = [], []
+    for name, (x, y) in sorted(first.items(), key=lambda mark: frame.y(mark[1][1])):
+        left, top = frame.x(x), frame.y(y) - 4
+        while any(abs(top - other) < 13 for other in used):
+            top += 13
+        used.append(top)
+        is_right = left > (frame.left + frame.right) / 2
+        side = "end" if is_right else "start"
+        parts.append(
+            f'<text class="alarmtext" x="{left + (-9 if is_right else 9):.1f}" y="{top:.1f}" text-anchor="{side}">{visible(name)}</text>'
+        )
+    return "".join(parts)
 
 
 def _end_labels(curves: list[Curve], frame: Frame) -> str:
@@ -168,7 +208,7 @@ def _end_labels(curves: list[Curve], frame: Frame) -> str:
         x = frame.x(curve.points[-1][0]) + 8
         parts.append(
             f'<text class="end {slot_class(curve.slot)}" data-slot="{curve.slot}" x="{x:.1f}" y="{previous + 4:.1f}">'
-            f"{escape(_short(curve.label))}</text>"
+            f"{visible(_short(curve.label))}</text>"
         )
     return "".join(parts)
 
@@ -188,7 +228,7 @@ def _hover_data(chart: Chart, curves: list[Curve], frame: Frame) -> str:
         xs, texts = [point[0] for point in points], [value(*point[1:]) for point in points]
         # marks are read out only where the pointer's x has one
         return {
-            "label": label,
+            "label": plain(label),
             "slot": curve.slot,
             "class": slot_class(curve.slot),
             "x": xs,

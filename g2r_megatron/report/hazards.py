@@ -1,9 +1,15 @@
-"""The known hazards of the method as one number a run, and the level from which each is marked."""
+"""The known hazards of the method as one number a run, and the level from which each is marked.
+
+Where an alarm watches the same number, its default threshold is the level.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from g2r_megatron.config.alarm_options import AlarmsConfig
 from g2r_megatron.report.runs import Run
+
+LEVELS = AlarmsConfig()
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ def _ramp(run: Run) -> float | None:
 
 def _growth(run: Run) -> float | None:
     first, last = run.first("response/length_mean"), run.last("response/length_mean")
-    return last / first - 1 if first and last else None
+    return last / first - 1 if first and last else None  # above -1
 
 
 def _key_ratio(run: Run) -> float | None:
@@ -48,10 +54,10 @@ def _above_shuffled(run: Run) -> float | None:
 HAZARDS = (
     Hazard(
         "Flat attribution",
-        "mean ESS/T of alpha; ▲ > 0.95",
+        f"mean ESS/T of alpha; ▲ > {LEVELS.flat:g}",
         "{:.2f}",
         _average("attribution/ess_share"),
-        lambda v: v > 0.95,
+        lambda v: v > LEVELS.flat,
     ),
     Hazard(
         "Flat responses",
@@ -69,10 +75,10 @@ HAZARDS = (
     ),
     Hazard(
         "Faithfulness of credit",
-        "with hidden sentences, minus shuffled; ▲ ≤ 0",
+        f"with hidden sentences, minus shuffled; ▲ < {LEVELS.faithless:g}",
         "{:+z.2f}",
         _above_shuffled,
-        lambda v: v <= 0,
+        lambda v: v < LEVELS.faithless,
     ),
     Hazard("Credit on key tokens", "times chance; ▲ < 1.2", "{:.1f}×", _key_ratio, lambda v: v < 1.2),
     Hazard(
@@ -93,7 +99,11 @@ HAZARDS = (
         lambda v: abs(v) > 0.5,
     ),
     Hazard(
-        "Length drift", "response length, end against start; ▲ beyond ±30%", "{:+z.0%}", _growth, lambda v: abs(v) > 0.3
+        "Length drift",
+        f"response length, end against start; ▲ a factor above {LEVELS.length:g}, either way",
+        "{:+z.0%}",
+        _growth,
+        lambda v: max(1 + v, 1 / (1 + v)) > LEVELS.length,
     ),
     Hazard(
         "Judge − true score",
@@ -103,7 +113,11 @@ HAZARDS = (
         lambda v: v > 0.05,
     ),
     Hazard(
-        "Answer mass", "mean p(True) + p(False); ▲ < 0.5", "{:.3f}", _average("judge/answer_mass"), lambda v: v < 0.5
+        "Answer mass",
+        f"mean p(True) + p(False); ▲ < {LEVELS.answer_mass:g}",
+        "{:.3f}",
+        _average("judge/answer_mass"),
+        lambda v: v < LEVELS.answer_mass,
     ),
     Hazard("Judge agreement", "with the truth; ▲ < 0.9", "{:.3f}", _average("judge/agreement"), lambda v: v < 0.9),
     Hazard(

@@ -1,12 +1,12 @@
 """Responses drawn as token heat maps: one strip a criterion, and the advantage that came of them."""
 
-import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from html import escape
 
 from g2r_megatron.report.charts import slot_class
 from g2r_megatron.report.runs import Group, mean
+from g2r_megatron.report.text import visible
 
 MAX_TOKENS = 400  # of a response drawn; the rest is counted
 FULL_SHADE = 8.0  # times the uniform weight 1/T: darkest shade
@@ -70,19 +70,6 @@ def sample_card(picked: Picked, is_open: bool) -> str:
         f'<div class="prompt"><b>Prompt</b><p>{visible(str(sample["prompt"]))}</p></div>'
         f'<div class="strips">{rows}</div>{_unattributed(rest)}</details>'
     )
-
-
-def visible(text: str) -> str:
-    """Text of a model or a user as HTML that cannot act: escaped, control and direction characters made visible."""
-    shown = [character if character in "\n\t" else _symbol(character) for character in text]
-    return escape("".join(shown))
-
-
-def _symbol(character: str) -> str:
-    category = unicodedata.category(character)
-    if category == "Cc":
-        return chr(0x2400 + ord(character)) if ord(character) < 0x20 else "␡"
-    return "\ufffd" if category in ("Cf", "Cs", "Co", "Cn", "Zl", "Zp") and character != "\u200d" else character
 
 
 def _identity(sample: dict) -> tuple[str, str]:

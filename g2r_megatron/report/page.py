@@ -9,40 +9,30 @@ from pathlib import Path
 import yaml
 
 from g2r_megatron.errors import UserError
-from g2r_megatron.report.alarms import alarm_charts, alarm_list
+from g2r_megatron.report.alarms import alarm_list
 from g2r_megatron.report.assets import CSS, SCRIPT
-from g2r_megatron.report.charts import Chart, Curve, line_chart, slot_class
+from g2r_megatron.report.charts import slot_class
+from g2r_megatron.report.credited import credited_cards
+from g2r_megatron.report.criteria import criteria_table, criterion_figures, tag_figures
+from g2r_megatron.report.figures import (
+    HEALTH_CHARTS,
+    TRAINING_CHARTS,
+    alarm_figures,
+    drawn,
+    has_truth,
+    learning_figures,
+    metric_figures,
+    position_figures,
+    smoothing_note,
+)
 from g2r_megatron.report.hazards import HAZARDS
-from g2r_megatron.report.heatmap import FULL_SHADE, SHADE_POWER, pick_samples, sample_card, visible
-from g2r_megatron.report.runs import TARGET_SCORE, WINDOW, Group, Run, Score, choose_score, load_groups
-from g2r_megatron.report.summary import NOTHING, Number, SummaryRow, has_truth, summary_rows, target_note
+from g2r_megatron.report.heatmap import FULL_SHADE, SHADE_POWER, pick_samples, sample_card
+from g2r_megatron.report.runs import TARGET_SCORE, Group, Run, Score, choose_score, load_groups
+from g2r_megatron.report.summary import NOTHING, Number, SummaryRow, summary_rows, target_note
+from g2r_megatron.report.text import visible
 
 PHASES = ("sample", "judge", "update")
 OPEN_CARDS = 2  # heat maps shown without a click: the sharpest attribution and the next
-# (metric, title, format): small charts, each drawn where some run logged the metric
-HEALTH_CHARTS = (
-    ("attribution/ess_share", "Spread of alpha: ESS/T (1 is flat)", "{:.2f}"),
-    ("attribution/flat_share", "Share of flat attributions", "{:.2f}"),
-    ("attribution/max_alpha", "Largest alpha", "{:.3f}"),
-    ("attribution/faithfulness", "Faithfulness of credit, running mean", "{:+.2f}"),
-    ("attribution/faithfulness_shuffled", "The same of shuffled credit", "{:+.2f}"),
-    ("attribution/cos_median", "Median |cos(gradient, embedding)|", "{:.3f}"),
-    ("attribution/key_token_mass", "Alpha on key tokens", "{:.2f}"),
-    ("attribution/passes", "Backward passes a step", "{:.0f}"),
-)
-TRAINING_CHARTS = (
-    ("judge/gap", "Judge minus true score, training batches", "{:+z.3f}"),
-    ("judge/agreement", "Judge agrees with the truth", "{:.3f}"),
-    ("eval/gold_score", "Score by the gold judge, held-out prompts", "{:.3f}"),
-    ("judge/verifier_agreement", "Judge agrees with the verifier", "{:.3f}"),
-    ("response/length_mean", "Response length, tokens", "{:.1f}"),
-    ("response/finished_share", "Finished responses", "{:.2f}"),
-    ("group/zero_variance_share", "Groups without variance", "{:.2f}"),
-    ("loss/kl", "KL to the initial policy", "{:.4f}"),
-    ("ratio/clip_share", "Clipped ratios", "{:.3f}"),
-    ("optimizer/grad_norm", "Gradient norm", "{:.2f}"),
-    ("optimizer/lr", "Learning rate", "{:.2e}"),
-)
 
 
 def write_report(run_dirs: list[Path], output: Path) -> None:
@@ -65,8 +55,9 @@ def render_page(groups: list[Group]) -> str:
     score = choose_score(groups)
     rows = summary_rows(groups, score)
     sections = (
-        _table(groups, rows, score), _learning(groups), _heat_maps(groups), _attribution(groups), _positions(groups),
-        _alarms(groups), _training(groups), _phases(groups), _first_and_last(groups), _configs(groups),
+        _table(groups, rows, score), _learning(groups), _criteria(groups), _heat_maps(groups), _credited(groups),
+        _attribution(groups), _positions(groups), _alarms(groups), _training(groups), _phases(groups),
+        _first_and_last(groups), _configs(groups),
     )  # fmt: skip
     return document("g2r report", _swatches(groups), _headline(rows), "".join(sections))
 
@@ -165,41 +156,30 @@ def _dumbbell(row: SummaryRow, low: float, high: float) -> str:
 
 
 def _learning(groups: list[Group]) -> str:
-    key, name = ("reward/true_mean", "True") if has_truth(groups) else ("reward/mean", "Judged")
-    evaluation = "eval/true_score" if has_truth(groups) else "eval/judge_score"
-    marks = [(TARGET_SCORE, str(TARGET_SCORE))] if has_truth(groups) else []
     bands = "Bands: lowest to highest seed. " if any(len(group.runs) > 1 for group in groups) else ""
-    by_step = [
-        Curve(
-            g.label,
-            g.slot,
-            g.curve(lambda run: run.smooth(key)),
-            [point[:2] for point in g.curve(lambda run: run.series(evaluation))],
-        )
-        for g in groups
-    ]
-    by_time = [Curve(g.label, g.slot, _against_seconds(g, key)) for g in groups]
-    charts = line_chart(
-        Chart(f"{name} score by step", "step", 630, 340, "{:.3f}", marks, end_labels=True), by_step
-    ) + line_chart(Chart(f"{name} score by training time", "seconds", 350, 340, "{:.3f}", marks), by_time)
-    return section(
-        "Learning",
-        f"Lines: training batches, mean of the last {WINDOW} steps. Circles: held-out prompts. {bands}"
-        "By time, a method pays for its attribution.",
-        charts,
+    note = f"{smoothing_note()} {bands}By time, a method pays for its attribution."
+    return section("Learning", note, drawn(learning_figures(groups)))
+
+
+def _criteria(groups: list[Group]) -> str:
+    if not any(run.evaluations.criteria for group in groups for run in group.runs):
+        return ""
+    note = (
+        "Share of held-out responses that meet a criterion: by the judge that training learns from (lines), and by the gold judge or "
+        "the truth where there is one (circles). Drawn are the criteria whose change moved the score most, and scores by tag."
     )
+    charts = drawn(criterion_figures(groups)) + drawn(tag_figures(groups))
+    content = f'<div class="charts">{charts}</div>{criteria_table(groups)}'
+    return section("Criterion by criterion", note, content, charts=False)
 
 
-def _against_seconds(group: Group, key: str) -> list[tuple[float, float, float, float]]:
-    """The curve of ``key`` with the steps replaced by the group's mean seconds of training up to each."""
-
-    def elapsed(run: Run) -> list[tuple[int, float]]:
-        seconds = 0.0
-        return [(step, seconds := seconds + value) for step, value in run.series("time/step")]
-
-    seconds_at = {step: seconds for step, seconds, _, _ in group.curve(elapsed)}
-    smooth = group.curve(lambda run: run.smooth(key))
-    return [(seconds_at[x], middle, low, high) for x, middle, low, high in smooth if x in seconds_at]
+def _credited(groups: list[Group]) -> str:
+    cards = credited_cards(groups)
+    note = (
+        "Over all logged responses: the sentences and words that got most of a criterion's credit. N×: times what an attribution "
+        "that says nothing gives them."
+    )
+    return section("Most credited sentences and words", note, cards, charts=False) if cards else ""
 
 
 def _heat_maps(groups: list[Group]) -> str:
@@ -234,56 +214,24 @@ def _attribution(groups: list[Group]) -> str:
         )
         body += f'<tr><td>{escape(hazard.label)} <span class="fine">{escape(hazard.meaning)}</span></td>{cells}</tr>'
     table = f'<div class="scroll"><table class="health"><thead><tr><th>hazard</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    charts = "".join(_small_chart(groups, *spec) for spec in HEALTH_CHARTS)
+    charts = drawn(metric_figures(groups, HEALTH_CHARTS))
     note = "The known ways in which this method fails, each measured. Marked values (▲) are past the level named beside them."
     return section("Hazards and attribution health", note, f'{table}<div class="charts">{charts}</div>', charts=False)
 
 
 def _positions(groups: list[Group]) -> str:
-    keys = [f"advantage/position_{decile}" for decile in range(10)]
-
-    def by_place(run: Run) -> list[tuple[int, float]]:
-        averages = [run.average(key) for key in keys]
-        return [(place, value) for place, value in enumerate(averages) if value is not None]
-
-    def at_stop(run: Run) -> list[tuple[int, float]]:
-        value = run.average("advantage/stop_token")
-        return [] if value is None else [(len(keys), value)]
-
-    def ramp(run: Run) -> list[tuple[int, float]]:
-        return [
-            (int(row["step"]), row[keys[0]] - row[keys[-1]]) for row in run.rows if keys[0] in row and keys[-1] in row
-        ]
-
-    places = [Curve(g.label, g.slot, g.curve(by_place) + g.curve(at_stop), loose=len(g.curve(at_stop))) for g in groups]
-    ramps = [Curve(group.label, group.slot, group.curve(ramp)) for group in groups]
-    names = [*(f"{10 * place}%" for place in range(len(keys))), "stop"]
-    level = (-0.1, 0.1)
-    charts = line_chart(
-        Chart("Mean advantage by place, all steps", "place", 630, 260, "{:+z.3f}", [], names, level, end_labels=True),
-        places,
-    ) + line_chart(Chart("First tenth minus last tenth", "step", 350, 260, "{:+z.3f}", y_range=level), ramps)
     note = "Advantage by place in the response. A level line teaches content; a slope teaches length, whatever is said."
-    return section("Position ramp", note, charts)
+    return section("Position ramp", note, drawn(position_figures(groups)))
 
 
 def _alarms(groups: list[Group]) -> str:
-    charts = alarm_charts(groups)
-    note = "What a run said when something looked wrong: each alarm once, when it went on (docs/alarms.md)."
-    return (
-        section("Alarms", note, f'{alarm_list(groups)}<div class="charts">{charts}</div>', charts=False)
-        if charts
-        else ""
-    )
+    note = "What a run said when something looked wrong: each alarm once, when it went on (docs/alarms.md). Triangles: where, on the curve it watches."
+    content = f'{alarm_list(groups)}<div class="charts">{drawn(alarm_figures(groups))}</div>'
+    return section("Alarms", note, content, charts=False)
 
 
 def _training(groups: list[Group]) -> str:
-    return section("Training health", "", "".join(_small_chart(groups, *spec) for spec in TRAINING_CHARTS))
-
-
-def _small_chart(groups: list[Group], key: str, title: str, form: str) -> str:
-    curves = [Curve(group.label, group.slot, group.curve(lambda run: run.series(key))) for group in groups]
-    return line_chart(Chart(title, "step", form=form), curves)
+    return section("Training health", "", drawn(metric_figures(groups, TRAINING_CHARTS)))
 
 
 def _phases(groups: list[Group]) -> str:

@@ -10,6 +10,7 @@ import yaml
 
 from g2r_megatron.errors import UserError
 from g2r_megatron.records.metrics_log import ALARMS_FILE, SAMPLES_FILE, read_alarms, read_metrics, read_samples
+from g2r_megatron.report.evaluations import Evaluations, load_evaluations
 
 CONFIG_FILE = "config.yaml"
 TARGET_SCORE = 0.65  # "steps to 0.65": the level the quickstart task is compared at
@@ -30,7 +31,7 @@ SAMPLE_FIELDS = {
     "token_rewards",
     "items",
 }
-ALARM_FIELDS = {"step", "alarm", "curve", "text"}
+ALARM_FIELDS = {"step", "alarm", "curve", "value", "threshold", "advice"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Run:
     rows: list[dict[str, float]]
     samples: list[dict] = field(repr=False)
     alarms: list[dict] = field(default_factory=list)
+    evaluations: Evaluations = field(default_factory=Evaluations, repr=False)
 
     @property
     def preset(self) -> str:
@@ -178,7 +180,8 @@ def load_run(path: Path) -> Run:
     for number, alarm in enumerate(alarms, 1):
         if missing := sorted(ALARM_FIELDS - alarm.keys()):
             raise UserError(f"{path / ALARMS_FILE}:{number}", f"no {', '.join(missing)}", "delete the line")
-    return Run(path, _read_config(path / CONFIG_FILE), [rows[step] for step in sorted(rows)], samples, alarms)
+    config, steps = _read_config(path / CONFIG_FILE), sorted(rows)
+    return Run(path, config, [rows[step] for step in steps], samples, alarms, load_evaluations(path, steps[-1]))
 
 
 def load_groups(run_dirs: list[Path]) -> list[Group]:
@@ -203,9 +206,19 @@ def _labels(runs: list[Run]) -> list[str]:
     for run, flat in zip(runs, flats, strict=True):
         siblings = [other for other, other_run in zip(flats, runs, strict=True) if other_run.preset == run.preset]
         differing = [key for key in flat if any(other.get(key) != flat[key] for other in siblings)]
-        suffix = ", ".join(f"{key}={flat[key]}" for key in differing[:2]) + (", …" if len(differing) > 2 else "")
+        shown = [f"{key}={_short_path(flat[key], [other.get(key) for other in siblings])}" for key in differing[:2]]
+        suffix = ", ".join(shown) + (", …" if len(differing) > 2 else "")
         labels.append(f"{run.preset} ({suffix})" if suffix else run.preset)
     return labels
+
+
+def _short_path(value: object, others: list[object]) -> str:
+    """A path by its last part, where that tells it from the ``others``; anything else as the command line takes it."""
+    if not isinstance(value, str) or "/" not in value:
+        return "null" if value is None else str(value)
+    name = Path(value).name
+    alike = {str(other) for other in others if other is not None and Path(str(other)).name == name}
+    return name if len(alike) == 1 else value
 
 
 def _flatten(config: dict, prefix: str = "") -> dict[str, object]:

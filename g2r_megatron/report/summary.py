@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from g2r_megatron.records.heartbeat import described, read_heartbeat
+from g2r_megatron.report.figures import has_truth
 from g2r_megatron.report.runs import TARGET_SCORE, WINDOW, Group, Score, choose_score, load_groups
 
 NOTHING = "–"
@@ -70,11 +71,6 @@ def summary_rows(groups: list[Group], score: Score) -> list[SummaryRow]:
                 for run in group.runs
             ]
     return rows
-
-
-def has_truth(groups: list[Group]) -> bool:
-    """Whether any run knows the true score of its training batches (its rubric items have checks)."""
-    return any(run.series("reward/true_mean") for group in groups for run in group.runs)
 
 
 def target_note() -> str:

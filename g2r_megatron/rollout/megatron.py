@@ -1,6 +1,10 @@
-"""The in-process rollout engine: Megatron-Core's static inference context (its KV cache) on the policy's own layout."""
+"""The in-process rollout engine: Megatron-Core's static inference context (its KV cache) on the policy's own layout.
 
-from collections.abc import Callable, Sequence
+Sequences of different age share a batch (continuous batching): one that is finished leaves its row of the cache to
+another one. Prompts of different length are run in one pass, the longer ones beside padding that nothing looks at.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,11 +16,10 @@ from g2r_megatron.model.build import MegatronModel
 from g2r_megatron.model.decode_attention import CacheContext
 from g2r_megatron.model.schedule import forward_once
 from g2r_megatron.parallel.agreement import union
-from g2r_megatron.parallel.microbatches import cache_block, padded
-from g2r_megatron.rollout.sampling import next_tokens, uniforms
+from g2r_megatron.parallel.microbatches import cache_block, few_length
+from g2r_megatron.rollout.batch import Batch
+from g2r_megatron.rollout.sampling import next_tokens
 from g2r_megatron.rollout.types import Request, Sampled, by_length
-
-PROMPT_MULTIPLE = 32  # tokens of the pass over prompts come in multiples of this
 
 
 @contextmanager
@@ -38,18 +41,14 @@ def without_sequence_parallel(model: MegatronModel):
 
 
 class MegatronRolloutEngine:
-    """Samples responses with the policy as it is (collective over the world).
-
-    Prompts of different length share a batch without padding: after one pass over as much as the shortest has, a longer
-    prompt's own tokens are fed one by one until it ends, so every cached position that is read is a real one.
-    """
+    """Samples responses with the policy as it is (collective over the world)."""
 
     def __init__(self, model: MegatronModel, config: RolloutConfig, stop_ids: set[int]):
         self.model, self.config, self.stop_ids = model, config, stop_ids
         self.block = cache_block(config.max_prompt_tokens + config.max_response_tokens)
 
     def rest(self) -> None:
-        """Nothing to do: a cache lives as long as a batch, and the weights are the policy's."""
+        """Nothing to do: a cache lives as long as a call, and the weights are the policy's."""
 
     def take_weights(self) -> None:
         """Nothing to do: it samples with the policy itself."""
@@ -65,85 +64,85 @@ class MegatronRolloutEngine:
         """What was sampled for every request, in order, on every rank; without log-probs.
 
         ``temperature`` overrides the config's (0: greedy). ``on_progress`` is called with finished sequences of
-        this rank, ``between_batches`` at the same times on every rank, and may raise.
+        this rank. ``between_batches`` is called as often on every rank, before each ``batch_size`` sequences of a replica
+        are begun, and may raise.
         """
         temperature = self.config.temperature if temperature is None else temperature
-        groups, mine = self.model.groups, {}
+        groups, mine = self.model.groups, dict[int, Sampled]()
         order = by_length(requests)
         shares = [order[rank :: groups.dp_size] for rank in range(groups.dp_size)]  # near lengths meet, on every rank
+        share = shares[groups.dp_rank]
         training = self.model.training
         self.model.train(False)
         self.model.weights_changed()  # since the last pass, by an update; decoding steps after the first keep the copies
-        with without_sequence_parallel(self.model):
-            for first in range(0, len(shares[0]), self.config.batch_size):
-                between_batches()
-                batches = [share[first : first + self.config.batch_size] for share in shares]
-                batch = batches[groups.dp_rank]
-                if groups.replicas_share_experts:  # all replicas take the same steps, also one that has nothing to do
-                    together, used = [i for part in batches for i in part], batch or batches[0][:1]
-                else:
-                    together = used = batch
-                if not used:
-                    continue
-                lengths = [len(requests[i].prompt_ids) for i in together]
-                results = self._generate_batch([requests[i] for i in used], temperature, min(lengths), max(lengths))
-                mine |= zip(batch, results, strict=False)
-                on_progress(len(mine))
+        calls = iter(range(0, len(shares[0]), self.config.batch_size))  # of between_batches
+        if share or (groups.replicas_share_experts and requests):
+            # all replicas that share experts take the same steps, also one that has nothing to do
+            batch = Batch(requests, share, self.config, self.stop_ids, self.model.token_multiple)
+            with without_sequence_parallel(self.model):
+                self._run(batch, calls, temperature, on_progress, between_batches)
+            mine = batch.results
+        for _ in calls:
+            between_batches()
         self.model.train(training)
         merged = union(mine if groups.is_replica_writer else {})
         return [merged[i] for i in range(len(requests))]
 
-    def _generate_batch(self, requests: list[Request], temperature: float, start: int, longest: int) -> list[Sampled]:
-        """One batch to the end, on this replica's model-parallel ranks (which all return the same).
+    def _run(self, batch: Batch, calls: Iterator[int], temperature: float, on_progress, between_batches) -> None:
+        """All of this replica's share, on its model-parallel ranks (which all find the same results).
 
-        ``start``, ``longest``: lengths of the shortest and the longest prompt of all replicas that step together.
+        ``calls``: so many sequences are begun before each call of ``between_batches``.
         """
-        device, limit, wanted = local_device(), self.config.max_response_tokens, len(requests)
-        # FP8 products need rows in multiples, also where one token a sequence is fed: repeat the last request.
-        requests = requests + [requests[-1]] * (padded(wanted, self.model.token_multiple) - wanted)
-        lengths = torch.tensor([len(r.prompt_ids) for r in requests], device=device)
-        context = CacheContext(len(requests), longest + limit, self.block)
-        tokens = torch.zeros(len(requests), context.max_sequence_length, dtype=torch.int64, device=device)
-        for row, request in enumerate(requests):
-            tokens[row, : len(request.prompt_ids)] = torch.tensor(request.prompt_ids, device=device)
-        u = torch.stack([uniforms(r.key, limit) for r in requests]).to(device)  # [b, limit]
-        stop = torch.tensor(sorted(self.stop_ids), device=device)
-        ends = lengths + limit  # position after each response
-        finished = torch.zeros(len(requests), dtype=torch.bool, device=device)
-        # To one of few lengths; what this stores behind the shortest prompt is written over before it is read.
-        self._step(tokens[:, : padded(start, PROMPT_MULTIPLE)], context)
-        context.enable_decode_mode()
-        position = start
-        while position < longest + limit and not self._all_done(finished | (position >= ends)):
-            context.sequence_len_offset = position - 1
-            logits = self._step(tokens[:, position - 1 : position], context)
-            drawn = u.gather(1, (position - lengths).clamp(0, limit - 1).unsqueeze(1)).squeeze(1)
-            chosen = self._choose(logits, drawn, temperature)
-            active = (position >= lengths) & (position < ends) & ~finished
-            tokens[:, position] = torch.where(active, chosen, tokens[:, position])
-            stopped = active & torch.isin(chosen, stop)
-            ends = torch.where(stopped, torch.full_like(ends, position + 1), ends)
-            finished |= stopped
-            position += 1
-        return [Sampled(tokens[row, lengths[row] : ends[row]].tolist(), bool(finished[row])) for row in range(wanted)]
+        context = CacheContext(len(batch.rows), batch.longest, self.block)
+        due, found = next(calls, None), 0
+        while True:
+            refill, begun, active = self._agree(int(batch.wants_refill), batch.begun_after_refill, int(batch.is_active))
+            if not (refill or active):
+                break
+            if refill:
+                while due is not None and due < begun:
+                    between_batches()
+                    due = next(calls, None)
+                self._read_prompts(batch, context)
+                continue  # others may wait for rows that are free
+            if (kept := batch.shrink()) is not None:
+                context.keep(kept, local_device())
+            batch.add(self._step(batch, context, temperature))
+            if len(batch.results) > found:
+                found = len(batch.results)
+                on_progress(found)
+        if due is not None:
+            between_batches()
 
-    def _all_done(self, done: torch.Tensor) -> bool:
-        """Whether every sequence is done, of this replica or of all that share its experts. ``done``: bool [b]."""
-        every = done.all()
-        if self.model.groups.replicas_share_experts:
-            flag = every.to(torch.int32)
-            dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.model.groups.pgs.dp)
-            every = flag
-        return bool(every)
+    def _agree(self, *numbers: int) -> list[int]:
+        """The largest of each number, of all replicas that share this one's experts."""
+        if not self.model.groups.replicas_share_experts:
+            return list(numbers)
+        largest = torch.tensor(numbers, device=local_device())
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.model.groups.pgs.dp)
+        return largest.tolist()
 
-    def _step(self, ids: torch.Tensor, context: CacheContext) -> torch.Tensor | None:
-        """Feed ids [b, s] at the context's offset; logits [b, vocab] of the last position on the last stage."""
-        seen = context.distances(context.sequence_len_offset, ids.device) if context.is_decode_only() else None
+    def _read_prompts(self, batch: Batch, context: CacheContext) -> None:
+        """A pass over the prompts that come into the batch: their keys and values go into the cache."""
+        rows, prompts = batch.refill()
+        context.begin_prompts(rows, local_device())
+        length = min(few_length(max(map(len, prompts))), context.max_sequence_length)
+        self._forward([prompt + [0] * (length - len(prompt)) for prompt in prompts], None, context)
+
+    def _step(self, batch: Batch, context: CacheContext, temperature: float) -> list[int]:
+        """The next token of every row, on all model-parallel ranks."""
+        seen = context.begin_step(batch.positions, local_device())
+        logits = self._forward([[token] for token in batch.last_tokens], seen, context)
+        u = torch.tensor(batch.uniforms, dtype=torch.float64, device=local_device())
+        return self._choose(logits, u, temperature).tolist()
+
+    def _forward(self, ids: list[list[int]], seen: torch.Tensor | None, context: CacheContext) -> torch.Tensor | None:
+        """Feed ids [b, s]; logits [b, vocab] of the last position on the last stage."""
 
         def forward(module, ids):
             return module(ids, None, seen, inference_context=context, runtime_gather_output=True)
 
-        logits = forward_once(self.model, ids, forward)
+        logits = forward_once(self.model, torch.tensor(ids, device=local_device()), forward)
         return None if logits is None else logits[:, -1, : self.model.geometry.vocab]
 
     def _choose(self, logits: torch.Tensor | None, u: torch.Tensor, temperature: float) -> torch.Tensor:

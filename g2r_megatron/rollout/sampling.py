@@ -3,6 +3,9 @@
 import hashlib
 
 import torch
+import torch.nn.functional as F
+
+BLOCK = 256  # tokens of the vocabulary
 
 
 def uniforms(key: str, count: int) -> torch.Tensor:
@@ -42,9 +45,29 @@ def next_tokens(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = torch.softmax(logits.float() / temperature, dim=-1).double()
-    cumulative = running_sum(filter_probabilities(probabilities, top_k, top_p))
-    chosen = torch.searchsorted(cumulative, (u * cumulative[:, -1]).unsqueeze(1), right=True).squeeze(1)
-    # rounding can leave u at the very end: take the last token with any probability
-    last = (cumulative < cumulative[:, -1:]).sum(-1)
-    return torch.minimum(chosen, last)
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
+    probabilities = torch.softmax(logits, dim=-1)
+    if top_k > 0 or top_p < 1:
+        probabilities = filter_probabilities(probabilities.double(), top_k, top_p)
+    return inverse_cumulative(probabilities, u)
+
+
+def inverse_cumulative(probabilities: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """The first token at which the running sum of ``probabilities`` [b, v] exceeds ``u`` [b] times their sum. int64 [b].
+
+    Sums are fp64: of blocks of tokens first, then of the tokens of the block that is found, because a running sum over a
+    whole vocabulary is slow.
+    """
+    blocks = F.pad(probabilities, (0, -probabilities.size(1) % BLOCK)).unflatten(1, (-1, BLOCK))
+    sums = running_sum(blocks.sum(-1, dtype=torch.float64))  # [b, blocks]
+    wanted = u * sums[:, -1]
+    block = _first_above(sums, wanted)
+    before = F.pad(sums, (1, 0)).gather(1, block.unsqueeze(1)).squeeze(1)
+    inside = running_sum(blocks[torch.arange(len(u), device=u.device), block].double())  # [b, BLOCK]
+    return block * BLOCK + _first_above(inside, wanted - before)
+
+
+def _first_above(sums: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Index [b] of the first of the running ``sums`` [b, n] above ``wanted``; rounding can leave none: then where they end."""
+    found = torch.searchsorted(sums, wanted.unsqueeze(1), right=True).squeeze(1)
+    return torch.minimum(found, (sums < sums[:, -1:]).sum(-1))

@@ -7,10 +7,14 @@ from typing import NamedTuple, Protocol
 
 @dataclass
 class Request:
-    """One response to sample. ``key`` seeds its random numbers: same key, same prompt, same weights, same response."""
+    """One response to sample. ``key`` seeds its random numbers: same key, same prompt, same weights, same response.
+
+    ``batch``: of a training, the name of what it belongs to (recording.py), by which a replay finds it.
+    """
 
     prompt_ids: list[int]
     key: str
+    batch: str = ""
 
 
 def by_length(requests: Sequence[Request]) -> list[int]:

@@ -20,7 +20,6 @@ from g2r_megatron.serve.ranks import NoJudge, Ranks
 
 RETRY_SECONDS = "2"  # Retry-After of 429 and 503
 CLIENT_LEFT = 499  # in the metrics
-SHOWN_ERRORS = 5  # of a request that does not fit the schema
 # URL -> (file of page/, type). No other path reaches a file.
 PAGES = {
     "/": ("index.html", "text/html"),
@@ -176,9 +175,7 @@ def add_failures(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        found = error.errors()
-        lines = [f"{'.'.join(map(str, one['loc'][1:])) or 'body'}: {one['msg']}" for one in found[:SHOWN_ERRORS]]
-        return failure(422, "; ".join(lines))
+        return failure(422, schema.problems([{**one, "loc": one["loc"][1:]} for one in error.errors()]))
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:

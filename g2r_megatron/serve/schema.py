@@ -3,7 +3,8 @@
 Texts are data: nothing of them is parsed, run or looked up. Numbers are finite.
 """
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -11,9 +12,15 @@ from g2r_megatron.config.options import AdvantageKind, Attribution
 
 OWN_TOKENIZER = "judge"  # names the judge's own tokenizer
 MAX_WEIGHT = 1e6
+SHOWN_ERRORS = 5  # of a request that does not fit
 Weight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Name = Annotated[str, StringConstraints(max_length=200)]
+
+
+def problems(errors: Sequence[Mapping[str, Any]]) -> str:
+    """pydantic's ``errors`` in one line, which repeats nothing of the request."""
+    return "; ".join(f"{'.'.join(map(str, one['loc'])) or 'body'}: {one['msg']}" for one in errors[:SHOWN_ERRORS])
 
 
 def is_blank(text: str) -> bool:

@@ -29,12 +29,7 @@ def serve_as_rank(config: ServeConfig) -> None:
     ``config`` is resolved. Raises ``UserError`` for models, tokenizers or layouts that cannot work, before the weights
     are read.
     """
-    hf = open_hf_model(config.judge.model, "judge.model")
-    check_model("judge", hf, config.judge.layout, config.judge.precision, config.judge.spec)
-    answerer = Answerer(hf, config)
-    groups.initialize(config.seed)
-    layout = groups.build_groups("judge", config.judge.layout)
-    answerer.use(build_model("judge", hf, layout, config.judge.precision, config.judge.recompute, config.judge.spec))
+    answerer = open_answerer(config)
     first = dist.get_rank() == 0
     connection = Connection(os.environ[SOCKET_VARIABLE]) if first else None
     if first:
@@ -46,6 +41,17 @@ def serve_as_rank(config: ServeConfig) -> None:
         answers = judged(answerer, [job["kind"] for job in jobs], requests)
         if first:
             send(connection, jobs, answers)
+
+
+def open_answerer(config: ServeConfig) -> Answerer:
+    """The judge of ``config``, ready to answer (collective). Errors as of ``serve_as_rank``."""
+    hf = open_hf_model(config.judge.model, "judge.model")
+    check_model("judge", hf, config.judge.layout, config.judge.precision, config.judge.spec)
+    answerer = Answerer(hf, config)
+    groups.initialize(config.seed)
+    layout = groups.build_groups("judge", config.judge.layout)
+    answerer.use(build_model("judge", hf, layout, config.judge.precision, config.judge.recompute, config.judge.spec))
+    return answerer
 
 
 def judged(answerer: Answerer, kinds: list[str], requests: list[dict]) -> list[Answer]:

@@ -2,12 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
 
 import regex
-import torch.distributed as dist
 
 from g2r_megatron.config.options import VerifierConfig
 from g2r_megatron.data.types import Query
@@ -66,19 +63,6 @@ class Verifier:
         if plain(found) == plain(expected):
             return True
         return config.kind == "math" and self._math.same(expected, found) is True
-
-    def verdicts(self, queries: Sequence[Query], texts: Sequence[str]) -> list[bool | None]:
-        """Of every response, None for a row without an answer. Every rank does its share and gets all (collective)."""
-        rank, ranks = dist.get_rank(), dist.get_world_size()
-        mine = {
-            i: self.right(queries[i], texts[i])
-            for i in range(rank, len(queries), ranks)
-            if queries[i].answer is not None
-        }
-        gathered: list[Any] = [None] * ranks
-        dist.all_gather_object(gathered, mine)
-        merged = {i: verdict for part in gathered for i, verdict in part.items()}
-        return [merged.get(i) for i in range(len(queries))]
 
     def close(self) -> None:
         """End the process that it may have started."""

@@ -76,7 +76,7 @@ def update(trainer) -> dict:
 
     sequences = [TokenSequence(ids(3, 12), ids(1, 15)) for _ in range(8)]
     advantages = [torch.randn(len(s.response_ids), generator=g) for s in sequences]
-    return trainer.update(sequences, MINI_BATCHES, advantages, trainer.log_probs(sequences, MINI_BATCHES), None)
+    return trainer.update(sequences, MINI_BATCHES, advantages, trainer.log_probs(sequences, MINI_BATCHES), None).metrics
 
 
 def hf_arrays(model) -> dict:

@@ -6,6 +6,7 @@ killed at any file operation leaves no directory that looks complete, and one th
 Leaves out bad input (test_convert_bad_input.py), speed and memory (benchmarks/convert.py).
 """
 
+import io
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ from g2r_megatron.config.options import Layout, Precision
 from g2r_megatron.convert.output_directory import check_free_space
 from g2r_megatron.convert.tensor_table import Block, row_blocks, share
 from g2r_megatron.errors import UserError
+from scripts import imported
 from test_checkpoint import checkpointer_of, hf_arrays, trainer_of, update
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -145,6 +148,16 @@ def convert_with_small_files(source: str, output: str, direction: str, limit: in
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def tool_here(tool: str, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, output and error output of a tool in this process, which leaves its world if nothing went wrong."""
+    from g2r_megatron.cli import exit_code
+
+    output, errors = io.StringIO(), io.StringIO()
+    with imported(f"tools/{tool}") as module, redirect_stdout(output), redirect_stderr(errors):
+        code = exit_code(lambda: module.main(list(arguments)))
+    return code, output.getvalue(), errors.getvalue()
+
+
 # The tests. Commands first: the worlds of the later ones keep the machine busy.
 
 
@@ -156,31 +169,35 @@ def run_tool(tool: str, *arguments: object, processes: int = 1) -> subprocess.Co
     return subprocess.run(command, capture_output=True, text=True, timeout=800)
 
 
-def test_the_tools_as_commands(source, tmp_path):
+def test_the_tools_as_commands(worlds, source, tmp_path):
     """Both ways, the comparison and a refusal from the command line; progress in a pipe is plain lines."""
-    megatron, back = tmp_path / "megatron", tmp_path / "back"
-    first = run_tool("convert_hf_to_megatron.py", "--hf", source("qwen2"), "--output", megatron)
+    hf, megatron, back = str(source("qwen2")), str(tmp_path / "megatron"), str(tmp_path / "back")
+    first = run_tool("convert_hf_to_megatron.py", "--hf", hf, "--output", megatron)
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("\n") == 1 and "GB/s" in first.stdout and "\r" not in first.stdout
-    assert run_tool("convert_megatron_to_hf.py", "--checkpoint", megatron, "--output", back).returncode == 0
-    assert_same_directory(source("qwen2"), back)
-    compared = run_tool("verify_checkpoint.py", megatron, back)
-    assert compared.returncode == 0 and "bitwise equal" in compared.stdout
-    again = run_tool("convert_hf_to_megatron.py", "--hf", source("qwen2"), "--output", megatron)
-    assert again.returncode == 2
-    assert again.stderr.startswith("g2r: error: --output") and again.stderr.count("\n") == 1
+
+    def tool(name: str, *arguments: str) -> tuple[int, str, str]:
+        (ended,) = worlds[1].run(tool_here, name, *arguments)
+        worlds.close()
+        return ended
+
+    assert tool("convert_megatron_to_hf.py", "--checkpoint", megatron, "--output", back)[0] == 0
+    assert_same_directory(source("qwen2"), tmp_path / "back")
+    code, printed, _ = tool("verify_checkpoint.py", megatron, back)
+    assert code == 0 and "bitwise equal" in printed
+    code, _, said = tool("convert_hf_to_megatron.py", "--hf", hf, "--output", megatron)
+    assert code == 2 and said.startswith("g2r: error: --output") and said.count("\n") == 1
 
 
-def test_a_tool_under_torchrun(source, tmp_path):
+def test_a_tool_under_torchrun(worlds, source, tmp_path):
     """Two processes share the work; a refusal is printed once."""
-    output = tmp_path / "out"
-    command = ("convert_hf_to_megatron.py", "--hf", source("qwen2"), "--output", output)
+    command = ("convert_hf_to_megatron.py", "--hf", str(source("qwen2")), "--output", str(tmp_path / "out"))
     first = run_tool(*command, processes=2)
     assert first.returncode == 0, first.stderr
-    assert {p.name for p in output.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
-    again = run_tool(*command, processes=2)
-    assert again.returncode != 0
-    assert again.stderr.count("g2r: error: --output") == 1
+    assert {p.name for p in (tmp_path / "out").glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
+    again = worlds[2].run(tool_here, *command)
+    assert [code for code, _, _ in again] == [2, 2]
+    assert "".join(said for _, _, said in again).count("g2r: error: --output") == 1
 
 
 @pytest.mark.parametrize("processes", [1, 2])

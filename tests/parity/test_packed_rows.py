@@ -104,7 +104,7 @@ def shapes_of_training(layout: Layout, path: str) -> tuple[set, set]:
 
 
 def shapes_of_decoding(layout: Layout, path: str) -> set:
-    """Of 5 rollouts of 10 prompts each, in batches of 4 and what is left."""
+    """Of 5 rollouts of 10 prompts each, 4 of them at a time."""
     from g2r_megatron.model.build import build_model
     from g2r_megatron.model.hf import open_hf_model
     from g2r_megatron.parallel.groups import build_groups
@@ -159,7 +159,7 @@ def test_training_meets_few_shapes(worlds, directory):
 
 
 def test_decoding_meets_few_shapes(worlds, directory):
-    """Prompts of 1 to 200 tokens and responses of 60, two sizes of batches: of one query at most 16 shapes."""
+    """Prompts of 1 to 200 tokens and responses of 60: rows in use are halved at the end; of one query at most 16 shapes."""
     shapes = worlds.on("tp1pp1", shapes_of_decoding, directory)[0]
     decoding = {shape for shape in shapes if shape[0][0] == 1}
     assert {query[1] for query, _ in decoding} == {4, 2} and len(decoding) <= 16

@@ -133,7 +133,7 @@ def log_probs(layout: Layout, path: str, variant: str) -> list[list[float]]:
 
 def update(layout: Layout, path: str, variant: str, distributed: bool, old, reference) -> tuple[dict, dict]:
     trainer = trainer_of(layout, path, variant, distributed)
-    metrics = trainer.update(token_sequences(), MINI_BATCHES, advantages(), tensors(old), tensors(reference))
+    metrics, _ = trainer.update(token_sequences(), MINI_BATCHES, advantages(), tensors(old), tensors(reference))
     return metrics, hf_arrays(trainer.model)
 
 
@@ -158,7 +158,20 @@ def first_update(layout: Layout, path: str, variant: str, dtype: str) -> tuple[d
     plan = [items for mini_batch in MINI_BATCHES for items in trainer.plan(sequences, mini_batch)]
     reference = response_log_probs(frozen, sequences, plan, TEMPERATURE, trainer.budget)
     first = trainer.gradients(sequences, MINI_BATCHES[0], advantages(), old, reference)
-    return first, trainer.update(sequences, MINI_BATCHES, advantages(), old, reference)
+    return first, trainer.update(sequences, MINI_BATCHES, advantages(), old, reference).metrics
+
+
+def with_and_without_old_pass(layout: Layout, path: str, dtype: str) -> list[tuple[dict, list, dict]]:
+    """(metrics, old log-probs, weights) of two updates of a single mini-batch, with a pass for old log-probs and without."""
+    found = []
+    for old_pass in (True, False):
+        trainer, sequences = trainer_of(layout, path, "few", True, dtype), token_sequences()
+        known = trainer.update_log_probs(sequences, trainer.model, old_pass)
+        for _ in range(2):  # the second from weights that the first has moved
+            metrics, old = trainer.update(sequences, known.mini_batches, advantages(), known.old, known.reference)
+            known = trainer.update_log_probs(sequences, trainer.model, old_pass)
+        found.append((metrics, [row.tolist() for row in old], hf_arrays(trainer.model)))
+    return found
 
 
 def bf16_run(layout: Layout, path: str, old, reference) -> dict:
@@ -172,7 +185,7 @@ def bf16_run(layout: Layout, path: str, old, reference) -> dict:
     start = hf_arrays(trainer.model)
     changed, steps = [], []
     for _ in range(15):
-        steps.append(trainer.update(sequences, [[0, 1]], advantages(), found, found)["optimizer/grad_norm"])
+        steps.append(trainer.update(sequences, [[0, 1]], advantages(), found, found).metrics["optimizer/grad_norm"])
         now = hf_arrays(trainer.model)
         changed.append(sum(int((now[name] != start[name]).sum()) for name in now))
     return {"log_probs": [row.tolist() for row in found], "gradient": gradient, "changed": changed, "norms": steps}
@@ -395,6 +408,23 @@ def test_first_ratio_is_exactly_1_and_kl_exactly_0(worlds, reference, layout, dt
         assert first["ratio/mean"] == first["ratio/max"] == whole["ratio/first"] == 1.0
         assert first["kl/k1"] == first["kl/k2"] == first["kl/k3"] == first["loss/kl"] == 0.0
         assert whole["ratio/max"] != 1.0 and whole["kl/k3"] > 0.0
+
+
+@pytest.mark.parametrize(
+    ("layout", "family", "dtype"),
+    [
+        *((layout, "qwen3", "fp32") for layout in LAYOUTS),
+        ("tp2sp_ep2", "qwen3_moe", "fp32"),
+        ("pp4_vpp2", "qwen2_8", "fp32"),
+        ("tp2pp2sp", "qwen3", "bf16"),
+    ],
+)
+def test_old_log_probs_of_the_update_itself_change_nothing(worlds, reference, layout, family, dtype):
+    """One mini-batch: metrics, log-probs and weights after two updates are bit for bit those with a pass before each."""
+    for with_pass, without in worlds.on(layout, with_and_without_old_pass, reference(family).path, dtype):
+        assert without[0] == with_pass[0] and without[0]["ratio/first"] == without[0]["ratio/max"] == 1.0
+        assert without[1] == with_pass[1]
+        assert all((without[2][name] == value).all() for name, value in with_pass[2].items())
 
 
 @pytest.mark.parametrize("layout", ["tp1pp1", "tp1pp1dp2", "tp2pp2sp"])

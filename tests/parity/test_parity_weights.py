@@ -196,7 +196,62 @@ def bytes_read(layout: Layout, path: str) -> tuple[int, int, set[int]]:
     return sum(size for _, size in log), weights, layers
 
 
+def transfer_counts(layout: Layout, path: str) -> dict:
+    """Of one passing of all weights to this rank's engine: most bytes held, bytes on a link of each group, the bucket's size.
+
+    A link between two ranks of a group carries at most what the group's collectives carry. Counted are tensors, those of
+    headers too, as torch's operations make them; what gloo holds itself is not seen.
+    """
+    import torch.distributed as dist
+    from torch.multiprocessing.reductions import StorageWeakRef
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    from g2r_megatron.rollout.vllm.transfer import check_sum
+    from g2r_megatron.rollout.vllm.weights import all_buckets, replica_buckets
+
+    class Counts(TorchDispatchMode):
+        def __init__(self, known):
+            super().__init__()
+            self.known, self.made, self.peak = {t.untyped_storage()._cdata for t in known}, {}, 0
+            self.links: dict[str, int] = {}
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            name = str(function)
+            tensors = [t for t in tree_leaves((args, result)) if isinstance(t, torch.Tensor)]
+            for tensor in tensors:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.known:
+                    self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+            del tensor, tensors, storage
+            self.made = {key: kept for key, kept in self.made.items() if not kept[0].expired()}
+            self.peak = max(self.peak, sum(size for _, size in self.made.values()))
+            if name.startswith("c10d."):
+                group = next(a for a in args if type(a).__name__ == "ScriptObject")
+                group = dist.ProcessGroup.unbox(group).group_name
+                sent = [t for t in tree_leaves(args[0]) if isinstance(t, torch.Tensor)]
+                self.links[group] = self.links.get(group, 0) + sum(t.nbytes for t in sent)
+            return result
+
+    model = build(layout, path, "fp32")
+    largest = max(parameter.nbytes for _, parameter in model.named_parameters())
+    total, size = sum(t.nbytes for bucket in all_buckets(model) for _, t, _ in bucket), 2 * 2 * largest
+    with Counts([parameter for _, parameter in model.named_parameters()]) as counts, torch.no_grad():
+        for bucket in replica_buckets(model, size):
+            assert all(check_sum(tensor) == sent for _, tensor, sent in bucket)
+    return {"held": counts.peak / size, "links": [count / total for count in counts.links.values()]}
+
+
 # The tests.
+
+
+@pytest.mark.parametrize(("layout", "name"), [("tp2pp2sp", "qwen2_untied"), ("pp2_ep2", "qwen3_moe")])
+def test_what_passing_the_weights_to_engines_costs(worlds, checkpoint, layout, name):
+    """At most two buckets are held beside the model, and no link carries more than 1.1 times the model's bytes."""
+    for counts in worlds.on(layout, transfer_counts, str(checkpoint(name))):
+        assert 0.1 < counts["held"] <= 2
+        assert 0.1 < max(counts["links"]) <= 1.1
 
 
 @pytest.mark.parametrize(("layout", "name"), CASES)

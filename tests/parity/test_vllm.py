@@ -5,6 +5,7 @@ for a tied model and one with experts by a fresh vLLM too. Log-probs of sampled 
 A weight that does not arrive is found by name. Leaves out GPUs, and training (tests/runs/test_vllm_training.py).
 """
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from distributed import groups_of
+from distributed import groups_of, server_with
 from g2r_megatron.config.options import Layout, OptimizerConfig, Precision, RolloutConfig, TrainConfig
+from g2r_megatron.rollout.vllm.environment import CPU_ENVIRONMENT, ENVIRONMENT
 from tiny_models import build_tiny_hf
 
 pytestmark = [
@@ -38,6 +40,15 @@ CASES = [
     ("tp2pp2sp", "qwen2"),  # tied, on stages of their own
     ("tp2sp_ep2", "qwen3_moe"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def vllm_is_imported_once() -> Iterator[None]:
+    """Every engine below has processes of its own."""
+    with server_with(
+        "vllm", "vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker", **ENVIRONMENT, **CPU_ENVIRONMENT
+    ):
+        yield
 
 
 # In the ranks.

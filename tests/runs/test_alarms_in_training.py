@@ -4,10 +4,15 @@ Runs of a few steps on the quickstart's task, whose judge is a good one: thresho
 Leaves out the rules (tests/unit/test_alarms.py) and whether they find real exploits (benchmarks/alarms.py).
 """
 
+import subprocess
+import sys
+
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from g2r_megatron.cli import main
-from real_runs import checkpoints, quickstart_options, records, train_command
+from real_runs import ROOT, checkpoints, quickstart_options, records, train_command
 from test_bad_input import run
 
 
@@ -49,18 +54,44 @@ def test_stop_on_ends_the_run_and_names_a_checkpoint(options, tmp_path):
     assert [r["step"] for r in records(tmp_path / "run", "metrics.jsonl")] == [0, 1, 2, 3]
 
 
-def test_the_best_checkpoint_is_kept(options, tmp_path):
-    """By an evaluation metric, also by a resumed run, which finds it in its records; of equal steps the first."""
+def test_the_best_checkpoint_is_kept_and_a_run_that_gets_no_better_ends(options, tmp_path):
+    """By an evaluation metric, also by a resumed run, which finds it in its records; of equal steps the first.
+
+    A run out of patience is finished: it exports the best weights, and the same command only says so.
+    """
+    place, scores = tmp_path / "run", {}
     arguments = [*options, "--eval.every", "1", "--checkpoint.keep_last", "1", "--checkpoint.save_every", "2"]
-    arguments += ["--checkpoint.keep_best", "eval/true_score", "--output_dir", str(tmp_path / "run")]
-    for steps in ("3", "6"):
-        done = train_command([*arguments, "--steps", steps])
+    arguments += ["--checkpoint.keep_best", "eval/judge_score", "--checkpoint.export_hf", "true"]
+    arguments += ["--output_dir", str(place), "--optimizer.lr", "2e-3"]
+    for more in (["--steps", "3"], ["--steps", "50", "--eval.patience", "2"]):
+        done = train_command([*arguments, *more])
         assert done.returncode == 0, done.stderr
-        scores = {r["step"]: r["eval/true_score"] for r in records(tmp_path / "run", "metrics.jsonl")}
-        best = max((step for step in scores if step), key=lambda step: (scores[step], -step))
-        if scores[best] > scores[0]:
-            assert f"step_{best:08d}" in checkpoints(tmp_path / "run")
-        assert f"step_{int(steps):08d}" in checkpoints(tmp_path / "run") and len(checkpoints(tmp_path / "run")) <= 2
+        scores = {r["step"]: r["eval/judge_score"] for r in records(place, "metrics.jsonl")}
+        best, last = max(scores, key=lambda step: (scores[step], -step)), max(scores)
+        kept = checkpoints(place)
+        assert f"step_{last:08d}" in kept and (not best or f"step_{best:08d}" in kept)
+        assert len(kept) <= 3, kept  # the last, the best, and the best before, which goes with the next save
+    assert last == max(3, best + 2) < 50 and best > 0, scores
+    assert f"eval.patience 2: eval/judge_score {scores[best]:.4g} of step {best} was not exceeded" in done.stdout
+    convert = [sys.executable, str(ROOT / "tools" / "convert_megatron_to_hf.py"), "--output", str(tmp_path / "best")]
+    subprocess.run([*convert, "--checkpoint", str(place / "checkpoints" / f"step_{best:08d}")], check=True)
+    exported, expected = (load_file(path / "model.safetensors") for path in (place / "hf", tmp_path / "best"))
+    assert exported.keys() == expected.keys() and all(torch.equal(exported[name], expected[name]) for name in exported)
+    done = train_command([*arguments, "--steps", "50", "--eval.patience", "2"])
+    assert done.returncode == 0 and "finished already: eval.patience 2" in done.stdout
+    assert max(r["step"] for r in records(place, "metrics.jsonl")) == last
+
+
+def test_a_run_that_never_gets_better_exports_nothing(options, tmp_path):
+    """The policy before training was the best one; it is where it was."""
+    arguments = [*options, "--eval.every", "1", "--eval.patience", "2", "--eval.greedy", "true", "--eval.samples", "1"]
+    arguments += ["--checkpoint.keep_best", "eval/true_score", "--checkpoint.export_hf", "true"]
+    done = train_command([*arguments, "--optimizer.lr", "1e-12", "--output_dir", str(tmp_path / "run")])
+    assert done.returncode == 0 and "up to step 2; the policy before training" in done.stdout, done.stdout
+    assert [r["step"] for r in records(tmp_path / "run", "metrics.jsonl")] == [0, 1, 2]
+    assert (
+        checkpoints(tmp_path / "run") == ["step_00000001", "step_00000002"] and not (tmp_path / "run" / "hf").exists()
+    )
 
 
 @pytest.mark.parametrize(
@@ -69,6 +100,9 @@ def test_the_best_checkpoint_is_kept(options, tmp_path):
         (["--alarms.stop_on", "[exploits]"], ["alarms.stop_on", "'exploits' is no alarm", "gold_down"]),
         (["--alarms.stop_on", "[flat]", "--alarms.flat", "null"], ["alarms.stop_on", "alarms.flat is null"]),
         (["--alarms.length", "0.5"], ["alarms.length", "0.5", "at least 1"]),
+        (["--eval.patience", "2"], ["eval.patience", "2 without checkpoint.keep_best", "eval/judge_score"]),
+        (["--eval.patience", "-1"], ["eval.patience", "-1", "at least 0"]),
+        (["--eval.patience", "1", "--eval.every", "0"], ["eval.patience", "1 without eval.every"]),
         (["--checkpoint.keep_best", "eval/gold", "--eval.data", "[]"], ["checkpoint.keep_best", "without eval.data"]),
         (
             ["--checkpoint.keep_best", "eval/gold"],

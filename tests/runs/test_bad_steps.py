@@ -57,7 +57,7 @@ def updates(
         advantages = [torch.linspace(-1.0, 1.0, 4) * (i + 1) for i in range(8)]
         advantages[1][2], advantages[5][2] = values
         old = trainer.log_probs(sequences, mini_batches)
-        found["metrics"].append(trainer.update(sequences, mini_batches, advantages, old, None))
+        found["metrics"].append(trainer.update(sequences, mini_batches, advantages, old, None).metrics)
         found["weights"].append(weights())
         found["in a row"].append(trainer.bad_in_a_row)
     return found

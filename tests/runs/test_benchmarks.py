@@ -3,15 +3,15 @@
 Leaves out what the figures say, and GPUs. tools/ are run by test_convert.py, the drawings of docs/ by test_readme.py.
 """
 
-import contextlib
-import io
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from distributed import start_server
-from scripts import imported
+from scripts import run_main
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--hidden", "128", "--layers", "1", "--vocab", "512"]
@@ -23,6 +23,14 @@ IN_A_RANK = {  # script -> its arguments without --output, and what it writes th
     "benchmarks/judge_gpu.py": (
         [*SMALL, *("--sequences", "2", "--tokens", "32", "--micro_batch_tokens", "64", "--repetitions", "1")],
         "judge_gpu.md",
+    ),
+    "benchmarks/eval_cost.py": (
+        [
+            *("--rows", "2", "--tokens", "4", "--rounds", "1", "--model", str(ROOT / "examples/quickstart/model")),
+            *("--data", str(ROOT / "examples/quickstart/data/eval.jsonl"), "--rollout.max_prompt_tokens", "64"),
+            *("--rollout.chat_template", "false", "--judge.chat_template", "false", "--judge.max_length", "1024"),
+        ],
+        "eval_cost.md",
     ),
     "benchmarks/async_save.py": (["--hidden", "64", "--layers", "1", "--saves", "1"], "."),
     "examples/quickstart/make_model.py": (["--steps", "1"], "model.safetensors"),
@@ -62,21 +70,11 @@ ELSEWHERE = {  # script -> the test that runs it
     "examples/quickstart/task.py": "tests/unit/test_quickstart_task.py",
     "examples/toy_models.py": "tests/runs/test_benchmarks.py",
     "benchmarks/machine.py": "tests/runs/test_benchmarks.py",
+    "benchmarks/grpo_step.py": "tests/runs/test_benchmarks.py",
     "tools/convert_hf_to_megatron.py": "tests/parity/test_convert.py",
     "tools/convert_megatron_to_hf.py": "tests/parity/test_convert.py",
     "tools/verify_checkpoint.py": "tests/parity/test_convert.py",
 }
-
-
-def run_main(script: str, arguments: list[str]) -> str:
-    """``main()`` of a script with these arguments; what it prints."""
-    before, sys.argv = sys.argv, [script, *arguments]
-    try:
-        with imported(script) as module, contextlib.redirect_stdout(io.StringIO()) as printed:
-            module.main()
-    finally:
-        sys.argv = before
-    return printed.getvalue()
 
 
 @pytest.mark.parametrize("script", IN_A_RANK)
@@ -101,6 +99,17 @@ def test_a_script_with_processes_of_its_own(tmp_path, monkeypatch, script):
     except SystemExit as end:  # judge_growth.py's verdict on its figures, which mean nothing for a run so small
         assert "not within" in str(end)
     assert (output if written == "." else tmp_path / written).stat().st_size > 0
+
+
+@pytest.mark.timeout(900)  # a start of Python with TRL
+def test_the_benchmark_beside_trl():
+    """In a process of its own: transformers' Trainer would take the ranks of a test for its own."""
+    sizes = ["--prompts", "1", "--group", "2", "--tokens", "3", "--steps", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "benchmarks/grpo_step.py", *sizes]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()[-3:]] == ["sample", "step", "update"]
 
 
 def test_every_script_has_its_run():

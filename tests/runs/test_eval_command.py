@@ -1,6 +1,6 @@
 """``g2r eval`` with the quickstart's model as policy and judge: sampled or from files, stopped and continued, on other layouts.
 
-Leaves out the scores' definition (unit/test_eval.py), vLLM (test_vllm_training.py has the engine), and evaluations of a
+Leaves out the scores' definition (unit/test_eval.py), vLLM (test_vllm_training.py), and evaluations of a
 training (test_train_loop.py).
 """
 

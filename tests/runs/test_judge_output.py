@@ -1,7 +1,7 @@
 """The output of ``g2r judge`` is whole or absent, and the same bytes however often its writer was killed.
 
 A kill leaves a prefix of what was written (the files are cut at every byte here; real kills are in tests/slurm);
-leaves out a disk that reorders writes within a batch.
+leaves out a disk that reorders writes within a batch. Its columns are what ``datasets`` loads.
 """
 
 import json
@@ -13,6 +13,7 @@ import pytest
 from g2r_megatron.config.command_options import OfflineJudgeConfig
 from g2r_megatron.data.readers import read_queries
 from g2r_megatron.errors import UserError
+from g2r_megatron.judge.columns import check_ids, write_parquet
 from g2r_megatron.judge.offline import judge_file
 from g2r_megatron.judge.output_file import job_key, join_parts, part_path, partial_file, partial_path, share_of
 from test_offline_judge import ROWS, config_for, write_rows
@@ -142,3 +143,56 @@ def kill_in_second_row(output: Path, made: bytes, config: OfflineJudgeConfig) ->
     first, rest = made.split(b"\n", 1)
     content = json.dumps({"job": key}).encode() + b"\n" + first + b"\n" + rest[:20]
     partial_path(part_path(output, config.shard, config.shards)).write_bytes(content)
+
+
+def loaded(path: Path, cache: Path) -> list[dict]:
+    """The rows as ``datasets`` gives them."""
+    from datasets import load_dataset
+
+    return load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(cache)).to_list()
+
+
+def test_columns_hold_what_the_lines_do(tiny_hf, worlds, tmp_path):
+    """Of one job (trl) and of two shares (parquet): ids, order and numbers of the lines; earlier results are in ``given``."""
+    rows = [{**row, "id": 7 - i, "grade": "B"} for i, row in enumerate(ROWS)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+
+    def judge(name: str, **options) -> Path:
+        worlds[1].run(judge_file, config_for(tiny_hf("qwen2"), path, tmp_path / name, dump_inputs=False, **options))
+        return tmp_path / name
+
+    lines = [json.loads(line) for line in judge("lines").read_text().splitlines()]
+    for shard in (1, 0):
+        parquet = judge("parquet", format_out="parquet", shard=shard, shards=2)
+    assert sorted(os.listdir(tmp_path)) == ["lines", "parquet", "rows.jsonl"]
+    columns = loaded(parquet, tmp_path / "cache")
+    for line, found in zip(lines, columns, strict=True):
+        items = [item | {"given": None} for item in line["items"]]
+        assert json.loads(found.pop("given")) == {"grade": line.pop("grade")}
+        assert found == {**line, "choice": None, "items": items}
+    trl = loaded(judge("trl", format_out="trl"), tmp_path / "cache")
+    for row, line, found in zip(rows, columns, trl, strict=True):
+        assert found.pop("prompt") == row["prompt"]
+        assert found.pop("completion") == [{"role": "assistant", "content": row["response"]}]
+        assert len(found.pop("completion_ids")) == len(found["token_rewards"])
+        assert [item["criterion"] for item in found.pop("rubric")] == [item["criterion"] for item in row["rubric"]]
+        found.pop("given")
+        assert found == line
+
+
+def test_columns_of_a_reward_model(tmp_path):
+    """The score's own weights of tokens; numbers that are not finite, empty responses and fields of the row's own."""
+    record = {"id": "a", "reward": -1.5, "tokens": ["x"], "token_rewards": [-1.5], "attribution": [2.0], "alpha": [1.0]}
+    lists = {name: [] for name, value in record.items() if isinstance(value, list)}
+    empty = record | lists | {"id": "b", "reward": None, "choice": 1, "given": {"a": [1, "b"]}}
+    with (tmp_path / "out").open("wb") as target:
+        write_parquet([json.dumps(one).encode() for one in (record, empty)], target, "parquet")
+    assert loaded(tmp_path / "out", tmp_path / "cache") == [
+        record | {"choice": None, "given": None}, empty | {"given": json.dumps({"given": {"a": [1, "b"]}})}
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("ids", [["a", 1], [1, 0.5], [2**63]])
+def test_ids_that_no_column_holds(ids):
+    with pytest.raises(UserError, match="a column has one type"):
+        check_ids(ids)

@@ -31,6 +31,7 @@ from real_runs import (
     quickstart_options,
     send,
     start,
+    start_forked,
 )
 from real_runs import wait_for as wait_for_run
 
@@ -107,15 +108,15 @@ def test_one_rank_of_two_is_signalled_in_every_phase(worlds, options, uninterrup
 
 def test_the_command_exits_with_75(options, tmp_path):
     run = tmp_path / "run"
-    process = start(run, options, 1)
+    process = start_forked(run, options)
     try:
         wait_for_run(lambda: last_recorded(run) >= 1, process, run)
-        os.kill(process.pid, signal.SIGUSR1)
+        os.kill(process.pids[0], signal.SIGUSR1)
         assert process.wait(PATIENCE) == 75
     finally:
         send(run, signal.SIGKILL)
     said = heartbeat(run)
-    assert said["state"] == "preempted" and said["pid"] == process.pid and said["saved_step"] >= 1
+    assert said["state"] == "preempted" and said["pid"] == process.pids[0] and said["saved_step"] >= 1
     assert checkpoints(run)[-1] == f"step_{said['saved_step']:08d}"  # though save_every is 2
 
 

@@ -8,9 +8,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
 
+from g2r_megatron.config.options import JudgeConfig
+from g2r_megatron.data.tokenizer import encode_text, load_tokenizer
+from g2r_megatron.data.types import Query
+from g2r_megatron.judge.reward_prompt import RewardPrompt
 from g2r_megatron.probe.ledger import NAME
 from test_bad_input import assert_refused, run
+from tiny_models import build_tiny_reward_model
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples" / "quickstart"
@@ -93,6 +100,55 @@ def test_rows_without_a_response(worlds, tmp_path):
     assert [(p["masked"], p["tokens"]) for p in again["pairs"]] == [(p["masked"], p["tokens"]) for p in before["pairs"]]
     answered = {row["id"]: row["response"] if row.get("response") else sampled[n] for n, row in enumerate(rows)}
     assert all("".join(pair["tokens"]).strip() == answered[pair["id"]].strip() for pair in again["pairs"])
+
+
+def test_a_reward_model(worlds, tmp_path):
+    """What its score loses without each sentence, hidden and deleted, equals transformers' (fp32, 1e-5); it has no verdicts."""
+    model = build_tiny_reward_model("qwen2", tmp_path / "model")
+    texts = [
+        "Rest, and drink water. See a doctor! If it lasts, a doctor can tell.",
+        "A rash can itch. Use cold water. Do not rub it. Rest.",
+    ]
+    rows, output = tmp_path / "rows.jsonl", tmp_path / "out"
+    records = [{"id": f"r{n}", "prompt": "What helps?", "response": text} for n, text in enumerate([*texts, "No."])]
+    rows.write_text("".join(json.dumps(record) + "\n" for record in records))
+    argv = ["probe", "--judge.model", str(model), "--input", str(rows), "--output", str(output), "--sample", "2"]
+    assert_refused(run([*argv, "--false_sample", "1"]), "false_sample", "reward model", "leave it out")
+    [(code, out, err)] = worlds[1].run(run, [*argv, "--attributions", '["gate_branch", "gate_all", "occlusion"]'])
+    assert code == 0 and "2 responses scored by a reward model" in out, out + err
+    found = json.loads((output / "probe.json").read_text())
+    assert list(found["score"]["attributions"]) == ["gate_branch", "gate_all", "occlusion", "shuffled"]
+    assert "judge" not in found and "true" not in found and (output / "probe.html").exists()
+
+    hf = AutoModelForSequenceClassification.from_pretrained(
+        model, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    prompt = RewardPrompt(load_tokenizer(model), JudgeConfig())
+    assert sorted(pair["id"] for pair in found["pairs"]) == ["r0", "r1"]
+    for pair in found["pairs"]:
+        assert pair["verdict"] is None and pair["criterion"] == "the reward"
+        body = encode_text(prompt.tokenizer, texts[int(pair["id"][1])])
+        (item,) = prompt.build_items(Query("a", ({"role": "user", "content": "What helps?"},), ()), body)
+        whole = score_of(hf, item.input_ids)
+        spans = [(item.response_start + a, item.response_start + b) for a, b in pair["sentences"]]
+        hidden = [whole - score_of(hf, item.input_ids, hide=span) for span in spans]
+        deleted = [whole - score_of(hf, item.input_ids[:a] + item.input_ids[b:]) for a, b in spans]
+        assert pair["masked"] == pytest.approx(hidden, abs=1e-5) and pair["deleted"] == pytest.approx(deleted, abs=1e-5)
+        assert pair["credit"]["occlusion"] == pytest.approx(hidden, abs=1e-5) and max(map(abs, hidden)) > 1e-4
+        assert pair["credit"]["gate_all"] != pair["credit"]["gate_branch"]
+
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}")
+    assert_refused(run(argv), "judge.model", "reads its score at the response's last token")
+
+
+@torch.no_grad()
+def score_of(model, ids: list[int], hide: tuple[int, int] | None = None) -> float:
+    """transformers' score at the last of ``ids``; no position after ``hide`` attends to what it spans, in any layer."""
+    mask = torch.full((len(ids), len(ids)), -1e30).triu(1)
+    if hide is not None:
+        mask[hide[1] :, hide[0] : hide[1]] = -1e30
+    hidden = model.model(torch.tensor([ids]), attention_mask=mask[None, None]).last_hidden_state
+    return model.score(hidden[0, -1]).item()
 
 
 def test_bad_input(worlds, tmp_path):

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from g2r_megatron.config.options import PRESETS, TrainConfig, fill_from_preset, 
 from g2r_megatron.config.serve_checks import check_serve_config
 from g2r_megatron.config.serve_options import ServeConfig
 from g2r_megatron.plan.config import PlanConfig
+from real_runs import PATIENCE, Forked
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,15 +62,18 @@ def command_of(*beginning: str) -> list[str]:
     return found[0]
 
 
-def g2r(arguments: list[str], cwd: Path) -> str:
-    """Run a g2r command; its output."""
-    done = subprocess.run(
-        [sys.executable, "-m", "g2r_megatron.cli", *arguments],
-        capture_output=True, text=True, timeout=800, cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def g2r(tmp_path) -> Callable[[list[str], Path], str]:
+    """``g2r(arguments, directory)``: run a g2r command there; what it prints."""
+
+    def run(arguments: list[str], directory: Path) -> str:
+        log = tmp_path / "g2r.log"
+        log.unlink(missing_ok=True)
+        code = Forked(arguments, log, cwd=directory).wait(PATIENCE)
+        assert code == 0, log.read_text()
+        return log.read_text()
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +114,7 @@ def test_every_command_is_a_target_or_is_tried(words):
         assert any(words[: len(known)] == list(known) for known in TRIED_BELOW), "no test of this command"
 
 
-def test_install():
+def test_install(g2r):
     done = subprocess.run(command_of("tools/install_gpu.sh"), cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "transformer-engine" in done.stdout
     assert "megatron-core" in g2r(command_of("g2r", "doctor")[1:], ROOT)
@@ -118,13 +123,13 @@ def test_install():
 # ---- training on one's own data -------------------------------------------------------------------------------------
 
 
-def test_my_yaml_is_ten_lines_and_fits(place):
+def test_my_yaml_is_ten_lines_and_fits(g2r, place):
     text = blocks(README, "yaml")[0]
     assert len(text.splitlines()) == 10
     assert "step: about" in g2r(command_of("g2r", "plan")[1:], place)
 
 
-def test_the_torchrun_command_passes_every_check_and_fits(place, monkeypatch):
+def test_the_torchrun_command_passes_every_check_and_fits(g2r, place, monkeypatch):
     words = command_of("torchrun")
     ranks, options = int(words[words.index("--nproc-per-node") + 1]), words[words.index("train") + 1 :]
     monkeypatch.chdir(place)
@@ -132,7 +137,7 @@ def test_the_torchrun_command_passes_every_check_and_fits(place, monkeypatch):
     assert "step: about" in g2r(["plan", *options, "--nodes", "1", "--gpus_per_node", str(ranks)], place)
 
 
-def test_one_step_of_my_yaml_on_the_row_and_its_report(place):
+def test_one_step_of_my_yaml_on_the_row_and_its_report(g2r, place):
     """The quickstart's model in the place of the README's; it has no chat template and knows one judge prompt."""
     quickstart = yaml.safe_load((ROOT / "examples/quickstart/config.yaml").read_text())
     g2r(
@@ -174,7 +179,7 @@ def rounded(value):
     return {key: rounded(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def test_the_judged_row_is_what_the_command_writes(tmp_path):
+def test_the_judged_row_is_what_the_command_writes(g2r, tmp_path):
     words = command_of("g2r", "judge")[1:]
     words[words.index("--output") + 1] = str(tmp_path / "judged.jsonl")
     g2r(words, ROOT)
@@ -200,7 +205,7 @@ def close(one, other) -> bool:
 # ---- on a cluster ---------------------------------------------------------------------------------------------------
 
 
-def test_the_job_is_planned_with_the_exported_models(place):
+def test_the_job_is_planned_with_the_exported_models(g2r, place):
     """What slurm/train_30b.sh does before it starts a run, with the options of the command."""
     words, exported = command_of("sbatch"), command_of("export")[1:]
     script = next(word for word in words if word.endswith(".sh"))

@@ -8,7 +8,6 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,7 +26,7 @@ pytestmark = pytest.mark.timeout(PATIENCE + 60)
 TINY = [
     *("--steps", "2", "--eval.every", "0", "--rollout.prompts_per_step", "1", "--rollout.responses_per_prompt", "2"),
     *("--rollout.max_response_tokens", "6", "--checkpoint.export_hf", "false", "--log.tensorboard", "false"),
-    *("--grpo.kl_coef", "0", "--log.samples_every", "1", "--eval.data", "[]"),
+    *("--grpo.kl_coef", "0", "--log.samples_every", "1", "--eval.data", "[]", "--alarms.queries", "1"),
 ]
 
 
@@ -61,16 +60,13 @@ def megatron_logits(path: str, ids: list[int]) -> torch.Tensor:
     return checkpoint_logits(open_hf_model(path, "policy.model"), ids)
 
 
-def g2r(*arguments: str) -> None:
-    """One g2r command in a process of its own; fails with what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "g2r_megatron.cli", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def g2r(command: str, arguments: list[str]) -> None:
+    from g2r_megatron.cli import COMMANDS
+
+    COMMANDS[command](arguments)
+
+
+# The tests.
 
 
 def test_config_holds_only_what_is_read(model):
@@ -94,7 +90,7 @@ def test_logits_are_those_of_transformers(worlds, model):
         assert tokenizer.decode(reference(torch.tensor([words])).logits[0, -1].argmax()) == " Paris"
 
 
-def test_judges_the_examples_rows(model, tmp_path):
+def test_judges_the_examples_rows(worlds, model, tmp_path):
     """Four rows: sentences get credit by `positive`, sums hold, and no gradient is zero."""
     output = tmp_path / "judged.jsonl"
     arguments = [
@@ -106,7 +102,9 @@ def test_judges_the_examples_rows(model, tmp_path):
         "sentence",
     ]
     rows = str(EXAMPLE / "data" / "rows.jsonl")
-    g2r("judge", "--judge.model", model, "--input", rows, "--output", str(output), *arguments)
+    worlds[1].run(
+        g2r, "judge", ["--judge.model", model, "--input", rows, "--output", str(output), *arguments], timeout=PATIENCE
+    )
     attributed = 0
     for row in [json.loads(line) for line in output.read_text().splitlines()]:
         assert math.isclose(sum(row["token_rewards"]), row["reward"], abs_tol=1e-5)
@@ -120,11 +118,13 @@ def test_judges_the_examples_rows(model, tmp_path):
     assert attributed
 
 
-def test_probe_of_eight_pairs(model, tmp_path):
+def test_probe_of_eight_pairs(worlds, model, tmp_path):
     """Gates follow what the real judge uses, the placebo's credit is the gates' in another order, and the judge answers."""
     options = ["--sample", "6", "--false_sample", "2", "--attributions", '["gate_branch", "contracted"]']
     rows = str(EXAMPLE / "data" / "rows.jsonl")
-    g2r("probe", "--judge.model", model, "--input", rows, "--output", str(tmp_path), *options)
+    worlds[1].run(
+        g2r, "probe", ["--judge.model", model, "--input", rows, "--output", str(tmp_path), *options], timeout=PATIENCE
+    )
     found = json.loads((tmp_path / "probe.json").read_text())
     assert (found["pairs_true"], found["pairs_false"]) == (6, 2)
     score = {name: of["masked"]["spearman"] for name, of in found["true"]["attributions"].items()}
@@ -135,10 +135,12 @@ def test_probe_of_eight_pairs(model, tmp_path):
     assert (tmp_path / "probe.html").stat().st_size > 10_000
 
 
-def test_trains(model, run):
+def test_trains(worlds, model, run):
     """Two steps of the example's config with the default preset, made small."""
     config = str(EXAMPLE / "config.yaml")
-    g2r("train", "--config", config, "--policy.model", model, "--output_dir", str(run), *TINY)
+    worlds[1].run(
+        g2r, "train", ["--config", config, "--policy.model", model, "--output_dir", str(run), *TINY], timeout=PATIENCE
+    )
     steps = [line for line in records(run, "metrics.jsonl") if "loss/policy" in line]
     assert len(steps) == 2 and all(math.isfinite(line["optimizer/grad_norm"]) for line in steps)
     assert all(line["ratio/first"] == pytest.approx(1.0, abs=1e-4) for line in steps)

@@ -1,9 +1,9 @@
 """Killed with SIGKILL anywhere and started again, ``g2r train`` ends with the run that was never interrupted, bit for bit.
 
-Real runs of the command in processes of their own, killed in the middle of a step and in the middle of a save, alone and
-under torchrun. Equal are the exported weights, metrics.jsonl (times left out) and samples.jsonl. The run to compare
-with, and resumed runs that are not killed, are made in the processes of ``distributed.py``, which start faster. Leaves
-out losing what the kernel had not yet written (power loss), and the checkpoint itself (test_checkpoint.py).
+Runs of the command in processes of their own, killed in the middle of a step and in the middle of a save, alone and on two
+ranks. Those whose launcher matters are under torchrun; others are forked from the server of ``distributed.py``, which is
+faster. Equal are the exported weights, metrics.jsonl (times left out) and samples.jsonl. Leaves out losing what the kernel
+had not yet written (power loss), and the checkpoint itself (test_checkpoint.py).
 """
 
 import os
@@ -37,6 +37,7 @@ from real_runs import (
     records,
     send,
     start,
+    start_forked,
     wait_for,
 )
 
@@ -49,16 +50,24 @@ def options(tmp_path_factory) -> list[str]:
 # A run of the command that can be killed.
 
 
-def is_saving(run: Path) -> bool:
-    """A checkpoint newer than all complete ones has its first files."""
+def is_saving(run: Path, since: float) -> bool:
+    """A checkpoint newer than all complete ones has files written after ``since``, not those of an earlier save."""
     names = checkpoints(run)
     if not names or not names[-1].endswith(".incomplete"):
         return False
-    return any((run / "checkpoints" / names[-1]).glob("*.distcp"))
+    try:
+        return any(file.stat().st_mtime > since for file in (run / "checkpoints" / names[-1]).glob("*.distcp"))
+    except FileNotFoundError:  # it is complete now
+        return False
 
 
-def kill_in_training(run: Path, options: list[str], ranks: int, after_step: int, saved: int = 0) -> None:
-    process = start(run, options, ranks)
+def all_stopped(run: Path) -> bool:
+    states = [Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] for pid in processes_of(run)]
+    return all(state == "T" for state in states)
+
+
+def kill_in_training(run: Path, options: list[str], after_step: int, saved: int = 0) -> None:
+    process = start_forked(run, options)
     wait_for(lambda: last_recorded(run) >= after_step and heartbeat(run)["saved_step"] >= saved, process, run)
     send(run, signal.SIGKILL)
     process.wait()
@@ -97,16 +106,18 @@ def stop_one_rank(run: Path, options: list[str], ranks: int, after_step: int) ->
 
 def kill_in_save(run: Path, options: list[str], ranks: int) -> None:
     """All are stopped first, so that it is certain what they were doing when they are killed."""
-    process = start(run, [*options, "--checkpoint.save_every", "1"], ranks)  # more occasions
+    since = time.time()
+    process = start_forked(run, [*options, "--checkpoint.save_every", "1"], ranks)  # more occasions
     while True:
-        wait_for(lambda: is_saving(run), process, run)
+        wait_for(lambda: is_saving(run, since), process, run)
         send(run, signal.SIGSTOP)
-        if is_saving(run):
+        wait_for(lambda: all_stopped(run), process, run)  # each ends the system call that it is in
+        if is_saving(run, since):
             break
         send(run, signal.SIGCONT)  # too late for this one
     send(run, signal.SIGKILL)
     process.wait()
-    assert is_saving(run) and not (run / "hf").exists() and nothing_is_left_of(run)
+    assert is_saving(run, since) and not (run / "hf").exists() and nothing_is_left_of(run)
 
 
 # In the ranks.
@@ -145,7 +156,7 @@ def uninterrupted(worlds, options, tmp_path_factory) -> Path:
 def killed(options, tmp_path_factory) -> Path:
     """A run of one process, killed in a step after its first checkpoint."""
     run = tmp_path_factory.mktemp("killed") / "run"
-    kill_in_training(run, options, 1, after_step=3, saved=2)
+    kill_in_training(run, options, after_step=3, saved=2)
     assert checkpoints(run)[0] == "step_00000002"
     return run
 
@@ -176,10 +187,10 @@ def test_two_ranks_one_killed_then_one_stuck_then_all_killed_in_a_save(worlds, o
 def test_killed_at_any_moment(options, uninterrupted, tmp_path):
     """Five kills, the first ones before anything is saved, spread over start, steps, saves and export."""
     run, rng = tmp_path / "run", random.Random(1)
-    kill_in_training(run, options, 1, after_step=1)
+    kill_in_training(run, options, after_step=1)
     assert not checkpoints(run)
     for _ in range(5):
-        process, since = start(run, options, 1), time.monotonic()
+        process, since = start_forked(run, options), time.monotonic()
         begun = len(log_of(run))
         wait_for(lambda at=begun: len(log_of(run)) > at, process, run)  # the resumed training has begun
         time.sleep(rng.uniform(0.0, 1.5) * (time.monotonic() - since) / 8)  # on a busy machine everything is slower

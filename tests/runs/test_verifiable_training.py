@@ -5,12 +5,11 @@ Leaves out whether it learns (docs/verifiable.md has numbers of the whole exampl
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from scripts import run_main
 from test_bad_input import assert_refused, run
 
 ROOT = Path(__file__).parents[2]
@@ -18,15 +17,10 @@ EXAMPLE = ROOT / "examples" / "arithmetic"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    directory = tmp_path_factory.mktemp("arithmetic") / "model"
-    script("make_model.py", "--output", str(directory), "--steps", "60")
-    return str(directory)
-
-
-def script(name: str, *arguments: str) -> None:
-    command = [sys.executable, str(EXAMPLE / name), *arguments]
-    subprocess.run(command, check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=800)
+def model(worlds, tmp_path_factory) -> str:
+    directory = str(tmp_path_factory.mktemp("arithmetic") / "model")
+    worlds[1].run(run_main, "examples/arithmetic/make_model.py", ["--output", directory, "--steps", "60"])
+    return directory
 
 
 def test_the_example_as_a_command(model, tmp_path):
@@ -42,9 +36,10 @@ def test_the_example_as_a_command(model, tmp_path):
         "--eval.data",
         "[]",
     ]
-    script("run.py", "--output", str(tmp_path / "run"), "--presets", "grpo", *few, "--eval.every", "0")
+    arguments = ["--output", str(tmp_path / "run"), "--presets", "grpo", *few, "--eval.every", "0"]
+    run_main("examples/arithmetic/run.py", arguments)
     assert (tmp_path / "run" / "report.html").stat().st_size > 0
-    script("make_data.py", "--output", str(tmp_path / "data"))
+    run_main("examples/arithmetic/make_data.py", ["--output", str(tmp_path / "data")])
     for name in ("train", "eval"):
         file = f"{name}.jsonl"
         assert (tmp_path / "data" / file).read_text() == (EXAMPLE / "data" / file).read_text()

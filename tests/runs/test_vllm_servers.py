@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_refused(options, tmp_path):
     ]
     commands = [["train", *options, *more, "--output_dir", str(tmp_path / "run")] for more, _ in refused]
     for result, (_, said) in zip(in_another_process(commands), refused, strict=True):
-        assert_refused(tuple(result), *said)
+        assert_refused(result, *said)
     assert not (tmp_path / "run").exists()
 
 

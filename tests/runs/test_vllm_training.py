@@ -1,33 +1,40 @@
-"""``g2r train --rollout.engine vllm``: real runs of a few steps on the quickstart's task, and what is refused before them.
+"""``--rollout.engine vllm``: real runs of a few steps on the quickstart's task, evaluations, and what is refused before them.
 
 Leaves out what the engine samples (tests/parity/test_vllm.py) and GPUs.
 """
 
-import json
 import os
+import shutil
 import signal
-import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
+from multiprocessing.connection import Connection
 
 import pytest
 
+from distributed import PROCESSES, server_with, start_server
+from g2r_megatron.cli import train_command
 from g2r_megatron.config import checks
 from g2r_megatron.config.options import RolloutConfig, VLLMConfig
 from g2r_megatron.errors import UserError
+from g2r_megatron.rollout.vllm.environment import CPU_ENVIRONMENT, ENVIRONMENT
 from real_runs import (
     PATIENCE,
-    ROOT,
+    TASK,
+    checkpoints,
+    finish,
+    log_of,
     nothing_is_left_of,
-    processes_of,
     quickstart_options,
     records,
     send,
-    start,
-    train_command,
+    start_forked,
     wait_for,
 )
-from test_bad_input import assert_refused
+from scripts import run_main
+from test_bad_input import assert_refused, run
+from test_eval_command import sampled
 from tiny_models import build_tiny_hf
 
 with_vllm = [
@@ -36,16 +43,29 @@ with_vllm = [
 ]
 
 
-def in_another_process(commands: list[list[str]]) -> list[list]:
+def in_another_process(commands: list[list[str]]) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of each command line."""
-    code = "import json, sys; from test_bad_input import run; print(json.dumps([run(c) for c in json.load(sys.stdin)]))"
-    paths = [ROOT, ROOT / "tests", ROOT / "tests" / "runs"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, input=json.dumps(commands), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    start_server()
+    here, there = PROCESSES.Pipe()
+    process = PROCESSES.Process(target=run_all, args=(commands, there), daemon=True)
+    process.start()
+    there.close()
+    results = here.recv()
+    process.join()
+    return results
+
+
+def run_all(commands: list[list[str]], connection: Connection) -> None:
+    """In the other process."""
+    connection.send([run(command) for command in commands])
+
+
+def train_without_vllm(arguments: list[str]) -> None:
+    """``g2r train`` in this process, as if vLLM were not installed."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
+        del sys.modules[name]
+    sys.modules["vllm"] = None
+    train_command(arguments)
 
 
 @pytest.fixture(scope="module")
@@ -59,45 +79,77 @@ def options(tmp_path_factory) -> list[str]:
 class TestRuns:
     pytestmark = with_vllm
 
-    def test_a_run_on_two_ranks(self, options, tmp_path):
-        """Four steps with large updates, correction and evaluation: the sampler's log-probs stay the trainer's."""
-        done = train_command([*options, "--rollout.correction", "tis", "--output_dir", str(tmp_path / "run")], ranks=2)
-        assert done.returncode == 0, done.stderr
-        steps = [record for record in records(tmp_path / "run", "metrics.jsonl") if record["step"] > 0]
-        assert [record["step"] for record in steps] == [1, 2, 3, 4]
-        for record in steps:
+    @pytest.fixture(scope="class", autouse=True)
+    @classmethod
+    def vllm_is_imported_once(cls, worlds) -> Iterator[None]:
+        with server_with("vllm", **ENVIRONMENT, **CPU_ENVIRONMENT):
+            yield
+            worlds.close()  # the server waits for its processes
+
+    def test_two_ranks_train_until_one_is_killed(self, options, tmp_path):
+        """Large updates, correction and evaluation: the sampler's log-probs stay the trainer's.
+
+        Then kill -9 of one rank: the run ends, with the engines in it and all that they started.
+        """
+        run = tmp_path / "run"
+
+        def steps() -> list[dict]:
+            return records(run, "metrics.jsonl")[1:] if (run / "metrics.jsonl").exists() else []
+
+        process = start_forked(run, [*options, "--steps", "1000", "--rollout.correction", "tis"], ranks=2)
+        try:
+            wait_for(lambda: len(steps()) >= 4, process, run)
+            os.kill(process.pids[1], signal.SIGKILL)
+            assert process.wait(PATIENCE) != 0
+            assert nothing_is_left_of(run)
+        finally:
+            send(run, signal.SIGKILL)
+        assert [record["step"] for record in steps()][:4] == [1, 2, 3, 4]
+        for record in steps():
             assert 0 < record["rollout/sync_error"] < 1e-4  # another program, the same weights
             assert record["rollout/corrected_share"] == 0
-        assert (tmp_path / "run" / "hf" / "model.safetensors").exists()
 
-    def test_a_resumed_run_samples_with_the_resumed_weights(self, options, tmp_path):
-        """Stopped after two steps and started again: the engine, which begins with the start weights, gets the new ones."""
-        whole, parts = tmp_path / "whole", tmp_path / "parts"
-        assert train_command([*options, "--output_dir", str(whole)]).returncode == 0
-        assert train_command([*options, "--steps", "2", "--output_dir", str(parts)]).returncode == 0
-        done = train_command([*options, "--output_dir", str(parts)])
-        assert done.returncode == 0, done.stderr
-        resumed, uninterrupted = (
-            [record for record in records(path, "metrics.jsonl") if "loss/policy" in record] for path in (parts, whole)
+    def test_a_run_resumed_and_replayed(self, worlds, options, tmp_path):
+        """Resumed after step 2 of 4: the engine, which begins with the start weights, gets the new ones.
+
+        Replayed from its dump, without vLLM, they are the same steps bit for bit.
+        """
+        whole, resumed, again, dump = (tmp_path / name for name in ("whole", "resumed", "again", "dump"))
+        options = [*options, "--rollout.correction", "tis"]
+        finish(whole, [*options, "--rollout.dump", str(dump)])
+        worlds[1].run(train_without_vllm, [*options, "--output_dir", str(again), "--rollout.replay", str(dump)])
+        worlds.close()
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            assert records(again, name) == records(whole, name)
+        weights = [(path / "hf" / "model.safetensors").read_bytes() for path in (again, whole)]
+        assert weights[0] == weights[1]
+        assert (whole / "hf" / "model.safetensors").exists() and checkpoints(whole)[0] == "step_00000002"
+        shutil.copytree(whole, resumed)
+        shutil.rmtree(resumed / "hf")
+        shutil.rmtree(resumed / "checkpoints" / "step_00000004")
+        finish(resumed, options)
+        assert "resuming after step 2" in log_of(resumed)
+        steps, expected = (
+            [record for record in records(path, "metrics.jsonl") if "loss/policy" in record]
+            for path in (resumed, whole)
         )
-        assert [record["step"] for record in resumed] == [record["step"] for record in uninterrupted] == [1, 2, 3, 4]
-        for ours, theirs in zip(resumed, uninterrupted, strict=True):
+        assert [record["step"] for record in steps] == [record["step"] for record in expected] == [1, 2, 3, 4]
+        for ours, theirs in zip(steps, expected, strict=True):
             for name in ("reward/mean", "response/length_mean", "loss/policy"):
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), (ours["step"], name)
             assert ours["rollout/sync_error"] < 1e-4
 
-    def test_the_benchmark_of_engines(self, tmp_path):
+    def test_the_benchmark_of_engines(self, worlds, tmp_path):
         """The smallest run of benchmarks/rollout.py prints its ratios."""
         model = build_tiny_hf("qwen3", tmp_path / "model", head_dim=32)
         sizes = ["--prompts", "2", "--prompt_tokens", "4", "--tokens", "4", "--rounds", "1"]
-        command = [sys.executable, "benchmarks/rollout.py", "--model", str(model), *sizes]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800)
-        assert done.returncode == 0, done.stderr
-        assert "our vLLM engine" in done.stdout and "of raw vLLM" in done.stdout and "ratio" in done.stdout
+        (printed,) = worlds[1].run(run_main, "benchmarks/rollout.py", ["--model", str(model), *sizes])
+        worlds.close()
+        assert "our vLLM engine" in printed and "of raw vLLM" in printed and "ratio" in printed
 
-    def test_what_vllm_cannot_run_is_refused(self, options, tmp_path):
-        """Its options and models, before anything is written. In a process of their own: vLLM stays imported there."""
+    def test_evaluations_and_what_vllm_cannot_run(self, worlds, options, tmp_path):
+        """`g2r eval` answers and scores the same with both engines, greedily. Options and models that vLLM cannot run are
+        refused before anything is written. All of vLLM in one process: it stays imported there."""
         small_heads = build_tiny_hf("qwen3", tmp_path / "heads")
         narrow_experts = build_tiny_hf("qwen3_moe", tmp_path / "experts", head_dim=32)
         refused = [
@@ -108,25 +160,21 @@ class TestRuns:
             (["--policy.model", str(narrow_experts)], ["rollout.engine", "experts of width 48"]),
         ]
         commands = [["train", *options, *more, "--output_dir", str(tmp_path / "run")] for more, _ in refused]
-        for result, (_, said) in zip(in_another_process(commands), refused, strict=True):
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text("".join((TASK / "data" / "eval.jsonl").read_text().splitlines(keepends=True)[:6]))
+        engines = ("megatron", "vllm")
+        evaluations = [sampled(rows, tmp_path / name, "--greedy", "--rollout.engine", name) for name in engines]
+        results = [*in_another_process([*commands, evaluations[1]]), *worlds[1].run(run, evaluations[0])]
+        for result, (_, said) in zip(results, refused, strict=False):
             assert_refused(tuple(result), *said)
         assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.vllm
-@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (make vllm)")
-def test_nothing_outlives_a_killed_rank(options, tmp_path):
-    """kill -9 of one of two ranks while they train: the run ends, with the engines in it and all that they started."""
-    run = tmp_path / "run"
-    process = start(run, [*options, "--steps", "1000", "--eval.every", "0"], ranks=2)
-    try:
-        wait_for(lambda: (run / "metrics.jsonl").exists(), process, run)
-        (rank,) = processes_of(run, 1)
-        os.kill(rank, signal.SIGKILL)
-        assert process.wait(PATIENCE) != 0
-        assert nothing_is_left_of(run)
-    finally:
-        send(run, signal.SIGKILL)
+        for code, out, err in results[len(refused) :]:
+            assert code == 0 and "g2r, 6 rows" in out, err
+        megatron, vllm = (records(tmp_path / name, "responses.jsonl") for name in engines)
+        assert [r["response"] for r in vllm] == [r["response"] for r in megatron]
+        assert [(r["score"], r["length"], r["finished"]) for r in vllm] == [
+            (r["score"], r["length"], r["finished"]) for r in megatron
+        ]
 
 
 @pytest.mark.parametrize(

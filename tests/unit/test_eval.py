@@ -18,9 +18,10 @@ from g2r_megatron.data.readers import read_queries
 from g2r_megatron.data.types import Query, RubricItem
 from g2r_megatron.eval.compare import RESAMPLES, compared, most_different
 from g2r_megatron.eval.held_out import gold_metrics
-from g2r_megatron.eval.records import Answer, data_key, judge_facts, read_results, record_of, write_results
+from g2r_megatron.eval.records import Answer, data_key, judge_facts, record_of, write_results
 from g2r_megatron.eval.scoring import Estimate, estimate, summary, tag_scores
 from g2r_megatron.eval.table import summary_table
+from g2r_megatron.records.evaluations import read_results
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "healthbench_100.jsonl"
 SEED = 7

@@ -23,10 +23,10 @@ MAP = {
     "data": ("rows, tokenizers, token spans", "errors"),
     "parallel": ("process groups, sides, preemption, Megatron-Core on CPU", "config device errors"),
     "records": ("what a run writes: metrics, heartbeat, failures", "config device errors"),
-    "report": ("tables and pages made from records", "errors records"),
     "credit": ("from verdicts and gradients to advantages, without a model", "config data errors"),
+    "report": ("tables, pages and figures made from records", "config credit errors records"),
     "model": ("Hugging Face and Megatron-Core models, weights, layers", "config data device errors parallel"),
-    "rollout": ("sampling responses", "config data device errors model parallel"),
+    "rollout": ("sampling responses", "config data device errors model parallel records"),
     "policy": ("the trained model: losses, trainer, checkpoints", "config credit data device errors model parallel"),
     "judge": (
         "the frozen model: prompts, packing, verdicts, gradients",
@@ -35,7 +35,7 @@ MAP = {
     "convert": ("checkpoints from one format to another", "config device errors model parallel records"),
     "serve": (
         "judging as a service",
-        "config credit data device errors judge model parallel records",
+        "client config credit data device errors judge model parallel records",
     ),
     "adapters": ("glue for other training frameworks: light, no model of ours", "client credit serve"),
     "verify": ("whether a final answer is right", "config data errors"),
@@ -54,7 +54,7 @@ MAP = {
     "runs_on": ("what a run really runs on: devices, layers, optimizer", "config device errors model records"),
     "run": (
         "what a run shows, saves, and checks of itself",
-        "alarms config credit errors experience policy records runs_on workers",
+        "alarms config credit errors experience policy records rollout runs_on workers",
     ),
     "eval": (
         "scores of a model on held-out rows",

@@ -105,8 +105,19 @@ def test_a_job_that_fits(plan):
     largest = max(sum(parts.values()) for parts in group["phases"].values())
     assert group["peak"] == sum(group["static"].values()) + largest < content["usable_bytes"]
     names = [phase["name"] for phase in content["phases"]]
-    assert names == ["rollout", "old log-probs", "verdicts", "attribution", "update"]
+    assert names == ["rollout", "verdicts", "attribution", "update"]
     assert content["step_seconds"] == pytest.approx(sum(phase["seconds"] for phase in content["phases"]))
+
+
+@pytest.mark.parametrize(
+    "option", [("--grpo.mini_batches", "2"), ("--rollout.engine", "vllm", "--rollout.correction", "tis")]
+)
+def test_a_pass_for_old_log_probs_is_planned_where_one_is_needed(plan, option):
+    """Several mini-batches or a correction: the update's own log-probs come too late."""
+    content = json.loads(plan("Qwen3-8B", "Qwen3-30B-A3B", *TWO_NODES, *JUDGE_30B, *POLICY_8B, *option, "--json")[1])
+    phases = {phase["name"]: phase["seconds"] for phase in content["phases"]}
+    assert 0 < phases["old log-probs"] < phases["update"]
+    assert content["step_seconds"] == pytest.approx(sum(phases.values()))
 
 
 def test_tables_are_plain_text_with_assumptions(plan):
@@ -135,6 +146,25 @@ def test_self_judging_holds_the_frozen_policy_once(plan):
     assert "reference weights" not in own["memory"][0]["static"]
     assert other["memory"][0]["static"]["reference weights"] == other["memory"][0]["static"]["policy weights"]
     assert "reference" in own["memory"][0]["phases"] and "reference" in other["memory"][0]["phases"]
+
+
+def test_a_gold_judge_takes_memory_while_it_judges(plan, models):
+    """Its weights are on the device in its own phase, beside what the rank always holds; a layout of its own halves them."""
+    gold = ["--eval.judge.model", models("Qwen3-30B-A3B"), "--eval.judge.precision.dtype", "bf16"]
+    layout = ["--eval.judge.layout.tp", "4", "--eval.judge.layout.sp", "--eval.judge.layout.ep"]
+    options = [*TWO_NODES, *POLICY_8B, "--json", *layout]
+    found = {}
+    for ep in (4, 8):
+        content = json.loads(plan("Qwen3-8B", None, *options, str(ep), *gold)[1])
+        (group,) = content["memory"]
+        found[ep] = group["phases"]["evaluation by eval.judge"]
+        assert content["models"][-1]["name"] == "eval.judge" and content["problems"] == []
+        assert found[ep]["judge weights"] == 2 * content["models"][-1]["stages"][0]["total"]
+        assert group["peak"] >= sum(group["static"].values()) + sum(found[ep].values())
+        assert any("eval.judge pins" in note for note in content["notes"])
+    assert 1.7 < found[4]["judge weights"] / found[8]["judge weights"] < 2
+    code, _, err = plan("Qwen3-8B", None, *TWO_NODES, *POLICY_8B, "--eval.judge.layout.tp", "3", *gold)
+    assert code == 2 and "eval.judge.layout" in err
 
 
 def test_what_does_not_fit_comes_with_a_fix_that_does(plan):

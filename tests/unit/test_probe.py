@@ -3,6 +3,7 @@
 Leaves out the measurements themselves (test_hiding.py, test_parity_gates.py) and the command (test_probe_command.py).
 """
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -92,6 +93,7 @@ def test_the_line_names_the_cheapest_of_the_best():
         "credit from `gate_all` (.60), `gate_branch` (.57) follows what this judge uses (shuffled .01); "
         "`contracted` (.02) does not: use `gate_branch`"
     )
+    assert "follows what this reward model uses" in verdict_line({**good, **placebo}, "reward model")
     few = {"gate_branch": scored(0.5, 0.3, 0.7), "shuffled": scored(0, -0.5, 0.6)}
     assert (
         verdict_line(few) == "too few pairs to tell `gate_branch` (.50) from shuffled .00 (up to .60): raise --sample"
@@ -139,6 +141,16 @@ def test_summary_and_page():
     page = probe_page(found, described)
     assert page.count("<script>") == 1 and "<img" not in page and "<i>" not in page and "<b>judge" not in page
     assert "http" not in page.replace("http-equiv", "") and "\u202e" not in page and "&lt;img src=x&gt;" in page
+
+
+def test_a_reward_models_scores():
+    """One table, no verdicts of True and False, and the line speaks of a reward model."""
+    scored_pairs = [replace(pair, verdict=None) for pair in pairs()]
+    found = summary(scored_pairs, [], METHODS, 3)
+    assert "this reward model uses" in found["line"] and "true" not in found and "judge" not in found
+    assert found["score"]["attributions"]["gate_branch"]["masked"]["spearman"] == pytest.approx([1, 1, 1])
+    text = summary_table(found)
+    assert "scored responses" in text and "12 responses scored" in text and "True" not in text
 
 
 def test_query_of_a_pair_is_left_alone():

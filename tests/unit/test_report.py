@@ -18,8 +18,9 @@ from g2r_megatron.records.heartbeat import Heartbeat, described, read_heartbeat
 from g2r_megatron.records.metrics_log import MetricsLog
 from g2r_megatron.report import summary_table, write_report
 from g2r_megatron.report.charts import Chart, Curve, line_chart, nice_ticks
-from g2r_megatron.report.heatmap import attributed, pick_samples, visible
+from g2r_megatron.report.heatmap import attributed, pick_samples
 from g2r_megatron.report.runs import load_groups, load_run
+from g2r_megatron.report.text import visible
 
 NOTE = (
     "I am sorry about the sore throat and the runny nose . Gargle with warm salt water twice a day . "

@@ -144,6 +144,9 @@ REFUSED = {
     "tools": ({"messages": USER, "tools": TOOLS}, "tools is .*not supported"),
     "tools as JSON": ({"messages": USER, "tools": json.dumps(TOOLS)}, "tools is .*not supported"),
     "tools of a request": ({"body": {"messages": USER, "tools": TOOLS}}, "body.tools is .*not supported"),
+    "decoded ChatML": ({"prompt": "system\nYou help.\nuser\nhi\nassistant\n"}, "chat template has made"),
+    "decoded Llama": ({"prompt": "user\n\nhiassistant\n\n"}, "chat template has made"),
+    "decoded Gemma": ({"prompt": "user\nhi\nmodel\n"}, "chat template has made"),
     "images": ({"prompt": "<image>what?", "images": [{"bytes": "x"}]}, "images is .*not supported"),
     "images of a message": ({"messages": [USER[0] | {"images": ["x.png"]}]}, r"messages\[0\].images is .*not supported"),
     "context": ({"question": "Who?", "context": "A cat."}, "context is 'A cat.'; it stands beside question"),
@@ -235,6 +238,27 @@ def test_answers_and_tests_are_no_rubric(tmp_path, truth):
 def test_items_beside_the_rubric(tmp_path):
     said = refusal(tmp_path, {"prompt": "hi", "rubrics": ["a"], "negative_rubrics": ["b"]})
     assert "negative_rubrics is ['b']; it stands beside the rubric" in said
+
+
+def test_two_references_or_answers_that_differ(tmp_path):
+    """Refused unless the option says which counts. The end of a solution is its answer."""
+    row = {"prompt": "hi", "reference": "a"} | ITEMS
+    assert read(tmp_path, row | {"reference_answer": "a "})[0].reference == "a"
+    with pytest.raises(UserError, match="reference_answer is 'b'; it differs from reference.*data.fields"):
+        read(tmp_path, row | {"reference_answer": "b"})
+    mapped = read(tmp_path, row | {"reference_answer": "b"}, fields={"reference": "reference_answer"})
+    assert mapped[0].reference == "b"
+    row = {"prompt": "hi", "answer": "so #### 42"}
+    assert read(tmp_path, row | {"final_answer": 42}, criterion="Right?")[0].answer == "so #### 42"
+    with pytest.raises(UserError, match="final_answer is 41; it differs from answer.*data.fields"):
+        read(tmp_path, row | {"final_answer": 41}, criterion="Right?")
+
+
+def test_marks_of_media_are_named_once(tmp_path, capsys):
+    rows = [{"prompt": f"{mark}What is this? {i}"} | ITEMS for i, mark in enumerate(("<image>", "", "<|audio_1|>"))]
+    read(tmp_path, *rows)
+    said = capsys.readouterr().err
+    assert said.count("warning") == 1 and "in their text: 2 (the first: <image> at " in said
 
 
 # ---- rows to be judged ----------------------------------------------------------------------------------------------

@@ -258,6 +258,10 @@ def batch(custom_id: str, *choices: dict, status: int = 200, error=None) -> dict
     return {"id": "batch_req_1", "custom_id": custom_id, "response": response, "error": error}
 
 
+def part(type: str, **more) -> dict:
+    return {"type": type, **more}
+
+
 RESPONSES = {
     "text": ({"response": "a"}, ["a"]),
     "empty": ({"response": ""}, [""]),
@@ -276,7 +280,21 @@ RESPONSES = {
         {"output": [{"type": "reasoning", "summary": []}, {"type": "message", "content": [{"type": "output_text", "text": "a"}]}]},
         ["a"],
     ),
+    "two messages of Responses": ({"output": [part("message", content="a"), part("function_call"), part("message", content="b")]}, ["ab"]),
+    "Anthropic, after a thought": ({"response": [part("thinking", thinking="x"), part("text", text="a")]}, ["a"]),
+    "inspect, after a thought": ({"output": {"choices": [message([part("reasoning", reasoning="x"), part("text", text="a")])]}}, ["a"]),
+    "a thought cut short": ({"response": {"status": "incomplete", "output": [part("reasoning", summary=[])]}}, [""]),
+    "a refusal as a part": ({"output": [part("message", content=[part("refusal", refusal="No.")])]}, ["No."]),
+    "Anthropic's batch": ({"result": {"type": "succeeded", "message": {"content": [part("text", text="a")]}}}, ["a"]),
+    "Gemini's batch": (
+        {"response": {"candidates": [{"content": {"parts": [{"text": "x", "thought": True}, {"text": "a"}, {"text": "b"}]}}]}},
+        ["ab"],
+    ),
+    "Bedrock's batch": ({"modelInput": {}, "modelOutput": {"content": [part("text", text="a")]}}, ["a"]),
+    "FastChat": ({"choices": [{"index": 0, "turns": ["a"]}, {"index": 1, "turns": [{"content": "b"}]}]}, ["a", "b"]),
     "response beside output": ({"response": "a", "output": "reference"}, ["a"]),
+    "the same in two shapes": ({"generated_text": "a", "outputs": [{"index": 0, "text": "a"}]}, ["a"]),
+    "how something went": ({"output": "a", "result": "pass"}, ["a"]),
 }  # fmt: skip
 
 
@@ -304,6 +322,19 @@ REFUSED_RESPONSES = {
     "two": ({"completion": "a", "prediction": "b"}, "prediction is 'b'.*beside completion.*data.fields"),
     "a failed request": ({"response": None, "error": {"message": "rate limit"}}, "rate limit.*failed"),
     "a failed status": (batch("7", message("a"), status=500), "status 500"),
+    "an errored batch request": ({"result": {"type": "errored", "error": {"type": "x"}}}, "result is .*failed"),
+    "an expired batch request": ({"result": {"type": "expired"}}, "result is .*failed"),
+    "a tool call alone": ({"response": {"content": [part("tool_use", name="f")]}}, "response is .*tool call"),
+    "a call of Responses alone": (
+        {"output": [part("reasoning"), part("function_call", name="f")]},
+        "output is .*tool call",
+    ),
+    "Gemini's call alone": ({"response": {"parts": [{"functionCall": {"name": "f"}}]}}, "response is .*tool call"),
+    "an image beside text": ({"response": [part("text", text="a"), part("image_url")]}, "type 'image_url'.*only text"),
+    "answers to two turns": ({"choices": [{"index": 0, "turns": ["a", "b"]}]}, "choices is .*several turns"),
+    "options of a multiple choice": ({"id": 1, "choices": ["a", "b"]}, "hold no response"),
+    "a list in a text": ({"responses": "['a', 'b']"}, "responses is .*list written as a text"),
+    "only how something went": ({"result": "pass"}, "hold no response"),
     "an unknown object": ({"response": {"answer": "a"}}, "response is .*body, choices"),
 }
 
@@ -329,6 +360,36 @@ def test_batch_results_are_joined_with_queries(tmp_path):
         judged(tmp_path, batch("q9", message("a")), queries=queries)
     with pytest.raises(UserError, match="hold no conversation"):
         judged(tmp_path, rows[0])
+
+
+def test_any_id_of_a_result_may_name_its_query(tmp_path):
+    """The id that a query has counts, and comes back as it was; a row without one goes by its conversation."""
+    rows = ({"id": id, "prompt": f"{TEXT} {id}"} | ITEMS for id in (3, 81, "p"))
+    queries = {q.id: q for q in read(tmp_path, *rows)}
+
+    def joined(**row):
+        (query,) = judged(tmp_path, {"response": "a"} | row, queries=queries)
+        return query.id, query.given.id, query.given.fields
+
+    assert joined(id="gen-1", prompt_id="p") == ("p", "p", {"id": "gen-1"})
+    assert joined(id=3.0) == ("3", 3.0, {})  # pandas
+    assert joined(id="3") == ("3", "3", {})
+    for name in ("key", "recordId", "doc_id"):
+        assert joined(**{name: 81}) == ("81", 81, {})
+    assert joined(prompt=f"{TEXT} 81") == ("81", "81", {})
+    with pytest.raises(UserError, match="question_id is 81; id is the id of another query.*data.fields"):
+        joined(id=3, question_id=81)
+    with pytest.raises(UserError, match="no id, and none of the queries have its conversation"):
+        joined(prompt="other")
+    with pytest.raises(UserError, match="hold no id"):
+        joined()
+
+
+def test_simple_evals_results(tmp_path):
+    row = {"prompt": TEXT, "completion": [{"role": "assistant", "content": "a"}], "prompt_id": "p", "score": 0.5}
+    (query,) = judged(tmp_path, row | {"rubric_items": [ITEM | {"criteria_met": True}]})
+    assert (query.given.id, query.response, query.given.fields) == ("p", "a", {"score": 0.5})
+    assert query.given.items == ({"criteria_met": True},)
 
 
 def test_scores_that_are_there_come_back(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from g2r_megatron.rollout import sampling
 from g2r_megatron.rollout.sampling import filter_probabilities, next_tokens, uniforms
 
 SETTINGS = [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.8), (0.8, 20, 0.9), (1.3, 1, 1.0), (1.0, 0, 1e-9)]
@@ -36,9 +37,11 @@ def test_filters_equal_transformers(temperature, top_k, top_p):
     torch.testing.assert_close(ours / ours.sum(-1, keepdim=True), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("block", [7, 256])  # the vocabulary is several blocks, the last one not whole, or one
 @pytest.mark.parametrize("temperature, top_k, top_p", SETTINGS)
-def test_draws_follow_the_distribution(temperature, top_k, top_p):
+def test_draws_follow_the_distribution(monkeypatch, temperature, top_k, top_p, block):
     """Of n evenly spaced u, each token takes its share n p: within one draw at either end, not statistically."""
+    monkeypatch.setattr(sampling, "BLOCK", block)
     n, logits = 20_000, random_logits(1, 31)
     u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     drawn = next_tokens(logits.expand(n, -1), u, temperature, top_k, top_p)
@@ -48,8 +51,10 @@ def test_draws_follow_the_distribution(temperature, top_k, top_p):
     assert (counts[expected == 0] == 0).all()
 
 
-def test_extreme_draws_never_leave_the_allowed_tokens():
+@pytest.mark.parametrize("block", [1, 2, 256])
+def test_extreme_draws_never_leave_the_allowed_tokens(monkeypatch, block):
     """u = 0 and the last number below 1 choose the first and the last token of any probability."""
+    monkeypatch.setattr(sampling, "BLOCK", block)
     logits = torch.tensor([[float("-inf"), 1.0, 0.0, -3.0, float("-inf")]]).expand(2, -1)
     u = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     assert next_tokens(logits, u, 1.0, 0, 1.0).tolist() == [1, 3]

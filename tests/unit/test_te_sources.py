@@ -58,7 +58,8 @@ def test_no_phase_multiplies_with_stale_weights(found):
     assert {name: phase["stale"] for name, phase in phases.items()} == dict.fromkeys(phases, 0)
     assert {name: phase["copies"] for name, phase in phases.items()} == dict.fromkeys(phases, COPIES)
     passes = {name: phase["products"] // COPIES for name, phase in phases.items()}
-    assert passes["sample"] == 2 * 5 and passes["old log-probs"] == passes["update"] == 2
+    # 4 requests in the 16 rows that FP8 products need: their prompts, then 4 tokens
+    assert passes["sample"] == 1 + 4 and passes["old log-probs"] == passes["update"] == 2
 
 
 def test_old_log_probs_run_in_the_mode_of_the_update(found):

@@ -16,10 +16,10 @@ def test_the_verifier_decides():
     rows = [[ItemJudgement(0.9, 0.1, True)], [ItemJudgement(0.9, 0.1, True)], [ItemJudgement(0.2, 0.7, False)]]
     assert take_verified(rows, [True, False, None]) == [True, False, True]
     assert [ItemJudgement.reward(QUERY, row) for row in rows] == [1.0, 0.0, 0.0]
-    metrics = ItemJudgement.metrics([QUERY] * 3, ["", "", ""], rows)
+    metrics = ItemJudgement.metrics([QUERY] * 3, [None] * 3, rows)
     assert metrics["judge/verifier_agreement"] == 2 / 3
     plain = Query("r", QUERY.messages, QUERY.rubric)
-    assert "judge/verifier_agreement" not in ItemJudgement.metrics([plain], [""], rows[:1])
+    assert "judge/verifier_agreement" not in ItemJudgement.metrics([plain], [None], rows[:1])
 
 
 def test_a_part_travels_to_a_judge_on_ranks_of_its_own():

@@ -60,6 +60,20 @@ def test_tensors_arrive_bit_for_bit():
     assert count <= 1.01 * (large.nbytes * 1.5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_check_sum_sees_every_byte(dtype):
+    """Of any length; where the bytes lie in memory does not matter."""
+    for length in (0, 1, 3, 4, 7, 1000):
+        tensor = torch.randn(length, generator=torch.Generator().manual_seed(length)).to(dtype)
+        sent = check_sum(tensor)
+        moved = torch.cat([torch.zeros(1, dtype=dtype), tensor])[1:]
+        assert torch.equal(moved, tensor) and check_sum(moved) == sent
+        for i in range(length):
+            other = tensor.clone()
+            other[i] = -other[i]
+            assert check_sum(other) != sent
+
+
 def test_a_sender_that_ends_early_is_noticed():
     """Also between two buckets, where everything that was announced has come."""
     with pytest.raises(ConnectionError):

@@ -25,9 +25,9 @@ SAME = (
 def check_servers(policy: HFModel, rollout: RolloutConfig, dtype: str, judge_ranks: int = 0) -> None:
     """Raise ``UserError`` naming a server that this rank will speak to and that is not there, or cannot sample for ``policy``.
 
-    The job's last ``judge_ranks`` speak to none. Nothing to do for another engine or mode.
+    The job's last ``judge_ranks`` speak to none. Nothing to do for another engine or mode, or a replay.
     """
-    if rollout.engine != "vllm" or rollout.vllm.mode != "servers":
+    if rollout.engine != "vllm" or rollout.vllm.mode != "servers" or rollout.replay:
         return
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) - judge_ranks
     for url in rollout.vllm.urls[rank::ranks] if rank < ranks else []:

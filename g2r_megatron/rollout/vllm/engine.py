@@ -14,6 +14,8 @@ from g2r_megatron.rollout.vllm.environment import alone, engine_options, set_env
 from g2r_megatron.rollout.vllm.requests import SCORING, sampling_fields
 from g2r_megatron.rollout.vllm.weights import all_buckets
 
+# With an engine that is deleted vLLM ends torch.distributed for the whole process: engines rest until the process ends.
+STARTED: list = []
 RECEIVER = "g2r_megatron.rollout.vllm.receiver.WeightReceiver"
 
 
@@ -34,6 +36,7 @@ class VLLMRolloutEngine:
 
         with alone(own):
             self._llm = LLM(**engine_options(model.hf, config, dtype), worker_extension_cls=RECEIVER)
+        STARTED.append(self._llm)
 
     def rest(self) -> None:
         """Drop weights and cache; ``take_weights`` brings both back. On a CPU vLLM keeps what it has allocated."""

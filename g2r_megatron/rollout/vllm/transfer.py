@@ -7,14 +7,20 @@ from collections.abc import Iterator
 import torch
 
 Bucket = list[tuple[str, torch.Tensor, int]]  # (Hugging Face name, whole tensor, check sum at the sender)
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
-PROTOCOL = 1  # of what trainer and server say to each other (WeightReceiver): both must have the same
+PROTOCOL = 2  # of what trainer and server say to each other (WeightReceiver): both must have the same
 _LENGTH = 8  # bytes of the number that a header begins with
 
 
 def check_sum(tensor: torch.Tensor) -> int:
-    """Sum of the tensor's elements, read as integers of their size."""
-    return int(tensor.contiguous().view(_BITS[tensor.element_size()]).sum(dtype=torch.int64))
+    """Sum of the tensor's bytes, read as integers of 8 bytes (modulo 2 ** 64), and of the bytes that are left at its end.
+
+    Integers of 4 bytes take ten times as long on a CPU, 2 bytes twenty times: torch converts each before it adds it.
+    """
+    data = tensor.contiguous().view(-1).view(torch.uint8)
+    if data.storage_offset() % 8:  # a part of a bucket
+        data = data.clone()
+    whole = len(data) // 8 * 8
+    return int(data[:whole].view(torch.int64).sum()) + int(data[whole:].sum())
 
 
 def send_bucket(connection: socket.socket, bucket: Bucket) -> None:

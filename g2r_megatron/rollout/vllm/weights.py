@@ -15,17 +15,19 @@ BUCKET_BYTES = 256 << 20
 
 
 def buckets(tensors: Iterable[tuple[str, torch.Tensor]], size: int) -> Iterator[Bucket]:
-    """Tensors in lists of at most ``size`` bytes, or of one that is larger."""
+    """Tensors in lists of at most ``size`` bytes, or of one that is larger; each is emptied when the next is asked for."""
     bucket: Bucket = []
     held = 0
     for name, tensor in tensors:
         if bucket and held + tensor.nbytes > size:
             yield bucket
-            bucket, held = [], 0
+            bucket.clear()  # else it would be kept while the next one fills
+            held = 0
         bucket.append((name, tensor, check_sum(tensor)))
         held += tensor.nbytes
     if bucket:
         yield bucket
+        bucket.clear()
 
 
 def all_buckets(model: MegatronModel) -> Iterator[Bucket]:
@@ -42,7 +44,9 @@ def replica_buckets(model: MegatronModel, size: int = BUCKET_BYTES) -> Iterator[
     """Every weight of the model, on every rank of each replica (collective: all ranks exhaust it).
 
     Tensor and expert parallel ranks put their shards together stage by stage; each stage sends what it has to the other
-    stages of its pipeline.
+    stages of its pipeline. A bucket is emptied when the next one is asked for. At most ``2 * size`` bytes are held on a rank
+    if no parameter has more than ``size / 2``: a bucket, the next tensor, and the shards that it is made of. A larger
+    parameter takes up to four times its own bytes.
     """
     pp = model.groups.pgs.pp
     if pp.size() == 1:
@@ -51,7 +55,7 @@ def replica_buckets(model: MegatronModel, size: int = BUCKET_BYTES) -> Iterator[
     for stage in range(pp.size()):
         source = dist.get_global_rank(pp, stage)
         if stage == pp.rank():
-            for bucket in buckets(stage_tensors(model), size):
+            for bucket in buckets(stage_tensors(model), size // 2):  # ``size`` with the copy that is sent
                 _broadcast([(name, tensor.dtype, total) for name, tensor, total in bucket], source, pp)
                 dist.broadcast(_flat([tensor for _, tensor, _ in bucket]), source, group=pp)
                 yield bucket
@@ -67,10 +71,13 @@ def _received(model: MegatronModel, source: int, pp: dist.ProcessGroup) -> Itera
         sizes = [torch.Size(shapes[name]).numel() * dtype.itemsize for name, dtype, _ in header]
         flat = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
         dist.broadcast(flat, source, group=pp)
-        yield [
+        bucket = [
             (name, part.view(dtype).view(shapes[name]), total)
             for (name, dtype, total), part in zip(header, flat.split(sizes), strict=True)
         ]
+        del flat
+        yield bucket
+        bucket.clear()
 
 
 def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -1,0 +1,119 @@
+"""Which sequences a replica decodes together: pure bookkeeping, without tensors of the model."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from g2r_megatron.config.options import RolloutConfig
+from g2r_megatron.parallel.microbatches import padded
+from g2r_megatron.rollout.sampling import uniforms
+from g2r_megatron.rollout.types import Request, Sampled
+
+REFILL_SHARE = 8  # new sequences come in when this part of the rows, one of 8, is free: a pass over prompts pays then
+
+
+@dataclass
+class Row:
+    """A row of the cache and the sequence in it. A row that is done is fed its last token again: nothing reads it."""
+
+    number: int | None  # of its request; None: only there to fill the batch
+    ids: list[int]  # prompt and response so far
+    start: int  # tokens of the prompt
+    u: list[float]  # a random number for each token of the response
+    done: bool
+
+
+class Batch:
+    """The rows of a replica, and the requests that wait for one.
+
+    A row's next token is drawn from what its last token, at the row's own position, makes of the cache; so the last token
+    of a prompt is fed once more, in the first step after the pass over it.
+    """
+
+    def __init__(
+        self, requests: Sequence[Request], share: list[int], config: RolloutConfig, stop_ids: set[int], multiple: int
+    ):
+        """``share``: the numbers of this replica's requests, shortest prompt first; none: rows that only fill.
+
+        ``multiple``: rows come in multiples of it.
+        """
+        self.requests, self.stop_ids, self.multiple = requests, stop_ids, multiple
+        self.limit, self.waiting = config.max_response_tokens, deque(share)
+        self.begun, self.results = 0, dict[int, Sampled]()
+        count = padded(min(config.batch_size, max(len(share), 1)), multiple)
+        self.rows = [Row(None, list(requests[0].prompt_ids), len(requests[0].prompt_ids), [], True)] * count
+        self.refill_size = padded(max(1, count // REFILL_SHARE), multiple)
+
+    @property
+    def longest(self) -> int:
+        """Positions that a cache needs."""
+        return max(len(self.requests[i].prompt_ids) for i in [0, *self.waiting]) + self.limit
+
+    @property
+    def is_active(self) -> bool:
+        """Whether any row is not done."""
+        return not all(row.done for row in self.rows)
+
+    @property
+    def _coming(self) -> int:
+        """How many requests a refill would begin now."""
+        size = self.refill_size if self.begun else len(self.rows)
+        return min(sum(row.done for row in self.rows), len(self.waiting), size)
+
+    @property
+    def wants_refill(self) -> bool:
+        return self._coming > 0 and (not self.begun or self._coming == min(self.refill_size, len(self.waiting)))
+
+    @property
+    def begun_after_refill(self) -> int:
+        return self.begun + self._coming * self.wants_refill
+
+    def refill(self) -> tuple[list[int], list[list[int]]]:
+        """Begin requests that wait, in rows that are done: (these rows, as many prompts or more, the rest as filling).
+
+        The number of prompts takes two values: the first time as many as there are rows, then ``refill_size``.
+        """
+        size = self.refill_size if self.begun else len(self.rows)
+        free = [i for i, row in enumerate(self.rows) if row.done][: self._coming]
+        for i in free:
+            number = self.waiting.popleft()
+            request = self.requests[number]
+            u = uniforms(request.key, self.limit).tolist()
+            self.rows[i] = Row(number, list(request.prompt_ids), len(request.prompt_ids), u, done=False)
+        self.begun += len(free)
+        prompts = [self.rows[i].ids for i in free] or [self.requests[0].prompt_ids]
+        return free, prompts + [prompts[-1]] * (size - len(prompts))
+
+    def shrink(self) -> list[int] | None:
+        """The rows to go on with, half of them, when no request waits and no more are needed; else None."""
+        half, active = len(self.rows) // 2, [i for i, row in enumerate(self.rows) if not row.done]
+        if self.waiting or len(active) > half or half == 0 or half % self.multiple:
+            return None
+        kept = sorted((active + [i for i, row in enumerate(self.rows) if row.done])[:half])
+        self.rows = [self.rows[i] for i in kept]
+        return kept
+
+    @property
+    def positions(self) -> list[int]:
+        """Of each row's last token."""
+        return [len(row.ids) - 1 for row in self.rows]
+
+    @property
+    def last_tokens(self) -> list[int]:
+        return [row.ids[-1] for row in self.rows]
+
+    @property
+    def uniforms(self) -> list[float]:
+        """The random number of each row's next token."""
+        return [0.0 if row.done else row.u[len(row.ids) - row.start] for row in self.rows]
+
+    def add(self, tokens: list[int]) -> None:
+        """A token for each row; a sequence that ends with it is put into ``results``."""
+        for row, token in zip(self.rows, tokens, strict=True):
+            if row.done:
+                continue
+            row.ids.append(token)
+            finished = token in self.stop_ids
+            row.done = finished or len(row.ids) - row.start == self.limit
+            if row.done and row.number is not None:
+                self.results[row.number] = Sampled(row.ids[row.start :], finished)
