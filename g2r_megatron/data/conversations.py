@@ -35,6 +35,11 @@ OTHER_MEDIA = (
 MEDIA_MARK = re.compile(r"<(?:image|video|audio)(?:_\d+)?>|<\|(?:image|video|audio)(?:_\w+)?\|>|<__media__>")
 NOTHING = ("", "none", "null", "n/a")  # texts that spell a missing value
 IN_MESSAGES = ("tool_calls", "function_call", "images", "image", "videos", "audio")
+THOUGHTS = (
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+)  # of an earlier answer: templates may read them by these names
 # A prompt that a chat template has made: the turn markers of published templates.
 RENDERED = re.compile(
     r"""\s*(?:<s>|<bos>|<\|begin_of_text\|>|<｜begin▁of▁sentence｜>|<\|endoftext\|>|\[gMASK\]|<sop>)?\s*
@@ -146,7 +151,8 @@ def _is_message(value) -> bool:
 
 
 def _message(message: Fields) -> dict:
-    """``{"role", "content"}`` of a message or of a from/value turn; a system message may be empty."""
+    """``{"role", "content"}`` of a message or of a from/value turn, and an assistant's thoughts by the name that they have;
+    a system message may be empty."""
     spelled = ("from", "value") if message.has("from") and not message.has("role") else ("role", "content")
     role = ROLES.get(message.text(spelled[0]).lower())
     if role is None:
@@ -154,7 +160,9 @@ def _message(message: Fields) -> dict:
     for name in IN_MESSAGES:
         if message.data.get(name):
             raise message.fail(name, "conversations with tools, images or sound are not supported: leave the row out")
-    return {"role": role, "content": _content(message, spelled[1], may_be_blank=role == "system")}
+    thoughts = {name: message.text(name) for name in THOUGHTS if not _is_blank(message.get(name))}
+    content = _content(message, spelled[1], may_be_blank=role == "system")
+    return {"role": role, "content": content, **(thoughts if role == "assistant" else {})}
 
 
 def _content(message: Fields, name: str, may_be_blank: bool) -> str:

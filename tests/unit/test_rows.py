@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from g2r_megatron.data.chat_template import conversation_text
 from g2r_megatron.data.readers import read_queries
 from g2r_megatron.errors import UserError
 
@@ -409,3 +410,12 @@ def test_scores_that_are_there_come_back(tmp_path):
     (query,) = judged(tmp_path, row)
     assert query.given.fields == {"score": 0.5, "reward": 1, "grade": "B", "scores": {"style": 3, "facts": None}}
     assert query.given.items == ({"criteria_met": True},)
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_thoughts_of_earlier_answers_reach_the_template(tmp_path, name):
+    """By the name that they have; a user's and an empty one are no thoughts. What the judge reads as text has no thoughts."""
+    turns = [USER[0] | {name: "as a user"}, ANSWERED[1] | {name: "Basho."}, ANSWERED[1] | {name: None}, *USER]
+    (query,) = read(tmp_path, {"messages": turns, **ITEMS})
+    assert list(query.messages) == [USER[0], ANSWERED[1] | {name: "Basho."}, ANSWERED[1], *USER]
+    assert "Basho." not in conversation_text(query.messages)
