@@ -350,13 +350,19 @@ def _stated_eos(tokenizer: PreTrainedTokenizerFast) -> set[int]:
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerFast, options: Mapping | None) -> set[int]:
-    """The control token with which the chat template closes an assistant turn (none if it closes with plain text)."""
-    (mark,) = placeholders(1)
+    """The control token with which the chat template closes an assistant turn (none if it closes with plain text).
+
+    Where nothing closes the last turn, it is what comes before the next one: a token of its own, or the user's marker.
+    """
+    mark, question = placeholders(2)
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
-    _, after = split_once(render(tokenizer, messages, "stop tokens", False, options), mark, "stop tokens", "a message")
     pattern, pattern_ids = _control_pattern(tokenizer)
-    match = pattern.match(after.lstrip())
-    return {pattern_ids[match.lastindex - 1]} if match else set()
+    for turns in (messages, [*messages, {"role": "user", "content": question}]):
+        text = render(tokenizer, turns, "stop tokens", False, options)
+        match = pattern.match(split_once(text, mark, "stop tokens", "a message")[1].lstrip())
+        if match:
+            return {pattern_ids[match.lastindex - 1]}
+    return set()
 
 
 # ---- decoding -------------------------------------------------------------------------------------------------------

@@ -232,8 +232,9 @@ def check_tensors(hf: HFModel, reader: SafetensorsReader) -> None:
             raise UserError(
                 f"{hf.path} {names[name]}", f"shape {reader.shape(names[name])}", f"config.json asks for {shape}"
             )
-        if reader.dtype(names[name]) not in DTYPES.values():
-            raise UserError(f"{hf.path} {names[name]}", f"dtype {NAME_OF[reader.dtype(names[name])]}", NO_QUANTIZED)
+        if (dtype := reader.dtype(names[name])) not in DTYPES.values():
+            remedy = "save the model again as float32" if dtype is torch.float64 else NO_QUANTIZED
+            raise UserError(f"{hf.path} {names[name]}", f"dtype {NAME_OF[dtype]}", remedy)
     reader.keep({name: names[name] for name in sorted(expected, key=lambda name: reader.place(names[name]))})
 
 

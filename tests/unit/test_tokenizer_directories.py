@@ -148,3 +148,21 @@ def test_where_the_end_of_a_turn_is_stated(directory):
     assert set(stop_token_ids(load_tokenizer(directory))) == own | {7}
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [4]}))
     assert set(stop_token_ids(load_tokenizer(directory))) == own | {4}
+
+
+@pytest.mark.parametrize(
+    ("template", "stop"),
+    [
+        ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}", "<|im_end|>"),
+        ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}", "<|user|>"),  # GLM's
+        ("{% for m in messages %}{{ m.content }}{% if not loop.last %}<|next|>{% endif %}{% endfor %}", "<|next|>"),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", None),
+    ],
+)
+def test_what_ends_a_turn_of_the_template(directory, template, stop):
+    """What closes it, or what comes before the next turn where nothing does."""
+    tokenizer = load_tokenizer(directory)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|next|>"]})
+    tokenizer.chat_template = template
+    ends = {tokenizer.eos_token_id} | ({tokenizer.convert_tokens_to_ids(stop)} if stop else set())
+    assert set(stop_token_ids(tokenizer)) == ends
