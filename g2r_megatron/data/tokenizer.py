@@ -83,6 +83,19 @@ def _printed_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
     return frozenset(i for i, content in added.items() if any(content in text for text in printed))
 
 
+def check_structure(tokenizer: PreTrainedTokenizerFast, text: str, where: str) -> None:
+    """Raise ``UserError`` if a prompt's own ``text`` writes an added token that data may write too."""
+    control = special_ids(tokenizer) | thought_ids(tokenizer)
+    for i, token in tokenizer.added_tokens_decoder.items():
+        plain = token.special or i in control or ORDINARY.fullmatch(token.content) or is_thought_mark(token.content)
+        if not plain and token.content in text:
+            raise UserError(
+                where,
+                f"{token.content!r} is an added token that the tokenizer does not call special: a response could write it too",
+                "set its special to true in tokenizer_config.json and tokenizer.json, or leave it out",
+            )
+
+
 def _renderings(tokenizer: PreTrainedTokenizerFast, name: str) -> list[str]:
     """Short conversations in the template ``name``; without those that it rejects."""
     found = []

@@ -16,6 +16,7 @@ from g2r_megatron.data.thoughts import closed, open_thought
 from g2r_megatron.data.token_bound import most_tokens
 from g2r_megatron.data.token_spans import decoded_bounds, encoded_bounds
 from g2r_megatron.data.tokenizer import (
+    check_structure,
     data_continues,
     encode_parts,
     encode_text,
@@ -256,6 +257,7 @@ def verdict_ids(tokenizer: PreTrainedTokenizerFast, words: Sequence[str], option
 def _template_sides(tokenizer: PreTrainedTokenizerFast, config: JudgeConfig) -> tuple[list, list]:
     """The parts before and after the response, each part ``("text", template text)`` or ``("field", name)``."""
     check_template(config.template)
+    check_structure(tokenizer, config.template, "judge.template")
     check_template_options(tokenizer, config.template_options, "judge.template_options", config.chat_template)
     text = _in_chat_template(tokenizer, config) if config.chat_template else config.template
     pieces = PLACEHOLDER.split(text)

@@ -8,10 +8,12 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AddedToken, AutoTokenizer
 
+from g2r_megatron.config.options import JudgeConfig
 from g2r_megatron.data.tokenizer import load_tokenizer, render_prompt, stop_token_ids
 from g2r_megatron.errors import UserError
+from g2r_megatron.judge.prompt import JudgePrompt
 from tiny_models import CHATML, build_tokenizer
 
 CODE = {"AutoTokenizer": ["tokenization_acme.AcmeTokenizer", None]}
@@ -166,3 +168,15 @@ def test_what_ends_a_turn_of_the_template(directory, template, stop):
     tokenizer.chat_template = template
     ends = {tokenizer.eos_token_id} | ({tokenizer.convert_tokens_to_ids(stop)} if stop else set())
     assert set(stop_token_ids(tokenizer)) == ends
+
+
+def test_structure_of_the_judges_own_template(directory):
+    """A marker that only judge.template writes must be special: else a response could write it too. Words may be added."""
+    tokenizer = load_tokenizer(directory)
+    tokenizer.add_tokens([AddedToken("<|judge|>", normalized=False), AddedToken("criterion:", normalized=False)])
+    config = JudgeConfig(chat_template=False, template="<|judge|> {conversation} {response} criterion: {criterion}")
+    with pytest.raises(UserError, match="judge.template: '<|judge|>' is an added token .* not call special"):
+        JudgePrompt(tokenizer, config)
+    special = load_tokenizer(directory)
+    special.add_special_tokens({"additional_special_tokens": ["<|judge|>"]})
+    JudgePrompt(special, config)
