@@ -53,10 +53,6 @@ OF_TRAINING: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rollout.vllm.options": (lambda c: _samples_with_vllm(c), VLLM),
     "rollout.vllm.urls": (lambda c: _on_servers(c), "rollout.engine=vllm and rollout.vllm.mode=servers"),
     "rollout.vllm.behind_proxy": (lambda c: _on_servers(c), "rollout.engine=vllm and rollout.vllm.mode=servers"),
-    "eval.every": (
-        lambda c: c.eval.every < c.steps,
-        "more steps than that: rows are evaluated before and after training",
-    ),
     "eval.samples": (lambda c: bool(c.eval.data), "eval.data"),
     "eval.greedy": (lambda c: bool(c.eval.data), "eval.data"),
     "eval.judge.model": (lambda c: bool(c.eval.data), "eval.data"),

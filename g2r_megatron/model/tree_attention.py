@@ -230,6 +230,8 @@ def _tree_by_tree(query, key, value, trees: tuple[TreeMask, ...], scale: float |
                     q_branches, k, v, attn_mask=tree.branch_mask, scale=scale, enable_gqa=gqa
                 )
             )
+    if not trees:
+        return query * 0.0  # padding alone; recompute needs a result that has a gradient
     return torch.cat([*out, torch.zeros_like(query[:, :, :padding])], dim=2)
 
 

@@ -153,17 +153,18 @@ def loaded(path: Path, cache: Path) -> list[dict]:
 
 
 def test_columns_hold_what_the_lines_do(tiny_hf, worlds, tmp_path):
-    """Of one job (trl) and of two shares (parquet): ids, order and numbers of the lines; earlier results are in ``given``."""
+    """Judged in two shares, the last first: ids, order and numbers of the lines; earlier results are in ``given``."""
     rows = [{**row, "id": 7 - i, "grade": "B"} for i, row in enumerate(ROWS)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
 
     def judge(name: str, **options) -> Path:
-        worlds[1].run(judge_file, config_for(tiny_hf("qwen2"), path, tmp_path / name, dump_inputs=False, **options))
+        options |= {"dump_inputs": False, "shards": 2}
+        for shard in (1, 0):
+            worlds[1].run(judge_file, config_for(tiny_hf("qwen2"), path, tmp_path / name, shard=shard, **options))
         return tmp_path / name
 
     lines = [json.loads(line) for line in judge("lines").read_text().splitlines()]
-    for shard in (1, 0):
-        parquet = judge("parquet", format_out="parquet", shard=shard, shards=2)
+    parquet = judge("parquet", format_out="parquet")
     assert sorted(os.listdir(tmp_path)) == ["lines", "parquet", "rows.jsonl"]
     columns = loaded(parquet, tmp_path / "cache")
     for line, found in zip(lines, columns, strict=True):

@@ -20,7 +20,6 @@ UNUSED = [
     (["--judge.tau", "0.5", "--judge.normalize", "positive"], "judge.tau", "softmax"),
     (["--optimizer.min_lr", "1e-9"], "optimizer.min_lr", "decay"),
     (["--eval.greedy", "true"], "eval.greedy", "eval.data"),
-    (["--eval.every", "100", "--eval.data", '["b"]'], "eval.every", "more steps"),
     (["--judge.shuffle", "true", "--grpo.preset", "grpo"], "judge.shuffle", "grpo.mix"),
     (["--judge.think", "refuse", "--judge.chat_template", "false"], "judge.think", "judge.chat_template"),
     (["--log.wandb_project", "mine"], "log.wandb_project", "log.wandb"),
