@@ -3,6 +3,10 @@
     g2r serve --config examples/quickstart/serve.yaml &
     python examples/trl/run.py --url http://127.0.0.1:8000 --steps 50
 
+or with the judge in this process:
+
+    python examples/trl/run.py --config examples/quickstart/serve.yaml --steps 50
+
 The policy is the quickstart's model; its frozen copy is the judge. Needs trl. Prints the mean score of every step.
 """
 
@@ -15,8 +19,10 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig
 
-from g2r_megatron.adapters.trl import CreditTrainer
+from g2r_megatron.adapters.trl import CreditSource, CreditTrainer
 from g2r_megatron.client import Judge
+from g2r_megatron.config import parsing
+from g2r_megatron.config.serve_options import ServeConfig
 from g2r_megatron.data.tokenizer_files import load_tokenizer
 
 QUICKSTART = Path(__file__).parents[1] / "quickstart"
@@ -37,7 +43,7 @@ def dataset() -> Dataset:
     )
 
 
-def make_trainer(judge: Judge, steps: int, output: str) -> CreditTrainer:
+def make_trainer(judge: CreditSource, steps: int, output: str) -> CreditTrainer:
     """As the quickstart's config.yaml: 6 prompts a step with 8 responses each."""
     model = AutoModelForCausalLM.from_pretrained(QUICKSTART / "model")
     arguments = GRPOConfig(
@@ -58,12 +64,23 @@ def make_trainer(judge: Judge, steps: int, output: str) -> CreditTrainer:
     return CreditTrainer(judge, model=model, args=arguments, train_dataset=dataset(), processing_class=tokenizer)
 
 
+def open_judge(url: str, config: str | None) -> CreditSource:
+    """The service at ``url``, or with a ``config`` of g2r serve its judge in this process."""
+    if config is None:
+        return Judge(url)
+    from g2r_megatron.serve.local import LocalJudge
+
+    return LocalJudge(parsing.parse(ServeConfig, "run.py", ["--config", config]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--config", help="of g2r serve: judge in this process")
     parser.add_argument("--steps", type=int, default=50)
     options = parser.parse_args()
-    with Judge(options.url) as judge, tempfile.TemporaryDirectory() as output:
+    judge = open_judge(options.url, options.config)
+    with tempfile.TemporaryDirectory() as output:
         trainer = make_trainer(judge, options.steps, output)
         trainer.train()
         for record in trainer.state.log_history:

@@ -2,6 +2,8 @@
 
     trainer = CreditTrainer(Judge("http://127.0.0.1:8000"), model=..., args=GRPOConfig(...), train_dataset=...)
 
+or with the judge in this process (serve/local.py) in the place of ``Judge(url)``.
+
 The data set has a column ``rubric``: a list of ``{"criterion", "weight"}`` (empty for a reward model). The judge reads the
 column ``prompt``, a text or messages, or ``judge_prompt`` where the policy's prompt has another form. The reward that TRL
 logs is the judge's score; TRL's own advantages are replaced by those of the judge's estimator, so TRL's scale_rewards has
@@ -21,7 +23,7 @@ REQUESTS_AT_ONCE = 16
 
 
 class CreditSource(Protocol):
-    """``g2r_megatron.client.Judge``, or anything that gives credit in its way."""
+    """``client.Judge`` of a service, ``serve.local.LocalJudge`` in this process, or anything that gives credit in their way."""
 
     def credit(self, responses: Sequence[Any], rubric: Sequence[Any], **options: Any) -> list[dict[str, Any]]:
         """One entry a response with ``reward``, ``token_rewards`` and, of several responses, ``advantages``."""

@@ -21,7 +21,9 @@ import pytest
 import torch
 
 from g2r_megatron.client import AsyncJudge, Judge, JudgeError
+from g2r_megatron.config import parsing
 from g2r_megatron.config.options import PRESETS, GrpoConfig, fill_from_preset
+from g2r_megatron.config.serve_options import ServeConfig
 from g2r_megatron.credit.advantages import GroupScores, group_advantages
 from g2r_megatron.data.tokenizer import encode_text
 from g2r_megatron.data.tokenizer_files import load_tokenizer
@@ -304,18 +306,32 @@ def test_the_documented_schema_is_that_of_the_routes(url):
     assert "deadline_seconds" in schema["components"]["schemas"]["CreditOptions"]["properties"]
 
 
-def test_trl_trains_on_the_credit(url, tmp_path, monkeypatch):
+def credit_here(requests: list[tuple]) -> list[list[dict]]:
+    """What a judge in this process gives."""
+    from g2r_megatron.serve.local import LocalJudge
+
+    judge = LocalJudge(parsing.parse(ServeConfig, "test", ["--config", str(QUICKSTART)]))
+    with pytest.raises(JudgeError, match="422: rubric: is missing"):
+        judge.credit(["a"], prompt="b")
+    with pytest.raises(JudgeError, match="422: body: Value error, prompt must hold a text"):
+        judge.score(["a"], ["b"], prompt=" ")
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        return [judge.credit(responses, rubric, **options) for responses, rubric, options in requests]
+
+
+def test_trl_trains_on_the_credit(url, worlds, tmp_path, monkeypatch):
     """Ten steps of TRL's own GRPO on the quickstart's task: its advantages are the service's, and the score rises.
 
-    Leaves out several processes and chat prompts.
+    A judge in the process gives the same advantages for the last batch. Leaves out several processes and chat prompts.
     """
     make_trainer = load("examples/trl/run.py").make_trainer
-    asked_for, batches = [], []
+    asked_for, batches, requests = [], [], []
 
     class Recorded(Judge):
         def credit(self, responses, rubric=(), **options):
             found = super().credit(responses, rubric, **options)
             asked_for.extend((tuple(ids), answer) for (ids, _), answer in zip(responses, found, strict=True))
+            requests.append(((responses, rubric, options), found))
             return found
 
     with Recorded(url) as judge:
@@ -338,6 +354,10 @@ def test_trl_trains_on_the_credit(url, tmp_path, monkeypatch):
     assert any(len(set(advantages.tolist())) > 3 for advantages in last["advantages"])
     scores = [record["reward"] for record in trainer.state.log_history if "reward" in record]
     assert len(scores) == 10 and sum(scores[-3:]) > sum(scores[:3]), scores
+    asked, answered = zip(*requests[-6:], strict=True)
+    for group, other in zip(worlds[1].run(credit_here, list(asked))[0], answered, strict=True):
+        assert [one["reward"] for one in group] == [one["reward"] for one in other]
+        assert all(close(a["advantages"], b["advantages"]) for a, b in zip(group, other, strict=True))
 
 
 def test_sigterm_answers_what_was_accepted(service, url):
