@@ -30,6 +30,7 @@ from g2r_megatron.data.tokenizer_files import load_tokenizer
 from scripts import load
 from service import QUICKSTART, ROOT, Service
 from test_alignment import byte_bpe
+from tiny_models import build_tiny_reward_model
 
 ROWS = [json.loads(line) for line in (QUICKSTART.parent / "data" / "responses.jsonl").read_text().splitlines() if line]
 MODEL = QUICKSTART.parent / "model"
@@ -358,6 +359,36 @@ def test_trl_trains_on_the_credit(url, worlds, tmp_path, monkeypatch):
     for group, other in zip(worlds[1].run(credit_here, list(asked))[0], answered, strict=True):
         assert [one["reward"] for one in group] == [one["reward"] for one in other]
         assert all(close(a["advantages"], b["advantages"]) for a, b in zip(group, other, strict=True))
+
+
+def scores_here(model: str, rows: str, judged: str) -> tuple[list[dict], list[dict]]:
+    """What ``g2r judge`` and a judge in this process say of the same responses by a reward model."""
+    from g2r_megatron.cli import judge_command
+    from g2r_megatron.serve.local import LocalJudge
+
+    options = ["--judge.model", model, "--preset", "robust"]
+    judge_command([*options, "--input", rows, "--output", judged])
+    judge = LocalJudge(parsing.parse(ServeConfig, "test", options))
+    with pytest.raises(JudgeError, match="422: rubric: is there, but the judge is a reward model"):
+        judge.credit(["a"], ["b"], prompt="c")
+    offline = [json.loads(line) for line in Path(judged).read_text().splitlines()]
+    asked = [json.loads(line) for line in Path(rows).read_text().splitlines()]
+    return offline, judge.credit([row["response"] for row in asked], prompt=asked[0]["prompt"])
+
+
+def test_a_reward_model(worlds, tmp_path):
+    """No rubric; the score, and its credit, are those of ``g2r judge``. Leaves out HTTP, which is the same for all judges."""
+    model = build_tiny_reward_model("qwen2", tmp_path / "model")
+    responses = ["Rest. Drink water. See a doctor.", "Nothing to do."]
+    rows = [{"id": i, "prompt": "I have a fever.", "response": response} for i, response in enumerate(responses)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    paths = [str(tmp_path / name) for name in ("rows.jsonl", "judged.jsonl")]
+    ((offline, answers),) = worlds[1].run(scores_here, str(model), *paths)
+    for line, answer in zip(offline, answers, strict=True):
+        assert "items" not in answer and answer["reward"] == pytest.approx(line["reward"])
+        assert len(set(answer["token_rewards"])) > 1
+        for name in ("token_rewards", "alpha"):
+            assert close(answer[name][: len(line[name])], line[name]) and not any(answer[name][len(line[name]) :])
 
 
 def test_sigterm_answers_what_was_accepted(service, url):
