@@ -8,11 +8,20 @@ from g2r_megatron.config.options import TrainConfig
 from g2r_megatron.config.serve_options import ServeConfig
 from g2r_megatron.errors import warn
 
+DENSE = "grpo.mix more than 0 and a grpo.advantage other than sequence"
 VLLM = "rollout.engine=vllm, and no rollout.replay"
 # option -> (whether it has an effect, given the sections that it depends on; what it needs)
 OF_JUDGE: dict[str, tuple[Callable[[Any], bool], str]] = {
     "judge.contraction": (lambda c: c.judge.attribution == "contracted", "judge.attribution=contracted"),
-    "judge.tau": (lambda c: c.judge.normalize == "softmax", "judge.normalize=softmax"),
+    "judge.tau": (
+        lambda c: c.judge.normalize == "softmax" and c.judge.attribution != "uniform",
+        "judge.normalize=softmax and a judge.attribution other than uniform",
+    ),
+    "judge.target": (
+        lambda c: c.judge.attribution not in ("attention", "uniform"),
+        "a judge.attribution other than attention and uniform",
+    ),
+    "judge.normalize": (lambda c: c.judge.attribution != "uniform", "a judge.attribution other than uniform"),
     "judge.standardize": (
         lambda c: c.judge.normalize == "softmax" or not c.judge.standardize,
         "judge.normalize=softmax",
@@ -29,18 +38,12 @@ OF_TRAINING: dict[str, tuple[Callable[[Any], bool], str]] = {
     "grpo.false_scale": (lambda c: c.grpo.advantage == "itemwise", "grpo.advantage=itemwise"),
     "grpo.mix": (lambda c: c.grpo.advantage != "sequence" or c.grpo.mix == 0, "a grpo.advantage other than sequence"),
     "grpo.mix_anneal": (lambda c: c.grpo.mix > 0 or c.grpo.mix_anneal == 0, "grpo.mix more than 0"),
-    "grpo.weight_clip": (
-        lambda c: c.grpo.advantage != "sequence" and c.grpo.mix > 0,
-        "grpo.mix more than 0 and a grpo.advantage other than sequence",
-    ),
-    "grpo.top_items": (
-        lambda c: c.grpo.advantage != "sequence" and c.grpo.mix > 0,
-        "grpo.mix more than 0 and a grpo.advantage other than sequence",
-    ),
-    "judge.shuffle": (
-        lambda c: c.grpo.advantage != "sequence" and c.grpo.mix > 0,
-        "grpo.mix more than 0 and a grpo.advantage other than sequence",
-    ),
+    "grpo.weight_clip": (lambda c: _credits(c), DENSE),
+    "grpo.top_items": (lambda c: _credits(c), DENSE),
+    **{
+        f"judge.{name}": (lambda c: _credits(c), DENSE)
+        for name in ("shuffle", "attribution", "credit", "gate_queries", "gate_levels")
+    },
     "grpo.kl_estimator": (lambda c: c.grpo.kl_coef > 0, "grpo.kl_coef more than 0"),
     "optimizer.min_lr": (lambda c: c.optimizer.decay != "constant", "optimizer.decay linear or cosine"),
     "rollout.engine": (lambda c: not c.rollout.replay, "rollout.replay left out: nothing is sampled"),
@@ -70,6 +73,11 @@ def warn_of_unused(config: Config, defaults: Config) -> None:
         value = _value(config, option)
         if value != _value(defaults, option) and not has_effect(config):
             warn(f"{option}: {value} has no effect; it needs {needed}")
+
+
+def _credits(config: Any) -> bool:
+    """Whether tokens get different advantages."""
+    return config.grpo.advantage != "sequence" and config.grpo.mix > 0
 
 
 def _samples_with_vllm(config: TrainConfig) -> bool:

@@ -21,6 +21,9 @@ UNUSED = [
     (["--optimizer.min_lr", "1e-9"], "optimizer.min_lr", "decay"),
     (["--eval.greedy", "true"], "eval.greedy", "eval.data"),
     (["--judge.shuffle", "true", "--grpo.preset", "grpo"], "judge.shuffle", "grpo.mix"),
+    (["--judge.attribution", "l2", "--grpo.preset", "grpo"], "judge.attribution", "grpo.mix"),
+    (["--judge.credit", "per_response", "--grpo.mix", "0"], "judge.credit", "grpo.mix"),
+    (["--judge.target", "log_prob", "--judge.attribution", "attention"], "judge.target", "other than attention"),
     (["--judge.think", "refuse", "--judge.chat_template", "false"], "judge.think", "judge.chat_template"),
     (["--log.wandb_project", "mine"], "log.wandb_project", "log.wandb"),
 ]
