@@ -75,9 +75,9 @@ def warn_of_unused(config: Config, defaults: Config) -> None:
             warn(f"{option}: {value} has no effect; it needs {needed}")
 
 
-def _credits(config: Any) -> bool:
+def _credits(config: TrainConfig) -> bool:
     """Whether tokens get different advantages."""
-    return config.grpo.advantage != "sequence" and config.grpo.mix > 0
+    return config.grpo.advantage != "sequence" and bool(config.grpo.mix)
 
 
 def _samples_with_vllm(config: TrainConfig) -> bool:
