@@ -1,6 +1,6 @@
 """What ``g2r eval`` costs beside what it cannot do without: the same responses sampled, and judged in one pass without gradients.
 
-    python benchmarks/eval_cost.py [--rows 12 --tokens 32 --rounds 2 --model DIR --data FILE] [options of g2r eval]
+    python benchmarks/eval_cost.py --data FILE [--rows 12 --tokens 32 --rounds 2 --model DIR] [options of g2r eval]
 
 Both load the same model twice, as policy and as judge, sample greedily with the same engine and judge every criterion of
 every response. ``g2r eval`` also reads and checks options and rows, keeps every response as it comes, scores, and writes
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="of a response")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--data", type=Path, default=Path("/work/shared/data/healthbench_100.jsonl"))
+    parser.add_argument("--data", type=Path, required=True, help="rows, such as HealthBench's")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     args, more = parser.parse_known_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

@@ -143,10 +143,6 @@ def read_inputs(config: TrainConfig) -> Inputs:
     reads_ids = reads_ids and policy.geometry.vocab <= judge.geometry.vocab
     prompt = judge_prompt(judge, judge_tokenizer, config.judge, None if reads_ids else tokenizer)
 
-    if config.data.format == "verifiable" and not prompt.needs_rubric:
-        found = "a reward model with data.format verifiable"
-        raise UserError("judge.model", found, "give a language model: its verdicts are compared with the verifier's")
-
     def with_system(query: Query) -> Query:
         return replace(query, messages=with_system_prompt(query.messages, system_prompt))
 
@@ -161,7 +157,8 @@ def read_inputs(config: TrainConfig) -> Inputs:
             on_bad_row=config.data.on_bad_row,
             require_rubric=prompt.needs_rubric or (gold is not None and paths is config.eval.data),
             check=check,
-            criterion=config.verifier.criterion if prompt.needs_rubric else None,
+            # a reward model takes notice of answers only where all rows have one
+            criterion=config.verifier.criterion if prompt.needs_rubric or config.data.format == "verifiable" else None,
         )
         for paths in (config.data.train, config.eval.data)
     )

@@ -255,16 +255,20 @@ def _verdict_table(query: Query, rows: Sequence[JudgementRow]) -> tuple[Tensor, 
 
 @dataclass
 class ScoreJudgement:
-    """V(x, o) of a reward model, the one judgement of a response: see ``Judgement``. A score is its own measure."""
+    """V(x, o) of a reward model, the one judgement of a response: see ``Judgement``. A score is its own measure.
+
+    ``right``: a verifier's verdict, which is the reward then; the score has only its credit (paper, equations 14 and 15).
+    """
 
     score: float
     attribution: Tensor | None = None
     grad_norm: float | None = None
     cos: float | None = None
+    right: bool | None = None
     verdict: ClassVar[None] = None
 
     def values(self) -> list[Any]:
-        return [self.score]
+        return [self.score, self.right]
 
     @staticmethod
     def from_output(values: Tensor, verdicts: Sequence[bool]) -> list["ScoreJudgement"]:
@@ -277,7 +281,7 @@ class ScoreJudgement:
 
     @staticmethod
     def reward(query: Query, row: JudgementRow) -> float:
-        return _score(row)
+        return _reward(row)
 
     @staticmethod
     def weights(query: Query) -> list[float]:
@@ -292,7 +296,7 @@ class ScoreJudgement:
     def needing_attribution(
         query: Query, rows: Sequence[JudgementRow], options: GrpoConfig, mix: float
     ) -> list[list[bool]]:
-        marks: list[list[bool]] = rewards_needing_attribution(_scores(rows), options, mix).tolist()
+        marks: list[list[bool]] = rewards_needing_attribution(_rewards(rows), options, mix).tolist()
         return marks
 
     @staticmethod
@@ -303,22 +307,29 @@ class ScoreJudgement:
         lengths: list[int],
         finished: list[bool],
     ) -> RewardModelScores:
-        return RewardModelScores(_scores(rows), alphas, lengths, finished)
+        return RewardModelScores(_rewards(rows), alphas, lengths, finished)
 
     @staticmethod
     def token_rewards(query: Query, row: JudgementRow, alphas: Alphas, length: int, finished: bool = False) -> Tensor:
-        return score_token_rewards(_score(row), alphas[0], length, finished).float()
+        return score_token_rewards(_reward(row), alphas[0], length, finished).float()
 
     @staticmethod
     def metrics(
         queries: Sequence[Query], truths: Sequence[list[bool] | None], rows: Sequence[JudgementRow]
     ) -> dict[str, float]:
-        """A score is on a scale of its own: only the truth's mean is left."""
+        """A score is on a scale of its own: only the truth's mean is left, and how often it is right about answers."""
         pairs = zip(queries, truths, strict=True)
         known = [
             response_reward(truth, [i.weight for i in query.rubric]) for query, truth in pairs if truth is not None
         ]
-        return {"reward/true_mean": fmean(known)} if known else {}
+        metrics = {"reward/true_mean": fmean(known)} if known else {}
+        groups: dict[str, list[ScoreJudgement]] = {}
+        for query, row in zip(queries, rows, strict=True):
+            if (judgement := cast(ScoreJudgement, row[0])).right is not None:
+                groups.setdefault(query.id, []).append(judgement)
+        if same := [agrees for group in groups.values() for agrees in scores_agree(group, [j.right for j in group])]:
+            metrics["judge/verifier_agreement"] = fmean(same)
+        return metrics
 
     @staticmethod
     def sample_items(query: Query, text: str, row: JudgementRow, alphas: Alphas) -> list[dict[str, Any]]:
@@ -336,15 +347,43 @@ class ScoreJudgement:
 
     @staticmethod
     def output_record(query: Query, row: JudgementRow, alphas: Alphas) -> dict[str, Any]:
-        return {"reward": plain_number(_score(row))} | _attribution_record(row[0], alphas[0])
+        return {"reward": plain_number(_reward(row))} | _attribution_record(row[0], alphas[0])
+
+
+def scores_agree(group: Sequence[ScoreJudgement], right: Sequence[bool | None]) -> list[bool]:
+    """Of the responses to one query: whether a right one scores above the group's mean, and a wrong one does not."""
+    mean = fmean(judgement.score for judgement in group)
+    return [(judgement.score > mean) == verdict for judgement, verdict in zip(group, right, strict=True)]
+
+
+def take_verified(group: Sequence[JudgementRow], verified: Sequence[bool | None]) -> list[bool]:
+    """Put the verifier's verdicts on the responses to one query in the place of the judge's (None: there is none).
+
+    Returns whether both agreed on each response, True without a verdict: elsewhere the judge's credit is of something else.
+    """
+    if kind_of(group[0]) is ItemJudgement:
+        agreed = [_items(row)[0].verdict == verdict for row, verdict in zip(group, verified, strict=True)]
+    else:
+        agreed = scores_agree([cast(ScoreJudgement, row[0]) for row in group], verified)
+    for row, verdict in zip(group, verified, strict=True):
+        if verdict is not None and isinstance(row[0], ItemJudgement):
+            row[0].verdict = verdict
+        elif isinstance(row[0], ScoreJudgement):
+            row[0].right = verdict
+    return [verdict is None or same for verdict, same in zip(verified, agreed, strict=True)]
 
 
 def _score(row: JudgementRow) -> float:
     return cast(ScoreJudgement, row[0]).score
 
 
-def _scores(rows: Sequence[JudgementRow]) -> Tensor:
-    return torch.tensor([_score(row) for row in rows], dtype=torch.float64)
+def _reward(row: JudgementRow) -> float:
+    right = cast(ScoreJudgement, row[0]).right
+    return _score(row) if right is None else float(right)
+
+
+def _rewards(rows: Sequence[JudgementRow]) -> Tensor:
+    return torch.tensor([_reward(row) for row in rows], dtype=torch.float64)
 
 
 def _plain(alpha: Tensor | None) -> list[float] | None:
@@ -353,7 +392,10 @@ def _plain(alpha: Tensor | None) -> list[float] | None:
 
 def from_values(values: list[Any], **gradient: Any) -> Judgement:
     """The judgement whose ``values()`` are ``values``; ``gradient``: its attribution, grad_norm and cos."""
-    return ScoreJudgement(*values, **gradient) if len(values) == 1 else ItemJudgement(*values, **gradient)
+    if len(values) == 3:
+        return ItemJudgement(*values, **gradient)
+    score, right = values
+    return ScoreJudgement(score, right=right, **gradient)
 
 
 def _attribution_record(judgement: Judgement, alpha: Tensor | None) -> dict[str, Any]:

@@ -4,10 +4,9 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from g2r_megatron.config.options import TrainConfig
-from g2r_megatron.credit.judgements import ItemJudgement, JudgementRow, kind_of
+from g2r_megatron.credit.judgements import ItemJudgement, JudgementRow, ScoreJudgement, kind_of, take_verified
 from g2r_megatron.eval.records import Answer, data_key, judge_facts, record_of, write_results
 from g2r_megatron.experience import Rollouts, sample_and_submit, score_metrics
-from g2r_megatron.judge.parts import take_verified
 from g2r_megatron.records.evaluations import SUMMARY, read_results, step_directory
 from g2r_megatron.records.phase_times import PhaseTimes
 from g2r_megatron.rollout.recording import eval_name
@@ -62,7 +61,8 @@ def evaluate(
         if workers.gold is not None:
             gold = workers.gold.judge(rollouts.queries, [response.text for response in rollouts.responses])
             answered = [query.answer is not None for query in rollouts.queries]
-            take_verified(gold, [row[0].verdict if a else None for row, a in zip(judgements, answered, strict=True)])
+            found = [row[0].right if isinstance(row[0], ScoreJudgement) else row[0].verdict for row in judgements]
+            take_verified(gold, [verdict if a else None for verdict, a in zip(found, answered, strict=True)])
     metrics = {ours: scores[theirs] for ours, theirs in NAMES.items() if theirs in scores}
     if kind_of(judgements[0]) is ItemJudgement:
         metrics |= keep(config, inputs, run, step, records_of(rollouts, judgements, gold))

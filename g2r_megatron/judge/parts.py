@@ -7,13 +7,12 @@ on the same parts, so that their results have the same bits.
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import cast
 
 import torch
 
 from g2r_megatron.config.options import GrpoConfig
 from g2r_megatron.credit.faithfulness import Faithful, faithfulness_metrics
-from g2r_megatron.credit.judgements import ItemJudgement, JudgementRow, backward_passes, from_values, kind_of
+from g2r_megatron.credit.judgements import JudgementRow, backward_passes, from_values, kind_of, take_verified
 from g2r_megatron.data.types import Query, RubricItem
 from g2r_megatron.judge.faithfulness import measure_faithfulness
 from g2r_megatron.judge.stage import JudgeStage
@@ -102,7 +101,10 @@ def judge_part(stage: JudgeStage, part: Part, grpo: GrpoConfig) -> Judged:
     inputs = stage.inputs(queries, part.bodies)
     attributed = bool(part.mix) and grpo.advantage != "sequence"
     judgements = stage.verdicts(inputs, part.keys, attributed)
-    agreed = take_verified(judgements, part.verified or [None] * len(judgements))
+    verified, agreed = part.verified or [None] * len(judgements), list[bool]()
+    for first in range(0, len(judgements), part.group_size):
+        its_own = slice(first, first + part.group_size)
+        agreed += take_verified(judgements[its_own], verified[its_own])
     judged = attributed_at = time.perf_counter()
     faithful: list[Faithful] = []
     if part.mix is not None:
@@ -127,16 +129,6 @@ def metrics_of(judged: Sequence[Judged]) -> dict[str, float]:
     if pairs:
         metrics["time/faithfulness"] = sum(part.faithful_seconds for part in judged)
     return metrics | faithfulness_metrics(pairs)
-
-
-def take_verified(judgements: Sequence[JudgementRow], verified: Sequence[bool | None]) -> list[bool]:
-    """Put the verifier's verdicts in the place of the judge's; whether both agreed on each response (True without one)."""
-    agreed = []
-    for row, verdict in zip(judgements, verified, strict=True):
-        agreed.append(verdict is None or row[0].verdict == verdict)
-        if verdict is not None:
-            cast(ItemJudgement, row[0]).verdict = verdict
-    return agreed
 
 
 class SharedRanks:

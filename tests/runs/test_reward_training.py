@@ -6,6 +6,7 @@ credit are held against transformers on the token ids that were sampled. Leaves 
 """
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -165,6 +166,27 @@ def test_a_run_and_its_report(worlds, task, tmp_path):
         assert sum(sample["token_rewards"]) == pytest.approx(2 * item["score"], rel=1e-5)
     assert main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "report.html")]) == 0
     assert "score of the reward model" in (tmp_path / "report.html").read_text()
+
+
+def test_a_run_on_answers(worlds, task, tmp_path):
+    """A verifier, here a command, gives the rewards; the score gives its credit where it ranks a response as the verifier does.
+
+    The same bits with the reward model on a rank of its own.
+    """
+    check = "import json, sys; sys.exit(len(json.load(sys.stdin)['response']) % 2)"
+    rows = [{"id": p, "prompt": p, "answer": "1"} for p in PROMPTS]
+    data = str(write_rows(tmp_path / "rows.jsonl", *rows))
+    task = [*task, "--data.train", f'["{data}"]', "--eval.data", f'["{data}"]', "--data.format", "verifiable"]
+    task += ["--verifier.kind", "command", "--verifier.command", json.dumps([sys.executable, "-c", check])]
+    worlds[1].run(train_here, [*task, "--output_dir", str(tmp_path / "shared")])
+    worlds[2, 1].run(
+        train_here, [*task, "--judge.ranks", "1", "--judge.parts", "1", "--output_dir", str(tmp_path / "own")]
+    )
+    assert_same_run(tmp_path / "own", tmp_path / "shared")
+    samples = samples_of(tmp_path / "shared")
+    assert {sample["reward"] for sample in samples} == {0.0, 1.0}
+    assert all(sample["reward"] == 1 - len(sample["response"]) % 2 for sample in samples)
+    assert all(0 <= row["judge/verifier_agreement"] <= 1 for row in metrics_of(tmp_path / "shared")[1:])
 
 
 def test_on_ranks_of_its_own(worlds, task, tmp_path):
