@@ -44,6 +44,7 @@ OF_TRAINING: dict[str, tuple[Callable[[Any], bool], str]] = {
         f"judge.{name}": (lambda c: _credits(c), DENSE)
         for name in ("shuffle", "attribution", "credit", "gate_queries", "gate_levels")
     },
+    "alarms.faithless": (lambda c: _credits(c), DENSE),
     "grpo.kl_estimator": (lambda c: c.grpo.kl_coef > 0, "grpo.kl_coef more than 0"),
     "optimizer.min_lr": (lambda c: c.optimizer.decay != "constant", "optimizer.decay linear or cosine"),
     "rollout.engine": (lambda c: not c.rollout.replay, "rollout.replay left out: nothing is sampled"),

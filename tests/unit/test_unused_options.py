@@ -24,6 +24,7 @@ UNUSED = [
     (["--judge.attribution", "l2", "--grpo.preset", "grpo"], "judge.attribution", "grpo.mix"),
     (["--judge.credit", "per_response", "--grpo.mix", "0"], "judge.credit", "grpo.mix"),
     (["--judge.target", "log_prob", "--judge.attribution", "attention"], "judge.target", "other than attention"),
+    (["--alarms.faithless", "0.1", "--grpo.preset", "grpo"], "alarms.faithless", "grpo.mix"),
     (["--judge.think", "refuse", "--judge.chat_template", "false"], "judge.think", "judge.chat_template"),
     (["--log.wandb_project", "mine"], "log.wandb_project", "log.wandb"),
 ]
