@@ -229,10 +229,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         service = Service(Path(name))
         try:
+            load = Load(service.url, groups, [], options.clients)  # one for all rounds: no id comes twice
             for _ in range(options.rounds):  # in turns: other work on the machine slows both
-                expected, rate = judge_offline(groups, Path(name))
+                load.expected, rate = judge_offline(groups, Path(name))
                 offline.append(rate)
-                load = Load(service.url, groups, expected, options.clients)
                 found = asyncio.run(load.run(options.throughput_seconds))
                 online.append(found.judged / options.throughput_seconds)
                 good.add(found)
