@@ -35,7 +35,7 @@ def take_steps(config: TrainConfig, inputs: Inputs, workers: Workers, run: Run) 
             break
         leave_if_asked()
         metrics = train_step(config, inputs, workers, run, step)
-        if step == config.steps or (config.eval.every and step % config.eval.every == 0):
+        if config.evaluates_after(step):
             metrics |= evaluate(config, inputs, workers, run, step)
         run.log(step, metrics)
         run.stop_on_alarm()

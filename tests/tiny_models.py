@@ -3,6 +3,7 @@
 Every weight is random, biases and norms too, so that one which is lost or transposed on the way shows in the numbers.
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -88,6 +89,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     fast.chat_template = CHATML
     return fast
+
+
+def write_vocabulary(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """The tokenizer's vocab.json and merges.txt, as they were before tokenizer.json."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    (directory / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (directory / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, model["merges"])) + "\n")
 
 
 def build_model(family: str, vocab: int, seed: int = 1, labels: int = 0, **sizes):

@@ -28,13 +28,13 @@ def check_alarms(config: TrainConfig) -> None:
 
 def _never(config: TrainConfig) -> dict[str, str]:
     """Alarms of which nothing is ever measured in this run -> why."""
-    alarms, credit = config.alarms, config.grpo.advantage != "sequence" and config.grpo.mix != 0
+    alarms = config.alarms
     found: dict[str, str] = {}
     if not alarms.every:
         found |= dict.fromkeys(("master_keys", "internalization"), "alarms.every is 0")
     if not config.eval.data:
         found |= dict.fromkeys(("gold_agreement", "exploitation", "gold_down"), "there is no eval.data")
-    if not credit:
+    if not config.grpo.credits_tokens:
         why = "no token credit is used (grpo.advantage sequence, or grpo.mix 0)"
         found |= dict.fromkeys(("flat", "one_token", "faithless"), why)
     if config.steps < 2 * alarms.window:

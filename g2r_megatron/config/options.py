@@ -297,6 +297,11 @@ class GrpoConfig:
     mini_batches: int = 1
     """optimizer steps a training step; must divide its responses evenly"""
 
+    @property
+    def credits_tokens(self) -> bool:
+        """Whether the tokens of a response get advantages of their own, at least in the first steps."""
+        return self.advantage != "sequence" and bool(self.mix)
+
 
 @dataclass
 class OptimizerConfig:
@@ -442,6 +447,10 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether ``eval.data`` is evaluated after ``step``; 0: before training."""
+        return step in (0, self.steps) or bool(self.eval.every and step % self.eval.every == 0)
 
     @property
     def needs_old_pass(self) -> bool:

@@ -3,8 +3,8 @@
 import math
 import os
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 from g2r_megatron.errors import UserError
 
@@ -154,9 +154,7 @@ def require_given(option: str, value: object, remedy: str) -> None:
 
 def check_ranges(config: object, ranges: dict[str, Range]) -> None:
     for option, allowed in ranges.items():
-        value: Any = config
-        for name in option.split("."):
-            value = getattr(value, name)
+        value = attrgetter(option)(config)
         if value is not None and not allowed.holds(value):
             raise UserError(option, str(value), f"must be {allowed}")
 

@@ -1,6 +1,7 @@
 """Options that do nothing beside the others: whoever sets one of them means something by it, so a warning names it."""
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 from g2r_megatron.config.command_options import OfflineJudgeConfig
@@ -38,13 +39,13 @@ OF_TRAINING: dict[str, tuple[Callable[[Any], bool], str]] = {
     "grpo.false_scale": (lambda c: c.grpo.advantage == "itemwise", "grpo.advantage=itemwise"),
     "grpo.mix": (lambda c: c.grpo.advantage != "sequence" or c.grpo.mix == 0, "a grpo.advantage other than sequence"),
     "grpo.mix_anneal": (lambda c: c.grpo.mix > 0 or c.grpo.mix_anneal == 0, "grpo.mix more than 0"),
-    "grpo.weight_clip": (lambda c: _credits(c), DENSE),
-    "grpo.top_items": (lambda c: _credits(c), DENSE),
+    "grpo.weight_clip": (lambda c: c.grpo.credits_tokens, DENSE),
+    "grpo.top_items": (lambda c: c.grpo.credits_tokens, DENSE),
     **{
-        f"judge.{name}": (lambda c: _credits(c), DENSE)
+        f"judge.{name}": (lambda c: c.grpo.credits_tokens, DENSE)
         for name in ("shuffle", "attribution", "credit", "gate_queries", "gate_levels")
     },
-    "alarms.faithless": (lambda c: _credits(c), DENSE),
+    "alarms.faithless": (lambda c: c.grpo.credits_tokens, DENSE),
     "grpo.kl_estimator": (lambda c: c.grpo.kl_coef > 0, "grpo.kl_coef more than 0"),
     "optimizer.min_lr": (lambda c: c.optimizer.decay != "constant", "optimizer.decay linear or cosine"),
     "rollout.engine": (lambda c: not c.rollout.replay, "rollout.replay left out: nothing is sampled"),
@@ -71,14 +72,10 @@ Config = TrainConfig | OfflineJudgeConfig | ServeConfig
 def warn_of_unused(config: Config, defaults: Config) -> None:
     """Name every option that is set and has no effect, and what it needs. Both are resolved, with the same preset."""
     for option, (has_effect, needed) in (OF_TRAINING if isinstance(config, TrainConfig) else OF_JUDGE).items():
-        value = _value(config, option)
-        if value != _value(defaults, option) and not has_effect(config):
+        read = attrgetter(option)
+        value = read(config)
+        if value != read(defaults) and not has_effect(config):
             warn(f"{option}: {value} has no effect; it needs {needed}")
-
-
-def _credits(config: TrainConfig) -> bool:
-    """Whether tokens get different advantages."""
-    return config.grpo.advantage != "sequence" and bool(config.grpo.mix)
 
 
 def _samples_with_vllm(config: TrainConfig) -> bool:
@@ -87,9 +84,3 @@ def _samples_with_vllm(config: TrainConfig) -> bool:
 
 def _on_servers(config: TrainConfig) -> bool:
     return _samples_with_vllm(config) and config.rollout.vllm.mode == "servers"
-
-
-def _value(config: Any, option: str) -> Any:
-    for name in option.split("."):
-        config = getattr(config, name)
-    return config

@@ -75,6 +75,14 @@ class Judgement(Protocol):
         ...
 
     @staticmethod
+    def take_verified(group: Sequence["JudgementRow"], verified: Sequence[bool | None]) -> list[bool]:
+        """Put a verifier's verdicts on the responses to one query in the place of the judge's (None: there is none).
+
+        Returns whether both agree on each response, True without a verdict: elsewhere the judge's credit is of something else.
+        """
+        ...
+
+    @staticmethod
     def needing_attribution(
         query: Query, rows: Sequence["JudgementRow"], options: GrpoConfig, mix: float
     ) -> list[list[bool]]:
@@ -172,6 +180,16 @@ class ItemJudgement:
     @staticmethod
     def checks(query: Query) -> list[str | None]:
         return [item.check for item in query.rubric]
+
+    @staticmethod
+    def take_verified(group: Sequence[JudgementRow], verified: Sequence[bool | None]) -> list[bool]:
+        agreed = []
+        for row, verdict in zip(group, verified, strict=True):
+            item = _items(row)[0]
+            agreed.append(verdict is None or item.verdict == verdict)
+            if verdict is not None:
+                item.verdict = verdict
+        return agreed
 
     @staticmethod
     def needing_attribution(
@@ -293,6 +311,14 @@ class ScoreJudgement:
         return [None]
 
     @staticmethod
+    def take_verified(group: Sequence[JudgementRow], verified: Sequence[bool | None]) -> list[bool]:
+        judgements = [cast(ScoreJudgement, row[0]) for row in group]
+        for judgement, verdict in zip(judgements, verified, strict=True):
+            judgement.right = verdict
+        agreed = zip(verified, scores_agree(judgements), strict=True)
+        return [verdict is None or same for verdict, same in agreed]
+
+    @staticmethod
     def needing_attribution(
         query: Query, rows: Sequence[JudgementRow], options: GrpoConfig, mix: float
     ) -> list[list[bool]]:
@@ -327,7 +353,7 @@ class ScoreJudgement:
         for query, row in zip(queries, rows, strict=True):
             if (judgement := cast(ScoreJudgement, row[0])).right is not None:
                 groups.setdefault(query.id, []).append(judgement)
-        if same := [agrees for group in groups.values() for agrees in scores_agree(group, [j.right for j in group])]:
+        if same := [agrees for group in groups.values() for agrees in scores_agree(group)]:
             metrics["judge/verifier_agreement"] = fmean(same)
         return metrics
 
@@ -350,27 +376,10 @@ class ScoreJudgement:
         return {"reward": plain_number(_reward(row))} | _attribution_record(row[0], alphas[0])
 
 
-def scores_agree(group: Sequence[ScoreJudgement], right: Sequence[bool | None]) -> list[bool]:
+def scores_agree(group: Sequence[ScoreJudgement]) -> list[bool]:
     """Of the responses to one query: whether a right one scores above the group's mean, and a wrong one does not."""
     mean = fmean(judgement.score for judgement in group)
-    return [(judgement.score > mean) == verdict for judgement, verdict in zip(group, right, strict=True)]
-
-
-def take_verified(group: Sequence[JudgementRow], verified: Sequence[bool | None]) -> list[bool]:
-    """Put the verifier's verdicts on the responses to one query in the place of the judge's (None: there is none).
-
-    Returns whether both agreed on each response, True without a verdict: elsewhere the judge's credit is of something else.
-    """
-    if kind_of(group[0]) is ItemJudgement:
-        agreed = [_items(row)[0].verdict == verdict for row, verdict in zip(group, verified, strict=True)]
-    else:
-        agreed = scores_agree([cast(ScoreJudgement, row[0]) for row in group], verified)
-    for row, verdict in zip(group, verified, strict=True):
-        if verdict is not None and isinstance(row[0], ItemJudgement):
-            row[0].verdict = verdict
-        elif isinstance(row[0], ScoreJudgement):
-            row[0].right = verdict
-    return [verdict is None or same for verdict, same in zip(verified, agreed, strict=True)]
+    return [(judgement.score > mean) == judgement.right for judgement in group]
 
 
 def _score(row: JudgementRow) -> float:

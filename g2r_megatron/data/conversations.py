@@ -35,11 +35,8 @@ OTHER_MEDIA = (
 MEDIA_MARK = re.compile(r"<(?:image|video|audio)(?:_\d+)?>|<\|(?:image|video|audio)(?:_\w+)?\|>|<__media__>")
 NOTHING = ("", "none", "null", "n/a")  # texts that spell a missing value
 IN_MESSAGES = ("tool_calls", "function_call", "images", "image", "videos", "audio")
-THOUGHTS = (
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-)  # of an earlier answer: templates may read them by these names
+# Thoughts of an earlier answer: templates may read them by these names.
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 # A prompt that a chat template has made: the turn markers of published templates.
 RENDERED = re.compile(
     r"""\s*(?:<s>|<bos>|<\|begin_of_text\|>|<｜begin▁of▁sentence｜>|<\|endoftext\|>|\[gMASK\]|<sop>)?\s*

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from g2r_megatron.config.options import TrainConfig
-from g2r_megatron.credit.judgements import ItemJudgement, JudgementRow, ScoreJudgement, kind_of, take_verified
+from g2r_megatron.credit.judgements import ItemJudgement, JudgementRow, kind_of
 from g2r_megatron.eval.records import Answer, data_key, judge_facts, record_of, write_results
 from g2r_megatron.experience import Rollouts, sample_and_submit, score_metrics
 from g2r_megatron.records.evaluations import SUMMARY, read_results, step_directory
@@ -60,9 +60,9 @@ def evaluate(
         gold = true_judgements(rollouts) if kind_of(judgements[0]) is ItemJudgement else None
         if workers.gold is not None:
             gold = workers.gold.judge(rollouts.queries, [response.text for response in rollouts.responses])
-            answered = [query.answer is not None for query in rollouts.queries]
-            found = [row[0].right if isinstance(row[0], ScoreJudgement) else row[0].verdict for row in judgements]
-            take_verified(gold, [verdict if a else None for verdict, a in zip(found, answered, strict=True)])
+            rewards = [kind_of(row).reward(query, row) for query, row in zip(rollouts.queries, judgements, strict=True)]
+            answered = [query.answer is not None for query in rollouts.queries]  # the reward is the verifier's
+            ItemJudgement.take_verified(gold, [r > 0 if a else None for r, a in zip(rewards, answered, strict=True)])
     metrics = {ours: scores[theirs] for ours, theirs in NAMES.items() if theirs in scores}
     if kind_of(judgements[0]) is ItemJudgement:
         metrics |= keep(config, inputs, run, step, records_of(rollouts, judgements, gold))

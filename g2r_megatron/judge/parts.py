@@ -12,7 +12,7 @@ import torch
 
 from g2r_megatron.config.options import GrpoConfig
 from g2r_megatron.credit.faithfulness import Faithful, faithfulness_metrics
-from g2r_megatron.credit.judgements import JudgementRow, backward_passes, from_values, kind_of, take_verified
+from g2r_megatron.credit.judgements import JudgementRow, backward_passes, from_values, kind_of
 from g2r_megatron.data.types import Query, RubricItem
 from g2r_megatron.judge.faithfulness import measure_faithfulness
 from g2r_megatron.judge.stage import JudgeStage
@@ -104,7 +104,7 @@ def judge_part(stage: JudgeStage, part: Part, grpo: GrpoConfig) -> Judged:
     verified, agreed = part.verified or [None] * len(judgements), list[bool]()
     for first in range(0, len(judgements), part.group_size):
         its_own = slice(first, first + part.group_size)
-        agreed += take_verified(judgements[its_own], verified[its_own])
+        agreed += kind_of(judgements[first]).take_verified(judgements[its_own], verified[its_own])
     judged = attributed_at = time.perf_counter()
     faithful: list[Faithful] = []
     if part.mix is not None:

@@ -70,7 +70,7 @@ def workload(config: PlanConfig) -> Workload:
     """The step that ``config`` (with its preset resolved) describes."""
     template = config.judge.template
     text = len(template) - sum(len("{" + name + "}") for name in ("conversation", "response", "criterion"))
-    attributes = config.grpo.advantage != "sequence" and config.grpo.mix > 0 and config.judge.attribution != "uniform"
+    attributes = config.grpo.credits_tokens and config.judge.attribution != "uniform"
     share = config.attributed_share * config.grpo.top_items if attributes else 0.0
     return Workload(
         responses=config.rollout.prompts_per_step * config.rollout.responses_per_prompt,

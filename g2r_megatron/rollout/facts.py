@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,12 @@ def facts_of(
     held_out: Sequence[Query],
 ) -> dict[str, Any]:
     """Option -> value; of model, tokenizer and data a digest. Without held-out queries there is nothing of evaluation."""
-    facts = {option: _value(config, option) for option in (*OPTIONS, ENGINE)}
+    facts = {option: attrgetter(option)(config) for option in (*OPTIONS, ENGINE)}
     facts["policy.model"] = _model_digest(policy)
     facts["tokenizer"] = _digest(tokenizer.backend_tokenizer.to_str().encode())
     facts["data.train"] = _prompts_digest(train)
     if held_out:
-        facts |= {option: _value(config, option) for option in OF_EVALUATION}
+        facts |= {option: attrgetter(option)(config) for option in OF_EVALUATION}
         facts["eval.data"] = _prompts_digest(held_out)
     return json.loads(json.dumps(facts))  # as a header gives them back
 
@@ -64,7 +65,7 @@ def check_replay(config: TrainConfig, facts: Mapping[str, Any]) -> None:
                 OPTION, found, f"set steps to {step - 1}, or record more" if step > 1 else "record it again"
             )
         _check_facts(OPTION, path, facts, config.rollout.correction)
-    for step in _evaluations(config) if "eval.data" in facts else ():
+    for step in filter(config.evaluates_after, range(config.steps + 1)) if "eval.data" in facts else ():
         path = directory / f"{eval_name(step)}.safetensors"
         if path not in recorded:
             remedy = "set eval.every and steps as they were, or eval.data to []: nothing is sampled in a replay"
@@ -97,12 +98,6 @@ def _check_facts(option: str, path: Path, facts: Mapping[str, Any], correction: 
         raise UserError("rollout.correction", found, "set it to none")
 
 
-def _evaluations(config: TrainConfig) -> Iterator[int]:
-    """The steps after which a run evaluates."""
-    every = config.eval.every
-    yield from (s for s in range(config.steps + 1) if s in (0, config.steps) or (every and s % every == 0))
-
-
 def _model_digest(hf: HFModel) -> str:
     """Of config.json, and of each tensor's name, type, shape and first row: two trainings of one model differ there."""
     parts = [(hf.path / "config.json").read_bytes()]
@@ -126,9 +121,3 @@ def _digest(*parts: bytes) -> str:
         whole.update(len(part).to_bytes(8))
         whole.update(part)
     return whole.hexdigest()
-
-
-def _value(config: Any, option: str) -> Any:
-    for name in option.split("."):
-        config = getattr(config, name)
-    return config

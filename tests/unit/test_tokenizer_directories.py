@@ -14,7 +14,7 @@ from g2r_megatron.config.options import JudgeConfig
 from g2r_megatron.data.tokenizer import load_tokenizer, render_prompt, stop_token_ids
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.prompt import JudgePrompt
-from tiny_models import CHATML, build_tokenizer
+from tiny_models import CHATML, build_tokenizer, write_vocabulary
 
 CODE = {"AutoTokenizer": ["tokenization_acme.AcmeTokenizer", None]}
 END = {"content": "<|im_end|>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
@@ -36,10 +36,7 @@ def configure(directory: Path, **fields) -> None:
 
 def as_vocabulary(directory: Path) -> None:
     """vocab.json and merges.txt in the place of tokenizer.json."""
-    model = json.loads((directory / "tokenizer.json").read_text())["model"]
-    (directory / "vocab.json").write_text(json.dumps(model["vocab"]))
-    merges = "\n".join(merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
-    (directory / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    write_vocabulary(build_tokenizer(), directory)
     (directory / "tokenizer.json").unlink()
 
 

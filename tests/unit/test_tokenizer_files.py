@@ -30,7 +30,7 @@ from g2r_megatron.data.tokenizer import (
 from g2r_megatron.data.types import Query, RubricItem
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.prompt import JudgePrompt, verdict_ids
-from tiny_models import build_tokenizer
+from tiny_models import build_tokenizer, write_vocabulary
 
 CORPUS = [
     "user assistant system: the answer is True or False, true or false; untrue, TrueFalse </> <0x>",
@@ -347,9 +347,7 @@ def in_tokenizer_json(path: Path) -> None:
 
 
 def beside_vocab_and_merges(path: Path) -> None:
-    model = json.loads(build_tokenizer().backend_tokenizer.to_str())["model"]
-    (path / "vocab.json").write_text(json.dumps(model["vocab"]))
-    (path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, model["merges"])) + "\n")
+    write_vocabulary(build_tokenizer(), path)
     (path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     (path / "added_tokens.json").write_text(json.dumps({"<gap>": 390}))
     decoder = {"400": {"content": "<late>", "special": True}, "390": {"content": "<gap>", "special": False}}
