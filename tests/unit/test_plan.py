@@ -109,9 +109,18 @@ def test_a_job_that_fits(plan):
     assert content["step_seconds"] == pytest.approx(sum(phase["seconds"] for phase in content["phases"]))
 
 
-@pytest.mark.parametrize(
-    "option", [("--grpo.mini_batches", "2"), ("--rollout.engine", "vllm", "--rollout.correction", "tis")]
+# vLLM servers need no vLLM where the plan is made
+ON_SERVERS = (
+    "--rollout.engine",
+    "vllm",
+    "--rollout.vllm.mode",
+    "servers",
+    "--rollout.vllm.urls",
+    '["http://127.0.0.1:1"]',
 )
+
+
+@pytest.mark.parametrize("option", [("--grpo.mini_batches", "2"), (*ON_SERVERS, "--rollout.correction", "tis")])
 def test_a_pass_for_old_log_probs_is_planned_where_one_is_needed(plan, option):
     """Several mini-batches or a correction: the update's own log-probs come too late."""
     content = json.loads(plan("Qwen3-8B", "Qwen3-30B-A3B", *TWO_NODES, *JUDGE_30B, *POLICY_8B, *option, "--json")[1])
