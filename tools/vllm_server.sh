@@ -14,7 +14,7 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export VLLM_SERVER_DEV_MODE=1 VLLM_NO_USAGE_STATS=1   # the first opens /collective_rpc and /reset_prefix_cache
 if ! "$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
     export TORCH_COMPILE_DISABLE=1 VLLM_CPU_OMP_THREADS_BIND=${VLLM_CPU_OMP_THREADS_BIND:-nobind}
-    set -- --enforce-eager "$@"
+    set -- --enforce-eager --no-enable-chunked-prefill "$@"   # parts of prompts: vLLM's seeded sampling cannot on a CPU
 fi
 # Not `vllm serve`: vLLM's CPU build has no such command that starts.
 exec "$PYTHON" -m vllm.entrypoints.openai.api_server --model "$MODEL" --host 127.0.0.1 --generation-config vllm \

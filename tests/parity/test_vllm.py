@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from distributed import groups_of, server_with
-from g2r_megatron.config.options import Layout, OptimizerConfig, Precision, RolloutConfig, TrainConfig
+from g2r_megatron.config.options import Layout, OptimizerConfig, Precision, RolloutConfig, TrainConfig, VLLMConfig
 from g2r_megatron.rollout.vllm.environment import CPU_ENVIRONMENT, ENVIRONMENT
 from tiny_models import build_tiny_hf
 
@@ -55,6 +55,7 @@ def vllm_is_imported_once() -> Iterator[None]:
 
 
 def options_of(**options) -> RolloutConfig:
+    options.setdefault("vllm", VLLMConfig(options={"max_num_batched_tokens": 160 + LIMIT}))  # no room for all at once
     return RolloutConfig(
         engine="vllm", max_prompt_tokens=160, max_response_tokens=LIMIT, temperature=0.7, batch_size=8, **options
     )

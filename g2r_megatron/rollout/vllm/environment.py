@@ -75,6 +75,8 @@ def engine_options(policy: HFModel, rollout: RolloutConfig, dtype: str) -> dict[
     if on_cpu():  # vLLM would take a share of the whole machine's memory in every rank
         a_token = 2 * geometry.layers * geometry.kv_heads * geometry.head_dim * (4 if dtype == "fp32" else 2)
         defaults["kv_cache_memory_bytes"] = max(64 << 20, 2 * a_token * (length + 128) * rollout.batch_size)
+        # vLLM winds a request's generator back where a batch takes a part of its prompt; a CPU's cannot be wound back
+        defaults["enable_chunked_prefill"] = False
     else:  # vLLM's own 0.92 is for a GPU of its own: it would not start beside the policy
         defaults["gpu_memory_utilization"] = GPU_SHARE
     ours = dict(
