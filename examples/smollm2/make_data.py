@@ -2,65 +2,62 @@
 
     python examples/smollm2/make_data.py
 
-Short answers that name three things of a kind, give a reason and end with a question, without one word. Each criterion
-has a ``check``, a regular expression for the metrics, which the judge never sees.
+Very short stories. The prompt names a topic alone; what earns points, the policy learns from its judge. Each criterion has a
+``check``, a regular expression: the judge's tuning and the metrics read it, training never does.
 """
 
 import json
 from pathlib import Path
 
 HERE = Path(__file__).parent
-TRAIN = {
-    "fruits": "apple banana orange grape pear peach mango cherry plum lemon strawberry blueberry kiwi pineapple",
-    "farm animals": "cow horse pig sheep goat chicken duck goose donkey turkey rabbit rooster",
-    "colors": "red blue green yellow orange purple black white brown pink gray violet",
-    "drinks": "water tea coffee milk juice lemonade soda cocoa smoothie cider",
-    "vegetables": "carrot potato tomato onion cabbage broccoli spinach pea bean cucumber pepper lettuce kale",
-    "musical instruments": "piano guitar violin drum flute trumpet cello harp clarinet saxophone banjo",
-    "tools": "hammer saw drill wrench screwdriver pliers axe shovel knife ladder",
-    "jobs": "teacher doctor nurse farmer lawyer engineer baker pilot chef artist writer scientist",
-    "languages": "english french german spanish chinese japanese arabic russian italian portuguese hindi korean",
-    "trees": "oak pine maple birch willow cedar elm ash beech spruce palm fir",
-    "birds": "robin eagle owl sparrow crow pigeon duck swan hawk parrot penguin finch",
-    "flowers": "rose tulip daisy lily sunflower orchid violet iris poppy lavender daffodil",
-    "clothes": "shirt dress hat coat jacket sweater sock shoe scarf skirt glove pant jean",
-    "hobbies": "reading painting cooking gardening hiking running dancing swimming photography knitting fishing writing",
-}
-EVAL = {
-    "sports": "soccer football tennis basketball baseball swimming running golf hockey volleyball cycling rugby",
-    "countries": "france germany spain italy japan china india brazil canada mexico egypt kenya australia",
-    "metals": "iron gold silver copper aluminum steel lead tin zinc nickel platinum",
-    "school subjects": "math history science english biology chemistry physics art music geography literature",
-}
-WORDINGS = ("Name three {kind} and tell me about them.", "Which {kind} do you like? Answer in two or three sentences.")
+PROMPT = "Write a very short story about a {topic}."
+TRAIN = (
+    "garden house beach kitchen forest market station mountain library river farm street hospital bridge school "
+    "baker teacher king child tree lamp letter clock bicycle island castle boat train"
+)
+EVAL = "lake village farmer window painter road lighthouse sailor"
+COLORS = "red blue green yellow orange purple black white brown pink gray grey gold golden silver violet crimson"
+SOUNDS = (
+    "sounds? hear(?:s|d|ing)? listen\\w* nois\\w+ loud\\w* whisper\\w* rustl\\w+ chirp\\w* songs? sing(?:s|ing)? sang music\\w* "
+    "melod\\w+ echo\\w* silen\\w+ quiet\\w* murmur\\w* hum(?:s|med|ming)? roar\\w* voices? laugh\\w* cr(?:y|ied|ying) bark\\w* "
+    "ring(?:s|ing)? rang buzz\\w*"
+)
+WEATHER = (
+    "sun(?:ny|light|shine|lit|set|rise)? rain\\w* wind(?:s|y|swept)? snow\\w* storm\\w* cloud\\w* breez\\w+ fog\\w* mist\\w* "
+    "sky skies moon\\w* stars? weather"
+)
+ANIMALS = (
+    "animals? birds? dogs? cats? cows? horses? bees? butterfl(?:y|ies) squirrels? fish deer rabbits? insects? mouse mice "
+    "wol(?:f|ves) fox(?:es)? bears? owls? sheep goats? pigs? frogs? ducks? crows? spiders? pupp(?:y|ies) kittens?"
+)
+RUBRIC = (  # criterion, weight, tag, check
+    ("mentions a color", 3, "color", COLORS),
+    ("mentions something that can be heard", 3, "sound", SOUNDS),
+    ("mentions the weather or the sky", 2, "weather", WEATHER),
+    ("mentions an animal", 2, "animal", ANIMALS),
+    ("is told in the first person", -3, "first person", "I my me"),
+)
 
 
-def three_of(words: str) -> str:
-    """A pattern with three groups for three different ones of ``words``, as they are or in the plural."""
-    word = rf"({'|'.join(words.split())})(?:s|es)?\b"
-    return rf"(?is)\b{word}.*?\b(?!\1){word}.*?\b(?!\1|\2){word}"
+def any_of(words: str) -> str:
+    """A pattern for one of ``words``, in lower case or not; "I" is a word in upper case alone."""
+    pattern = rf"\b(?:{'|'.join(words.split())})\b"
+    return pattern if words.startswith("I ") else f"(?i){pattern}"
 
 
-def row(kind: str, words: str, number: int) -> dict:
+def row(topic: str) -> dict:
     """One query in g2r's own format."""
     rubric = [
-        {"criterion": f"names three {kind}", "weight": 4, "tags": ["three"], "check": three_of(words)},
-        {"criterion": "ends with a question", "weight": 4, "tags": ["question"], "check": r"(\?)\s*$"},
-        {
-            "criterion": "gives a reason with the word because",
-            "weight": 3,
-            "tags": ["reason"],
-            "check": r"(?i)\b(because)\b",
-        },
-        {"criterion": "uses the word very", "weight": -3, "tags": ["very"], "check": r"(?i)\b(very)\b"},
+        {"criterion": criterion, "weight": weight, "tags": [tag], "check": any_of(words)}
+        for criterion, weight, tag, words in RUBRIC
     ]
-    return {"id": f"{kind}-{number}", "prompt": WORDINGS[number].format(kind=kind), "rubric": rubric}
+    return {"id": topic, "prompt": PROMPT.format(topic=topic), "rubric": rubric}
 
 
 def main() -> None:
     (HERE / "data").mkdir(exist_ok=True)
-    for split, kinds in (("train", TRAIN), ("eval", EVAL)):
-        rows = [row(kind, words, number) for kind, words in kinds.items() for number in range(len(WORDINGS))]
+    for split, topics in (("train", TRAIN), ("eval", EVAL)):
+        rows = [row(topic) for topic in topics.split()]
         path = HERE / "data" / f"{split}.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in rows), encoding="utf-8")
         print(f"{path}: {len(rows)} queries")
