@@ -70,7 +70,7 @@ class MegatronRolloutEngine:
         temperature = self.config.temperature if temperature is None else temperature
         groups, mine = self.model.groups, dict[int, Sampled]()
         order = by_length(requests)
-        shares = [order[rank :: groups.dp_size] for rank in range(groups.dp_size)]  # on every rank; prompts of about the same length are run together
+        shares = [order[rank :: groups.dp_size] for rank in range(groups.dp_size)]  # near lengths meet, on every rank
         share = shares[groups.dp_rank]
         training = self.model.training
         self.model.train(False)
