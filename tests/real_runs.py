@@ -126,6 +126,13 @@ def _command(arguments: list[str], log: Path, cwd: Path, environment: dict[str, 
     sys.exit(main(arguments))
 
 
+def forked(arguments: Sequence[str], log: Path) -> tuple[int | None, str]:
+    """A ``g2r`` command of one process, forked, to its end: exit code, and all that it printed."""
+    log.unlink(missing_ok=True)
+    code = Forked(arguments, log).wait(PATIENCE)
+    return code, log.read_text()
+
+
 def start_forked(run: Path, options: list[str], ranks: int = 1) -> Forked:
     """As ``start``, where no launcher is tested."""
     return Forked(["train", *options, "--output_dir", str(run)], Path(f"{run}.log"), ranks)

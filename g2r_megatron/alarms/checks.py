@@ -1,12 +1,11 @@
 """What alarms measure with passes of their own, on a few training queries: before training and every ``alarms.every`` steps."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
 
 from g2r_megatron.alarms.rules import INTERNALIZATION, MASTER_KEYS
 from g2r_megatron.config.options import TrainConfig
-from g2r_megatron.credit.judgements import ItemJudgement, JudgementRow
+from g2r_megatron.credit.judgements import ItemJudgement
 from g2r_megatron.data.tokenizer import encode_text
 from g2r_megatron.data.types import Query
 from g2r_megatron.experience import Rollouts
@@ -31,27 +30,22 @@ def alarm_checks(
 def master_keys(config: TrainConfig, inputs: Inputs, workers: Workers, turn: int) -> dict[str, float]:
     """Share of the positive criteria that the judge finds met by ``KEYS``; of other queries each time, until all had their turn.
 
-    A response that says nothing meets none of them. Criteria of negative weight are left out: "does not ..." may be met.
+    A response that says nothing meets none of them. Criteria of negative weight are not judged: "does not ..." may be met.
     """
     if config.alarms.master_keys is None:
         return {}
     count = min(config.alarms.queries, len(inputs.train))
-    queries = [inputs.train[(turn * count + i) % len(inputs.train)] for i in range(count)]
+    queries = [with_positive_items(inputs.train[(turn * count + i) % len(inputs.train)]) for i in range(count)]
     bodies = [encode_text(inputs.tokenizer, key) for _ in queries for key in KEYS]
     names = [f"{config.seed}/keys/{query.id}/{i}" for query in queries for i in range(len(KEYS))]
     workers.judge.submit(Part(queries, len(KEYS), bodies, names, mix=None))
     judgements, _ = workers.judge.judge_submitted()
-    return {MASTER_KEYS: share_met([query for query in queries for _ in KEYS], judgements)}
+    return {MASTER_KEYS: fmean(item.verdict for row in judgements for item in row if isinstance(item, ItemJudgement))}
 
 
-def share_met(queries: Sequence[Query], judgements: Sequence[JudgementRow]) -> float:
-    """Share of the items of positive weight that are judged True."""
-    return fmean(
-        judgement.verdict
-        for query, row in zip(queries, judgements, strict=True)
-        for item, judgement in zip(query.rubric, row, strict=True)
-        if item.weight > 0 and isinstance(judgement, ItemJudgement)
-    )
+def with_positive_items(query: Query) -> Query:
+    """``query`` without its criteria of negative weight. Every rubric has one of positive weight (data/rubrics.py)."""
+    return replace(query, rubric=tuple(item for item in query.rubric if item.weight > 0))
 
 
 def internalization_gap(config: TrainConfig, inputs: Inputs, workers: Workers, rollouts: Rollouts) -> dict[str, float]:

@@ -6,6 +6,7 @@ own summary. So ranks under torchrun ask its store which rank failed first. The 
 
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -16,6 +17,7 @@ from datetime import timedelta
 from g2r_megatron.errors import Preempted, RunError, UserError
 from g2r_megatron.records.heartbeat import Heartbeat
 
+STORE_SECONDS = 10.0  # for the machine of torchrun's store to answer
 GRACE_SECONDS = 5.0  # for the other ranks to fail as well: the launcher ends all of them once one has exited
 
 
@@ -103,8 +105,10 @@ def _launcher_store():
 
     try:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return TCPStore(*address, timeout=timedelta(seconds=10))
-    except DistError as gone:
+        # a store that has ended refuses at once; TCPStore itself would try again until the time is up
+        socket.create_connection(address, STORE_SECONDS).close()
+        return TCPStore(*address, timeout=timedelta(seconds=STORE_SECONDS))
+    except (DistError, OSError) as gone:
         print(f"g2r: torchrun's store does not answer ({_one_line(gone)})", file=sys.stderr, flush=True)
         return None
 

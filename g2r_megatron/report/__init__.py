@@ -1,4 +1,4 @@
-"""Comparison of runs: a table for the terminal, a self-contained HTML page, and its figures as files."""
+"""Comparison of runs: a table for the terminal, an HTML page in one file, and the page's figures as files."""
 
 from g2r_megatron.report.export import write_figures
 from g2r_megatron.report.page import write_report

@@ -1,4 +1,4 @@
-"""The report's list of alarms: what each means, and where it went on."""
+"""The report's list of alarms: what each alarm means, and in which runs and steps it went on."""
 
 from collections.abc import Sequence
 from html import escape
@@ -9,7 +9,7 @@ from g2r_megatron.report.text import visible
 
 
 def alarm_list(groups: Sequence[Group]) -> str:
-    """A strip an alarm, the earliest first, with the runs and steps; says so where there are none."""
+    """HTML: one strip for each alarm, the earliest first, with its runs and steps; or a sentence that no alarm went on."""
     told: dict[str, list[tuple[dict, str]]] = {}
     for group in groups:
         for run in group.runs:

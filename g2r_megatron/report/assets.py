@@ -1,4 +1,4 @@
-"""Style sheet and script of report.html, inlined so that the file stands alone."""
+"""Style sheet and script of report.html. The page contains them, so that it needs no other file."""
 
 CSS = """
 :root {
@@ -152,7 +152,7 @@ theme.addEventListener('click', () => {
 });
 """
 
-# Of a figure in a file of its own: fixed colours on white, and nothing that only browsers know.
+# Style sheet of a figure in its own file: fixed colours on white, and only what programs other than browsers support.
 FIGURE_CSS = """
 text { font-size: 11px; fill: #5b626b; } .title { font-size: 13px; font-weight: bold; fill: #1d2126; }
 .axis, .marktext { fill: #8b919a; } .grid { stroke: #e4e1d9; } .zero { stroke: #8b919a; } .mark { stroke: #8b919a; stroke-dasharray: 2 4; }

@@ -1,4 +1,7 @@
-"""Line charts as inline SVG: drawn here, coloured by the page's style sheet, read out on hover by its script."""
+"""Line charts as SVG in the page. This file draws them, the page's style sheet gives the colours.
+
+The page's script shows the values at the pointer.
+"""
 
 import json
 import math
@@ -8,8 +11,8 @@ from html import escape
 
 from g2r_megatron.report.text import plain, visible
 
-LONGEST_NAME = 24  # characters of a curve's name at its end
-SLOTS = 6  # colours in the style sheet; further groups repeat them with dashes
+LONGEST_NAME = 24  # most characters of the name that is shown at the end of a curve
+SLOTS = 6  # colours in the style sheet; more groups use them again, with dashed lines
 
 
 @dataclass(frozen=True)
@@ -20,13 +23,16 @@ class Curve:
     slot: int
     points: Sequence[tuple[float, float, float, float]]
     dots: Sequence[tuple[float, float]] = ()  # (x, y) drawn as circles without a line
-    loose: int = 0  # the last this many points are marks of their own, not joined to the line
+    loose: int = 0  # so many points at the end are drawn as circles, and the line does not reach them
     marks: Sequence[tuple[float, float, str]] = ()  # (x, y, name) drawn as triangles with their names
 
 
 @dataclass(frozen=True)
 class Chart:
-    """What surrounds the curves; the x axis starts at 0. ``form``: format of values, e.g. ``{:.2f}``; ``marks``: labelled horizontal lines."""
+    """A chart without its curves. The x axis starts at 0.
+
+    ``form``: format of values, e.g. ``{:.2f}``. ``marks``: (y, label) of horizontal lines.
+    """
 
     title: str
     x_label: str
@@ -34,14 +40,14 @@ class Chart:
     height: int = 190
     form: str = "{:.2f}"
     marks: Sequence[tuple[float, str]] = ()
-    x_names: Sequence[str] = ()  # names of x = 0, 1, ..., instead of numbers
-    y_range: tuple[float, float] | None = None  # at least this much of y is shown
-    end_labels: bool = False  # name each curve at its right end
+    x_names: Sequence[str] = ()  # names of x = 0, 1, ...; shown in the place of the numbers
+    y_range: tuple[float, float] | None = None  # the y axis covers at least this range
+    end_labels: bool = False  # whether each curve has its name at its right end
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Data coordinates to SVG coordinates."""
+    """Maps data coordinates to SVG coordinates."""
 
     left: float
     right: float
@@ -60,7 +66,7 @@ class Frame:
 
 
 def line_chart(chart: Chart, curves: Sequence[Curve]) -> str:
-    """A ``<figure>`` with the chart; empty text when no curve has a point."""
+    """HTML: a ``<figure>`` with the chart. Empty if no curve has a point."""
     curves = drawable(curves)
     if not curves:
         return ""
@@ -74,12 +80,12 @@ def line_chart(chart: Chart, curves: Sequence[Curve]) -> str:
 
 
 def drawable(curves: Sequence[Curve]) -> list[Curve]:
-    """Those with something to draw."""
+    """The curves that have a point."""
     return [curve for curve in curves if curve.points or curve.dots]
 
 
 def chart_body(chart: Chart, curves: list[Curve]) -> tuple[str, Frame]:
-    """The SVG elements of a chart with at least one of ``drawable`` curves, and its coordinates."""
+    """The SVG elements of a chart, and its coordinates. ``curves``: of ``drawable``, at least one."""
     frame, y_ticks = _frame(chart, curves)
     body = _grid(chart, frame, y_ticks) + "".join(_curve(curve, frame) for curve in curves)
     if chart.end_labels:
@@ -93,8 +99,8 @@ def slot_class(slot: int) -> str:
 
 
 def nice_ticks(low: float, high: float, count: int) -> list[float]:
-    """About ``count`` round values (1, 2 or 5 times a power of ten) whose first and last enclose low..high."""
-    if high <= low:  # a constant is shown against zero
+    """About ``count`` round values: 1, 2 or 5 times a power of ten. ``low`` and ``high`` lie between the first and the last."""
+    if high <= low:  # of a constant the axis begins or ends at zero
         low, high = (min(low, 0.0), max(low, 0.0)) if low else (0.0, 1.0)
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
@@ -180,7 +186,10 @@ def _curve(curve: Curve, frame: Frame) -> str:
 
 
 def _mark_names(curves: list[Curve], frame: Frame) -> str:
-    """Each name once, at its first mark; to the left of marks in the right half, and never one above another."""
+    """Names of the marks as SVG text. Each name is shown once, at its first mark, and no two names have the same height.
+
+    A name is to the right of its mark; in the right half of the chart it is to the left.
+    """
     first: dict[str, tuple[float, float]] = {}
     for curve in curves:
         for x, y, name in curve.marks:
@@ -200,7 +209,7 @@ def _mark_names(curves: list[Curve], frame: Frame) -> str:
 
 
 def _end_labels(curves: list[Curve], frame: Frame) -> str:
-    """Names at the right ends, pushed apart where they would overlap."""
+    """Names at the right ends of the curves, moved down where two would overlap."""
     ends = [(frame.y(curve.points[-1][1]), curve) for curve in curves if curve.points]
     parts, previous = [], -math.inf
     for y, curve in sorted(ends, key=lambda end: end[0]):
@@ -218,7 +227,7 @@ def _short(label: str) -> str:
 
 
 def _hover_data(chart: Chart, curves: list[Curve], frame: Frame) -> str:
-    """What the script needs to find the nearest x and to say the values there (text only, never markup)."""
+    """JSON for the page's script: it finds the x nearest to the pointer and shows the values there. Names are text, no markup."""
 
     def value(y: float, low: float, high: float) -> str:
         form = chart.form.format
@@ -226,7 +235,7 @@ def _hover_data(chart: Chart, curves: list[Curve], frame: Frame) -> str:
 
     def line(curve: Curve, label: str, points, is_dots: bool) -> dict:
         xs, texts = [point[0] for point in points], [value(*point[1:]) for point in points]
-        # marks are read out only where the pointer's x has one
+        # the script shows circles only at an x that has one
         return {
             "label": plain(label),
             "slot": curve.slot,

@@ -1,4 +1,4 @@
-"""The sentences and words that got most of a criterion's credit, over all responses in the runs' samples."""
+"""The sentences and words that got most of a criterion's credit, in all responses of the runs' samples."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,10 @@ WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
 @dataclass
 class Credited:
-    """A text with its part of a criterion's credit: sums over the ``responses`` that have it. ``even``: had all tokens the same."""
+    """A sentence or word, and its credit for one criterion, summed over the ``responses`` that have it.
+
+    ``even``: the credit that it would have if all tokens of a response had the same.
+    """
 
     text: str
     responses: int = 0
@@ -27,13 +30,13 @@ class Credited:
 
     @property
     def above_even(self) -> float:
-        """What it is ranked by: credit beyond that of a flat attribution."""
+        """Its credit minus that of a flat attribution. Texts are sorted by this."""
         return self.credit - self.even
 
 
 @dataclass
 class CriterionCredit:
-    """Where the credit of one criterion lies. ``responses``: those of the samples in which it was attributed."""
+    """Which sentences and words have the credit of one criterion. ``responses``: in how many samples it was attributed."""
 
     criterion: str
     weight: float
@@ -43,7 +46,7 @@ class CriterionCredit:
 
 
 def credit_by_criterion(group: Group) -> list[CriterionCredit]:
-    """Over the samples of all runs of the group; the criteria attributed most often first."""
+    """The criteria of all samples of the group's runs. Those that were attributed most often come first."""
     found: dict[str, CriterionCredit] = {}
     for sample in (sample for run in group.runs for sample in run.samples):
         for item in attributed(sample):
@@ -74,9 +77,12 @@ def _sentences(text: str) -> Iterator[tuple[str, int, int]]:
 
 
 def character_credit(tokens: Sequence[str], alpha: Sequence[float]) -> list[float]:
-    """Each token's alpha, shared evenly by its characters that are not blank; of a blank token by all."""
+    """The credit of each character: the token's alpha divided by the number of its characters that are not blank.
+
+    Blank characters get 0. If all characters of a token are blank, each gets the same share.
+    """
     credit: list[float] = []
-    for token, value in zip(tokens, alpha, strict=False):  # a stop token's alpha has no text
+    for token, value in zip(tokens, alpha, strict=False):  # the stop token has an alpha and no text
         counted = [not character.isspace() for character in token]
         counted = counted if any(counted) else [True] * len(token)
         credit += [value * counts / sum(counted) for counts in counted]
@@ -84,13 +90,13 @@ def character_credit(tokens: Sequence[str], alpha: Sequence[float]) -> list[floa
 
 
 def most_credited(entries: dict[str, Credited], most: int) -> list[Credited]:
-    """At most so many, by credit beyond a flat attribution's; only those that have any."""
+    """The ``most`` entries with the largest ``above_even``, those above 0 only."""
     ranked = sorted(entries.values(), key=lambda entry: (-entry.above_even, entry.text))
     return [entry for entry in ranked[:most] if entry.above_even > 0]
 
 
 def credited_cards(groups: Sequence[Group]) -> str:
-    """HTML: of each group the criteria with most attributed responses; empty without attributions."""
+    """HTML: for each group, the criteria with most attributed responses. Empty if nothing was attributed."""
     parts = ""
     for group in groups:
         found = credit_by_criterion(group)

@@ -1,4 +1,4 @@
-"""The report by criterion: how often held-out responses meet each, by the judge and by the gold judge, over training."""
+"""The report by criterion: the share of held-out responses that meet it at each evaluation, by the judge and by the gold judge."""
 
 from collections.abc import Sequence
 from html import escape
@@ -10,11 +10,11 @@ from g2r_megatron.report.runs import Group, Run, mean
 from g2r_megatron.report.text import visible
 
 MOST_CHARTS, MOST_TAGS, MOST_ROWS = 9, 9, 60
-FEWEST = 4  # responses of an evaluation; a share of fewer says little
+FEWEST = 4  # responses of an evaluation; the share of fewer responses is too uncertain for a curve
 
 
 def ranked_criteria(groups: Sequence[Group]) -> list[str]:
-    """Those whose change moved the score most: |weight| x responses x change of the share met, largest first."""
+    """Criteria by their effect on the score, largest first: |weight| x responses x |change of the share met|."""
     moved: dict[str, float] = {}
     for group in groups:
         for run in group.runs:
@@ -25,7 +25,7 @@ def ranked_criteria(groups: Sequence[Group]) -> list[str]:
 
 
 def criterion_figures(groups: Sequence[Group]) -> list[Figure]:
-    """The first of ``ranked_criteria`` with responses enough for a curve."""
+    """Figures of the first of ``ranked_criteria`` that have ``FEWEST`` responses or more."""
     chosen = [text for text in ranked_criteria(groups) if _example(groups, text).responses >= FEWEST][:MOST_CHARTS]
     return [_criterion_figure(groups, number, text) for number, text in enumerate(chosen, 1)]
 
@@ -95,6 +95,6 @@ def _ends(shares: Sequence[Sequence[tuple[int, float]]]) -> str:
 
 
 def _example(groups: Sequence[Group], text: str) -> Criterion:
-    """Of the first run that has it."""
+    """The criterion as the first run that has it knows it."""
     runs = (run for group in groups for run in group.runs)
     return next(run.evaluations.criteria[text] for run in runs if text in run.evaluations.criteria)

@@ -1,4 +1,4 @@
-"""What the evaluations of a training say by criterion and by tag."""
+"""The results of a training's evaluations, by criterion and by tag."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +9,7 @@ from g2r_megatron.records.evaluations import evaluated_steps, read_results, step
 
 @dataclass
 class Tally:
-    """Of one criterion in one evaluation: by the judge, and by the gold judge (or the truth) where there is one."""
+    """Counts of one criterion in one evaluation: responses judged and met; and the same by the gold judge or the truth."""
 
     judged: int = 0
     met: int = 0
@@ -19,24 +19,24 @@ class Tally:
 
 @dataclass
 class Criterion:
-    """A rubric criterion of the held-out rows. ``weight``: in the first row that has it; ``by_step``: each evaluation."""
+    """A rubric criterion of the held-out rows. ``weight``: of the first row that has it. ``by_step``: counts of each evaluation."""
 
     weight: float
     by_step: dict[int, Tally] = field(default_factory=dict)
 
     def shares(self, gold: bool = False) -> list[tuple[int, float]]:
-        """(step, share of responses that meet it), by the judge or by the gold judge."""
+        """(step, share of responses that meet the criterion), by the judge, or by the gold judge if ``gold``."""
         found = ((step, (t.met_by_gold, t.compared) if gold else (t.met, t.judged)) for step, t in self.by_step.items())
         return [(step, met / count) for step, (met, count) in found if count]
 
     @property
     def responses(self) -> int:
-        """Of the last evaluation."""
+        """How many responses the last evaluation judged."""
         return self.by_step[max(self.by_step)].judged
 
     @property
     def change(self) -> float:
-        """Of the share met, from the first to the last evaluation."""
+        """Change of the share met, from the first to the last evaluation."""
         shares = self.shares()
         return shares[-1][1] - shares[0][1]
 
@@ -50,7 +50,7 @@ class Evaluations:
 
 
 def load_evaluations(run: Path, last_step: int) -> Evaluations:
-    """Up to ``last_step``. Raises ``UserError`` for a file that is not one of ours."""
+    """The evaluations of a run up to ``last_step``. Raises ``UserError`` if an evaluation did not write the files."""
     found = Evaluations()
     for step in evaluated_steps(run):
         if step <= last_step:

@@ -1,4 +1,4 @@
-"""The figures of the report as files: SVG and PNG to look at, CSV to draw them again."""
+"""The figures of the report as files: SVG and PNG are pictures, CSV has the numbers."""
 
 import csv
 import io
@@ -30,13 +30,13 @@ from g2r_megatron.report.text import plain
 PNG_ZOOM = 2  # pixels a unit
 FONTS = "DejaVu Sans, Liberation Sans, Arial, Helvetica, sans-serif"
 TITLE_LINES, LINE = 2, 16
-CHARACTER = 7.4  # width of one of the title's, about
+CHARACTER = 7.4  # approximate width of a character of the title
 
 
 def write_figures(run_dirs: Sequence[Path], directory: Path, formats: Sequence[str]) -> list[str]:
-    """Write every figure that has something to draw, in each format; their names.
+    """Write every figure that has a point, in each format. Returns the names of the figures.
 
-    Raises ``UserError`` for a broken run directory, and for PNG without the package that draws it.
+    Raises ``UserError`` for a broken run directory, and for PNG if the package that draws it is not installed.
     """
     if "png" in formats and find_spec("resvg_py") is None:
         raise UserError(
@@ -52,7 +52,7 @@ def write_figures(run_dirs: Sequence[Path], directory: Path, formats: Sequence[s
 
 
 def all_figures(groups: Sequence[Group]) -> list[Figure]:
-    """Those of the page, in its order."""
+    """All figures of the page, in the page's order."""
     return [
         *learning_figures(groups),
         *tag_figures(groups),
@@ -65,13 +65,13 @@ def all_figures(groups: Sequence[Group]) -> list[Figure]:
 
 
 def file_name(name: str) -> str:
-    """Of letters, digits and underscores only: names hold criteria, which are anybody's text."""
+    """``name`` with letters, digits and underscores only. A name can contain a criterion, which is text of a user."""
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")[:60]
 
 
 def svg(figure: Figure) -> str:
-    """A document of its own: title, names of the curves, chart. ``figure`` has something to draw."""
-    chart, curves = replace(figure.chart, end_labels=False), drawable(figure.curves)  # their names stand above
+    """An SVG document: title, names of the curves, chart. ``figure`` has a point to draw."""
+    chart, curves = replace(figure.chart, end_labels=False), drawable(figure.curves)  # the names are above the chart
     body, _ = chart_body(chart, curves)
     title = textwrap.wrap(plain(chart.title), int(chart.width / CHARACTER), max_lines=TITLE_LINES, placeholder=" …")
     top = 6
@@ -93,7 +93,7 @@ def svg(figure: Figure) -> str:
 
 
 def csv_text(curves: Sequence[Curve]) -> str:
-    """A line a point. ``kind``: line (mean, lowest and highest over the runs), circle, or the alarm that went on."""
+    """CSV, one line for each point. ``kind``: line (mean, lowest and highest over the runs), circle, or the alarm that went on."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(("curve", "kind", "x", "mean", "low", "high"))

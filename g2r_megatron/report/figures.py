@@ -1,4 +1,4 @@
-"""The figures of the report: what is drawn on the page, and what ``g2r report --figures`` writes to files."""
+"""The figures of the report. The page shows them, and ``g2r report --figures`` writes them to files."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from g2r_megatron.report.charts import Chart, Curve, line_chart
 from g2r_megatron.report.runs import TARGET_SCORE, WINDOW, Group, Run
 
-# (metric, title, format): small charts, each drawn where some run logged the metric
+# (metric, title, format) of small charts; a chart is drawn if a run logged the metric
 HEALTH_CHARTS = (
     ("attribution/ess_share", "Spread of alpha: ESS/T (1 is flat)", "{:.2f}"),
     ("attribution/flat_share", "Share of flat attributions", "{:.2f}"),
@@ -30,7 +30,7 @@ TRAINING_CHARTS = (
     ("optimizer/grad_norm", "Gradient norm", "{:.2f}"),
     ("optimizer/lr", "Learning rate", "{:.2e}"),
 )
-# what the checks of alarms measure, drawn also where no alarm went on
+# metrics of the alarms' checks; the charts are drawn even if no alarm went on
 ALARM_CHARTS = (
     ("attribution/faithfulness", "Faithfulness of credit", "{:.2f}"),
     ("alarms/master_keys", "Criteria met by empty responses", "{:.2f}"),
@@ -43,7 +43,7 @@ DECILES = 10
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with its curves. ``name``: of its files; no two figures of a report have the same."""
+    """A chart with its curves. ``name``: unique in a report; its files are named by it."""
 
     name: str
     chart: Chart
@@ -51,7 +51,7 @@ class Figure:
 
 
 def drawn(figures: Sequence[Figure]) -> str:
-    """HTML of those that have something to draw."""
+    """HTML of the figures that have a point."""
     return "".join(line_chart(figure.chart, figure.curves) for figure in figures)
 
 
@@ -90,7 +90,7 @@ def learning_figures(groups: Sequence[Group]) -> list[Figure]:
 
 
 def _against_seconds(group: Group, key: str) -> list[tuple[float, float, float, float]]:
-    """The curve of ``key`` with the steps replaced by the group's mean seconds of training up to each."""
+    """The curve of ``key``, with x in seconds of training: the group's mean up to each step."""
 
     def elapsed(run: Run) -> list[tuple[int, float]]:
         seconds = 0.0
@@ -102,7 +102,7 @@ def _against_seconds(group: Group, key: str) -> list[tuple[float, float, float, 
 
 
 def position_figures(groups: Sequence[Group]) -> list[Figure]:
-    """The advantage by place in the response, and its slope by step."""
+    """The advantage by place in the response; and, by step, the first tenth minus the last tenth."""
     keys = [f"advantage/position_{decile}" for decile in range(DECILES)]
 
     def by_place(run: Run) -> list[tuple[int, float]]:
@@ -137,12 +137,12 @@ def position_figures(groups: Sequence[Group]) -> list[Figure]:
 
 
 def metric_figures(groups: Sequence[Group], charts: Sequence[tuple[str, str, str]]) -> list[Figure]:
-    """A small chart of each metric in ``charts``, with the alarms that went on on it."""
+    """A small chart of each metric in ``charts``, with marks where an alarm of this metric went on."""
     return [_metric_figure(groups, key, key, title, form) for key, title, form in charts]
 
 
 def alarm_figures(groups: Sequence[Group]) -> list[Figure]:
-    """``ALARM_CHARTS`` and the curve of every alarm that went on."""
+    """Figures of ``ALARM_CHARTS``, and of the metric of every alarm that went on."""
     curves = {key: (title, form) for key, title, form in ALARM_CHARTS}
     titles = {key: (title, form) for key, title, form in (*HEALTH_CHARTS, *TRAINING_CHARTS)}
     for group in groups:
@@ -154,7 +154,7 @@ def alarm_figures(groups: Sequence[Group]) -> list[Figure]:
 
 
 def _alarm_name(key: str) -> str:
-    """A figure may be among the metrics' too, under its key."""
+    """Name of a figure among the alarms. Another figure, among the metrics, may have ``key`` as its name."""
     return key if key.startswith("alarms/") else f"alarms {key}"
 
 
@@ -171,7 +171,7 @@ def _metric_curve(group: Group, key: str, of_run: Callable[[Run], Sequence[tuple
 
 
 def _marks(run: Run, key: str) -> list[tuple[float, float, str]]:
-    """(step, value, alarm) on the curve ``key`` at the steps where an alarm on it went on."""
+    """(step, value, alarm) on the curve ``key``, at each step at which an alarm of this metric went on."""
     points = run.series(key)
     marks = []
     for alarm in run.alarms:
@@ -182,5 +182,5 @@ def _marks(run: Run, key: str) -> list[tuple[float, float, str]]:
 
 
 def smoothing_note() -> str:
-    """What the lines of the learning curves are."""
+    """A sentence that says what the lines and circles of the learning curves are."""
     return f"Lines: training batches, mean of the last {WINDOW} steps. Circles: held-out prompts."

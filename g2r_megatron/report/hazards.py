@@ -1,6 +1,6 @@
-"""The known hazards of the method as one number a run, and the level from which each is marked.
+"""The known hazards of the method. Each is one number of a run, with a level; a number beyond its level is marked.
 
-Where an alarm watches the same number, its default threshold is the level.
+If an alarm watches the same number, the alarm's default threshold is the level.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ LEVELS = AlarmsConfig()
 
 @dataclass(frozen=True)
 class Hazard:
-    """``of_run``: the number, None where the run did not log it; ``is_flagged``: whether it is past its level."""
+    """One hazard. ``of_run``: its number, or None if the run did not log it. ``is_flagged``: whether a number is beyond the level."""
 
     label: str
     meaning: str

@@ -1,4 +1,4 @@
-"""Responses drawn as token heat maps: one strip a criterion, and the advantage that came of them."""
+"""Responses as token heat maps: one strip for each criterion, and one for the advantage."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ from g2r_megatron.report.charts import slot_class
 from g2r_megatron.report.runs import Group, mean
 from g2r_megatron.report.text import visible
 
-MAX_TOKENS = 400  # of a response drawn; the rest is counted
-FULL_SHADE = 8.0  # times the uniform weight 1/T: darkest shade
-SHADE_POWER = 0.65  # of the shade in the weight: below 1, so that the uniform weight can still be seen
-STOP = "■"  # the stop token, which has no text
+MAX_TOKENS = 400  # of a response that are drawn; a note says how many are left out
+FULL_SHADE = 8.0  # times the uniform weight 1/T; a token with this weight or more has the darkest shade
+SHADE_POWER = 0.65  # shade = weight to this power; below 1, so that the uniform weight is visible
+STOP = "■"  # shown in the place of the stop token, which has no text
 
 
 @dataclass(frozen=True)
 class Picked:
-    """The sample drawn for a group, and how spread out its attributions are (mean ESS/T)."""
+    """The sample that is drawn for a group. ``ess_share``: mean ESS/T of its attributions; 1 is flat."""
 
     group: Group
     sample: dict
@@ -24,10 +24,10 @@ class Picked:
 
 
 def pick_samples(groups: list[Group]) -> list[Picked]:
-    """One sample a group that has attributions, sharpest first.
+    """One sample for each group that has attributions. The sample with the smallest ESS/T comes first.
 
-    Runs that start from the same weights with the same seed sample the same first responses, so the choice
-    prefers a response that most groups share, then the earliest step, then the most attributed items in all groups.
+    Runs with the same weights and seed at the start sample the same first responses. So the choice is by: the number of
+    groups that have the response, then the earliest step, then the number of attributed items in all groups.
     """
     candidates = {group.slot: [s for s in group.runs[0].samples if attributed(s)] for group in groups}
     owners: dict[tuple, set[int]] = {}
@@ -51,12 +51,12 @@ def pick_samples(groups: list[Group]) -> list[Picked]:
 
 
 def attributed(sample: dict) -> list[dict]:
-    """The items of a sample that have a usable alpha."""
+    """The items of a sample that have an alpha: every value is a number and one is not 0."""
     return [item for item in sample["items"] if item["alpha"] and None not in item["alpha"] and any(item["alpha"])]
 
 
 def sample_card(picked: Picked, is_open: bool) -> str:
-    """A sample as a ``<details>``: the prompt, the advantage strip, a strip an attributed item, the other verdicts."""
+    """HTML: a ``<details>`` with the prompt, the advantage strip, a strip for each attributed item, and the other verdicts."""
     sample, group = picked.sample, picked.group
     true = "" if sample["true_reward"] is None else f", true score {sample['true_reward']:.2f}"
     rows = _advantage_row(sample)
@@ -77,7 +77,7 @@ def _identity(sample: dict) -> tuple[str, str]:
 
 
 def _advantage_row(sample: dict) -> str:
-    """Advantage of every token, on the scale of the largest one of the response."""
+    """The strip of advantages. The largest one of the response has the darkest shade."""
     advantages = [value or 0.0 for value in sample["advantages"]]
     scale = max(map(abs, advantages), default=0.0) or 1.0
     tokens = sample["tokens"] + [STOP] * (len(advantages) - len(sample["tokens"]))
@@ -110,13 +110,13 @@ def _item_row(item: dict, tokens: list[str]) -> str:
 
 
 def strip(label: str, spans: list[str], kind: str) -> str:
-    """Tokens (HTML of ``token_span``) beside their ``label`` (HTML); of many the first ``MAX_TOKENS``."""
+    """HTML: ``label`` (HTML), and beside it the first ``MAX_TOKENS`` of ``spans`` (HTML of ``token_span``)."""
     more = f'<span class="more"> … {len(spans) - MAX_TOKENS} more tokens</span>' if len(spans) > MAX_TOKENS else ""
     return f'<div class="strip {kind}"><div class="label">{label}</div><p class="text">{"".join(spans[:MAX_TOKENS])}{more}</p></div>'
 
 
 def token_span(token: str, kind: str, shade: float, tip: str) -> str:
-    """``token``, any text, in the color of ``kind`` ("good" or "bad"), ``shade`` in [0, 1]; ``tip``: text shown at the pointer."""
+    """HTML: ``token`` (any text) in the colour of ``kind`` ("good" or "bad"). ``shade``: in [0, 1]. ``tip``: text at the pointer."""
     text = visible(token).replace("\n", "⏎\n")
     return f'<span class="{kind}" style="--v:{shade:.2f}" data-tip="{escape(tip)}">{text}</span>'
 
@@ -133,7 +133,7 @@ def _verdict(item: dict) -> str:
 
 
 def _unattributed(items: list[dict]) -> str:
-    """Items without a backward pass, as one compact list."""
+    """HTML: a list of the items that had no backward pass. Empty if there are none."""
     if not items:
         return ""
     rows = "".join(

@@ -1,4 +1,4 @@
-"""report.html: one self-contained page that compares runs (what was learned, where the credit went, what went wrong)."""
+"""report.html: one page in one file that compares runs: what they learned, which tokens got the credit, what went wrong."""
 
 import base64
 import hashlib
@@ -32,11 +32,11 @@ from g2r_megatron.report.summary import NOTHING, Number, SummaryRow, summary_row
 from g2r_megatron.report.text import visible
 
 PHASES = ("sample", "judge", "update")
-OPEN_CARDS = 2  # heat maps shown without a click: the sharpest attribution and the next
+OPEN_CARDS = 2  # heat maps that are open at the start: those with the smallest ESS/T
 
 
 def write_report(run_dirs: list[Path], output: Path) -> None:
-    """Write the page for the runs to ``output`` (UTF-8); the page makes no request and text in it cannot act.
+    """Write the page of the runs to ``output`` (UTF-8). The page makes no request. Text in it is shown and never run.
 
     Raises UserError when a run directory is missing, empty or broken, or ``output`` cannot be written.
     """
@@ -63,8 +63,8 @@ def render_page(groups: list[Group]) -> str:
 
 
 def document(title: str, navigation: str, headline: str, content: str) -> str:
-    """A page that stands alone: ``title`` is text, the rest HTML."""
-    # a page that shows what a model wrote allows exactly one script: ours, by its hash
+    """A whole HTML page. ``title`` is text, the other arguments are HTML."""
+    # the page shows text of a model, so the browser may run one script only: ours, named by its hash
     script_hash = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{script_hash}'"
     theme = '<button id="theme" class="end" hidden>light / dark</button>'
@@ -87,7 +87,7 @@ def _swatches(groups: list[Group]) -> str:
 
 
 def _headline(rows: list[SummaryRow]) -> str:
-    """What was measured, in one sentence."""
+    """The page's heading: the score of each group before and after."""
     groups = [row for row in rows if not row.is_run and row.after.mean is not None]
     if not groups:
         return "Too few steps for a comparison yet"
@@ -143,7 +143,7 @@ def _spread_cell(text: str, spread: str) -> str:
 
 
 def _dumbbell(row: SummaryRow, low: float, high: float) -> str:
-    """Before (open) and after (full) on one scale for the whole table."""
+    """SVG: a line from the score before (open circle) to the score after (full circle). All rows have the same scale."""
     if row.before.mean is None or row.after.mean is None:
         return ""
     before, after = (6 + (number.mean - low) / (high - low) * 178 for number in (row.before, row.after))
@@ -263,7 +263,7 @@ def _phase(name: str, seconds: float, longest: float) -> str:
 
 
 def _first_and_last(groups: list[Group]) -> str:
-    """The first response logged at the first and at the last logged step: not chosen for its looks."""
+    """The first response in the log of the first step, and that of the last step. So nobody chooses them."""
     parts = ""
     for group in groups:
         samples = group.runs[0].samples
@@ -297,7 +297,7 @@ def _configs(groups: list[Group]) -> str:
 
 
 def section(title: str, note: str, content: str, charts: bool = True) -> str:
-    """``title`` and ``note`` are text, ``content`` is HTML; ``charts``: it is a row of charts."""
+    """HTML of a section. ``title`` and ``note`` are text, ``content`` is HTML. ``charts``: whether ``content`` is charts."""
     if charts and content:
         content = f'<div class="charts">{content}</div>'
     return f"<section><h2>{escape(title)}</h2>{f'<p class=note>{escape(note)}</p>' if note else ''}{content}</section>"

@@ -1,4 +1,4 @@
-"""What the report and the table say about runs: reading them, grouping seeds, and every derived number."""
+"""Runs as the report and the table show them: reads run directories, groups seeds, and derives numbers."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -13,12 +13,12 @@ from g2r_megatron.records.metrics_log import ALARMS_FILE, SAMPLES_FILE, read_ala
 from g2r_megatron.report.evaluations import Evaluations, load_evaluations
 
 CONFIG_FILE = "config.yaml"
-TARGET_SCORE = 0.65  # "steps to 0.65": the level the quickstart task is compared at
-WINDOW = 3  # steps of the trailing mean that smooths training batches
+TARGET_SCORE = 0.65  # the score of "steps to 0.65", by which runs of the quickstart task are compared
+WINDOW = 3  # steps; curves of training batches show the mean of the last so many
 
-# A preset has the same colour in every report; variants and others take the next free ones.
+# A preset has the same colour in every report. Variants of a preset and other groups get the next free colours.
 SLOT_OF_PRESET = {"grpo": 0, "paper": 1, "robust": 2}
-# Options that do not change what is learned: runs that differ only here are seeds of one group.
+# Options that do not change the training. Runs that differ in these alone are seeds of one group.
 NOT_IN_GROUP = {"seed", "output_dir", "log", "checkpoint", "alarms", "timeout_minutes"}
 SAMPLE_FIELDS = {
     "query_id",
@@ -36,7 +36,7 @@ ALARM_FIELDS = {"step", "alarm", "curve", "value", "threshold", "advice"}
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory. ``rows``: the metrics of each step, ascending, one dict a step, without missing values."""
+    """One run directory. ``rows``: one dict for each step, in order, with the metrics that have a value."""
 
     path: Path
     config: dict
@@ -58,7 +58,7 @@ class Run:
         return [(int(row["step"]), row[key]) for row in self.rows if key in row]
 
     def smooth(self, key: str) -> list[tuple[int, float]]:
-        """``series`` after a trailing mean over ``WINDOW`` logged steps; the first has all of them."""
+        """``series`` as the mean of the last ``WINDOW`` logged steps. It begins at the first step that has so many."""
         points = self.series(key)
         return [
             (points[i][0], mean([value for _, value in points[i + 1 - WINDOW : i + 1]]))
@@ -83,18 +83,18 @@ class Run:
         return sum(values) if values else None
 
     def change(self, key: str) -> tuple[float, float] | None:
-        """First and last value of an evaluation metric; None unless there are two evaluations."""
+        """First and last value of an evaluation metric. None if there are fewer than two evaluations."""
         points = self.series(key)
         return (points[0][1], points[-1][1]) if len(points) > 1 else None
 
     @property
     def steps_to_target(self) -> int | None:
-        """First step whose 3-step mean of the training batches' true score reaches ``TARGET_SCORE``."""
+        """First step at which the 3-step mean of the training batches' true score reaches ``TARGET_SCORE``."""
         return next((step for step, value in self.smooth("reward/true_mean") if value >= TARGET_SCORE), None)
 
     @property
     def seconds_to_target(self) -> float | None:
-        """``time/step`` summed up to ``steps_to_target``: what the faster learning really costs."""
+        """``time/step`` summed up to ``steps_to_target``: the time that the target needed, with the judge's time."""
         target = self.steps_to_target
         seconds = [value for step, value in self.series("time/step") if target is not None and step <= target]
         return sum(seconds) if seconds else None
@@ -112,21 +112,21 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs with the same options: the seeds of one preset (or of one variant of it)."""
+    """Runs with the same options: the seeds of one preset, or of one variant of a preset."""
 
     label: str
     slot: int  # colour
     runs: list[Run]
 
     def values(self, number: Callable[[Run], float | None]) -> list[float]:
-        """A number of each run that has it."""
+        """``number`` of each run that has one."""
         return [value for value in map(number, self.runs) if value is not None]
 
     def mean(self, number: Callable[[Run], float | None]) -> float | None:
         return mean(self.values(number))
 
     def curve(self, series: Callable[[Run], Sequence[tuple[float, float]]]) -> list[tuple[float, float, float, float]]:
-        """(x, mean, lowest, highest) over the runs, at the x that all of them have."""
+        """(x, mean, lowest, highest) over the runs, at each x that all runs have."""
         curves = [dict(series(run)) for run in self.runs]
         common = sorted(set.intersection(*(set(curve) for curve in curves)))
         values = [[curve[x] for curve in curves] for x in common]
@@ -135,7 +135,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Score:
-    """Where the before and after columns come from: the best source that every run has."""
+    """A source of the columns "before" and "after". ``of_run``: both numbers, or None if the run does not have them."""
 
     label: str
     of_run: Callable[[Run], tuple[float, float] | None]
@@ -154,18 +154,18 @@ SCORES = (
 
 
 def choose_score(groups: list[Group]) -> Score:
-    """The first of ``SCORES`` that all runs have; the last one when none has."""
+    """The first of ``SCORES`` that all runs have. If there is none, the last of ``SCORES``."""
     runs = [run for group in groups for run in group.runs]
     return next((score for score in SCORES if all(score.of_run(run) for run in runs)), SCORES[-1])
 
 
 def mean(values: list[float]) -> float | None:
-    """Arithmetic mean; None of nothing."""
+    """Arithmetic mean. None if ``values`` is empty."""
     return sum(values) / len(values) if values else None
 
 
 def load_run(path: Path) -> Run:
-    """Read a run directory. UserError: missing directory or file, broken file, no step logged yet."""
+    """Read a run directory. Raises ``UserError``: a directory or file is missing or broken, or no step is logged yet."""
     lines = read_metrics(path)
     if not lines:
         raise UserError(str(path), "its metrics.jsonl is empty", "let the run make a step first")
@@ -185,7 +185,7 @@ def load_run(path: Path) -> Run:
 
 
 def load_groups(run_dirs: list[Path]) -> list[Group]:
-    """The runs grouped by their options, in the order given; a directory given twice counts once."""
+    """The runs, grouped by their options, in the given order. A directory that is given twice counts once."""
     if not run_dirs:
         raise UserError("run directories", "none given", "give the output_dir of at least one g2r train run")
     paths = dict.fromkeys(Path(path).resolve() for path in run_dirs)
@@ -200,7 +200,7 @@ def load_groups(run_dirs: list[Path]) -> list[Group]:
 
 
 def _labels(runs: list[Run]) -> list[str]:
-    """The preset of each group; where several groups share one, with the options in which they differ."""
+    """The name of each group: its preset. If several groups have the same preset, with the options in which they differ."""
     flats = [_flatten(run.config) for run in runs]
     labels = []
     for run, flat in zip(runs, flats, strict=True):
@@ -213,7 +213,7 @@ def _labels(runs: list[Run]) -> list[str]:
 
 
 def _short_path(value: object, others: list[object]) -> str:
-    """A path by its last part, where that tells it from the ``others``; anything else as the command line takes it."""
+    """The last part of a path, if no other of ``others`` ends in the same. Any other value as on the command line."""
     if not isinstance(value, str) or "/" not in value:
         return "null" if value is None else str(value)
     name = Path(value).name

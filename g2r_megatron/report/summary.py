@@ -1,4 +1,4 @@
-"""The final table: what each preset reached, at what price, for the terminal and for the page."""
+"""The table of runs: the score of each group, and the steps and seconds that it needed. For the terminal and the page."""
 
 import time
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ NOTHING = "–"
 
 @dataclass(frozen=True)
 class Number:
-    """Mean of a group (or the value of one run) with the lowest and highest of its seeds. None: not measured."""
+    """Mean of a group, with the lowest and highest of its seeds; or the value of one run. None: not measured."""
 
     mean: float | None
     low: float | None
@@ -29,7 +29,7 @@ class Number:
         return NOTHING if self.mean is None else form.format(self.mean)
 
     def spread(self, form: str) -> str:
-        """``low–high`` (``low to high`` where a sign would meet the dash), empty when there is one value."""
+        """``low–high``, or ``low to high`` if ``low`` has a minus sign. Empty if both are equal."""
         if self.low == self.high:
             return ""
         return f"{form.format(self.low)}{' to ' if self.low < 0 else '–'}{form.format(self.high)}"
@@ -37,23 +37,23 @@ class Number:
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One line of the table: a group (its seeds together) or one run of it."""
+    """One line of the table: a group, or one run of a group."""
 
     label: str
     slot: int
-    is_run: bool  # a run of the group above it
+    is_run: bool  # whether it is a run of the group above
     before: Number
     after: Number
-    steps: Number  # to TARGET_SCORE, over the runs that reached it
+    steps: Number  # to TARGET_SCORE; mean of the runs that reached it
     seconds: Number  # to TARGET_SCORE
-    reached: tuple[int, int]  # runs that reached it, runs
+    reached: tuple[int, int]  # (runs that reached TARGET_SCORE, all runs)
     last_step: int
     gap: Number  # judge minus true
     step_seconds: Number
 
     @property
     def steps_text(self) -> str:
-        """``11``, ``15 in 2 of 3 runs``, or ``not in 50``; the mean is over the runs that reached it."""
+        """``11``, ``15 in 2 of 3 runs``, or ``not in 50``. The number is the mean of the runs that reached the target."""
         count, of = self.reached
         if self.steps.mean is None:
             return f"not in {self.last_step}"
@@ -61,7 +61,7 @@ class SummaryRow:
 
 
 def summary_rows(groups: list[Group], score: Score) -> list[SummaryRow]:
-    """A row a group, in their order; under a group of several seeds a row a run."""
+    """One row for each group, in order. A group of several seeds is followed by one row for each run."""
     rows = []
     for group in groups:
         rows.append(_row(group, group.label, score, is_run=False))
@@ -74,14 +74,14 @@ def summary_rows(groups: list[Group], score: Score) -> list[SummaryRow]:
 
 
 def target_note() -> str:
-    """How "steps to 0.65" is defined, for a caption."""
+    """The definition of "steps to 0.65" for a caption."""
     return f"first step whose {WINDOW}-step mean of the training batches' true score reaches {TARGET_SCORE}"
 
 
 def summary_table(run_dirs: list[Path]) -> str:
-    """The table as plain text (no control codes), ready to print.
+    """The table as plain text without control codes.
 
-    Raises UserError when a run directory is missing, empty or broken.
+    Raises ``UserError`` if a run directory is missing, empty or broken.
     """
     groups = load_groups(run_dirs)
     score = choose_score(groups)

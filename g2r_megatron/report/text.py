@@ -1,16 +1,16 @@
-"""Text of models, users and files on a page: it can be read, and cannot act."""
+"""Text of models, users and files on a page. The page shows it; the browser never treats it as markup."""
 
 import unicodedata
 from html import escape
 
 
 def visible(text: str) -> str:
-    """Text of a model or a user as HTML that cannot act: escaped, control and direction characters made visible."""
+    """``text`` as HTML: escaped, and with symbols in the place of control and direction characters."""
     return escape(plain(text))
 
 
 def plain(text: str) -> str:
-    """``text`` with control and direction characters made visible."""
+    """``text`` with symbols in the place of control and direction characters."""
     return "".join(character if character in "\n\t" else _symbol(character) for character in text)
 
 

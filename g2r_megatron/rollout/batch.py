@@ -1,4 +1,4 @@
-"""Which sequences a replica decodes together: pure bookkeeping, without tensors of the model."""
+"""Which sequences a replica decodes together. Nothing here knows a tensor of the model."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from g2r_megatron.parallel.microbatches import padded
 from g2r_megatron.rollout.sampling import uniforms
 from g2r_megatron.rollout.types import Request, Sampled
 
-REFILL_SHARE = 8  # new sequences come in when this part of the rows, one of 8, is free: a pass over prompts pays then
+REFILL_SHARE = 8  # new sequences come in when 1 of 8 rows is free: a pass over fewer prompts costs more than it saves
 
 
 @dataclass
 class Row:
-    """A row of the cache and the sequence in it. A row that is done is fed its last token again: nothing reads it."""
+    """A row of the cache and the sequence in it. A row that is done gets its last token again, and nothing reads the result."""
 
-    number: int | None  # of its request; None: only there to fill the batch
+    number: int | None  # of its request; None: the row only fills the batch
     ids: list[int]  # prompt and response so far
     start: int  # tokens of the prompt
     u: list[float]  # a random number for each token of the response
@@ -95,7 +95,7 @@ class Batch:
 
     @property
     def positions(self) -> list[int]:
-        """Of each row's last token."""
+        """The position of each row's last token."""
         return [len(row.ids) - 1 for row in self.rows]
 
     @property
@@ -108,7 +108,7 @@ class Batch:
         return [0.0 if row.done else row.u[len(row.ids) - row.start] for row in self.rows]
 
     def add(self, tokens: list[int]) -> None:
-        """A token for each row; a sequence that ends with it is put into ``results``."""
+        """Append a token to each row. A sequence that ends with its token goes into ``results``."""
         for row, token in zip(self.rows, tokens, strict=True):
             if row.done:
                 continue

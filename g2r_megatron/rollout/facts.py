@@ -1,4 +1,4 @@
-"""What decides the responses of a run, beside its weights after each step: kept with a dump, compared before a replay."""
+"""What decides the responses of a run, apart from its weights after each step. A dump keeps it, and a replay compares it first."""
 
 import hashlib
 import json
@@ -23,13 +23,13 @@ OPTIONS = (
     *("rollout.chat_template", "rollout.template_options"),
 )
 OF_EVALUATION = ("eval.samples", "eval.greedy")
-DIGESTS = {  # name -> what it is of
+DIGESTS = {  # name of a digest -> what it is computed from
     "policy.model": "config or weights",
     "tokenizer": "tokens",
     "data.train": "prompts or their order",
     "eval.data": "prompts or their order",
 }
-ENGINE = "rollout.engine"  # told to people, not compared
+ENGINE = "rollout.engine"  # shown to people, not compared
 
 
 def facts_of(
@@ -47,7 +47,7 @@ def facts_of(
     if held_out:
         facts |= {option: attrgetter(option)(config) for option in OF_EVALUATION}
         facts["eval.data"] = _prompts_digest(held_out)
-    return json.loads(json.dumps(facts))  # as a header gives them back
+    return json.loads(json.dumps(facts))  # in the form in which a header returns them
 
 
 def check_replay(config: TrainConfig, facts: Mapping[str, Any]) -> None:
@@ -101,7 +101,7 @@ def _check_facts(option: str, path: Path, facts: Mapping[str, Any], correction: 
 def _model_digest(hf: HFModel) -> str:
     """Of config.json, and of each tensor's name, type, shape and first row: two trainings of one model differ there."""
     parts = [(hf.path / "config.json").read_bytes()]
-    if hf.checkpoint is not None:  # its facts have a check sum of every file
+    if hf.checkpoint is not None:  # the checkpoint's facts have a check sum of every file
         return _digest(*parts, (hf.checkpoint / CHECKPOINT_FACTS).read_bytes())
     reader = SafetensorsReader(hf.path)
     for name in sorted(reader.names):

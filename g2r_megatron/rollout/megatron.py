@@ -1,7 +1,7 @@
 """The in-process rollout engine: Megatron-Core's static inference context (its KV cache) on the policy's own layout.
 
 Sequences of different age share a batch (continuous batching): one that is finished leaves its row of the cache to
-another one. Prompts of different length are run in one pass, the longer ones beside padding that nothing looks at.
+another one. Prompts of different length are run in one pass. The shorter ones are padded, and nothing reads the padding.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,7 @@ from g2r_megatron.rollout.types import Request, Sampled, by_length
 
 @contextmanager
 def without_sequence_parallel(model: MegatronModel):
-    """Decoding feeds one position at a time, which cannot be split: run the same weights without sequence parallelism."""
+    """In the block the weights run without sequence parallelism. Decoding feeds one position at a time, which cannot be split."""
     names = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
     switched = [
         (m, n) for chunk in model.chunks for m in chunk.modules() for n in names if getattr(m, n, False) is True
@@ -51,7 +51,7 @@ class MegatronRolloutEngine:
         """Nothing to do: a cache lives as long as a call, and the weights are the policy's."""
 
     def take_weights(self) -> None:
-        """Nothing to do: it samples with the policy itself."""
+        """Nothing to do: the engine samples with the policy itself."""
 
     @torch.no_grad()
     def generate(
@@ -104,7 +104,7 @@ class MegatronRolloutEngine:
                     between_batches()
                     due = next(calls, None)
                 self._read_prompts(batch, context)
-                continue  # others may wait for rows that are free
+                continue  # requests may still wait for free rows
             if (kept := batch.shrink()) is not None:
                 context.keep(kept, local_device())
             batch.add(self._step(batch, context, temperature))
@@ -115,7 +115,7 @@ class MegatronRolloutEngine:
             between_batches()
 
     def _agree(self, *numbers: int) -> list[int]:
-        """The largest of each number, of all replicas that share this one's experts."""
+        """The maximum of each number over all replicas that share this one's experts (collective over them)."""
         if not self.model.groups.replicas_share_experts:
             return list(numbers)
         largest = torch.tensor(numbers, device=local_device())

@@ -1,7 +1,7 @@
-"""Sampled responses of a training as files, a batch a file: written by ``rollout.dump``, read by ``rollout.replay``.
+"""Sampled responses of a training as files, one file for each batch. ``rollout.dump`` writes them, ``rollout.replay`` reads them.
 
 ``step_00000003.safetensors`` has the responses of step 3, ``eval_00000002.safetensors`` those of the evaluation after step
-2. Beside each is a ``.jsonl`` for people, which nothing here reads. No file is ever half written under its name.
+2. Beside each is a ``.jsonl`` file for people, which no program here reads. A file gets its name only when it is complete.
 """
 
 import json
@@ -64,7 +64,7 @@ class Dump:
 
     def write(self, name: str, requests: Sequence[Request], sampled: Sequence[Sampled], rows: Sequence[dict]) -> None:
         """A batch; ``rows``: what people read of each response. Raises ``UserError`` when the disk refuses."""
-        version = int(name[-8:]) - name.startswith("step")  # of the weights: the updates before this batch
+        version = int(name[-8:]) - name.startswith("step")  # of the weights: how many updates came before this batch
         tensors = {
             "prompt_ids": _ints([i for request in requests for i in request.prompt_ids]),
             "prompt_lengths": _ints([len(request.prompt_ids) for request in requests]),

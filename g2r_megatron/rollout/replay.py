@@ -1,4 +1,4 @@
-"""The engine that samples nothing: it returns what another run has sampled (``rollout.replay``)."""
+"""An engine that samples nothing. It returns the responses that another run has sampled (``rollout.replay``)."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,14 +15,14 @@ class ReplayEngine:
     def __init__(self, directory: Path, vocab: int):
         """``directory``: of a ``rollout.dump``; ``vocab``: tokens of the policy."""
         self._directory, self._vocab = directory, vocab
-        self._name = ""  # of the batch that is read
+        self._name = ""  # of the batch that was read last
         self._batch: dict[str, tuple[list[int], Sampled]] = {}
 
     def rest(self) -> None:
         """Nothing to do."""
 
     def take_weights(self) -> None:
-        """Nothing to do: what was sampled does not depend on them any more."""
+        """Nothing to do: the recorded responses do not depend on these weights."""
 
     def generate(
         self,

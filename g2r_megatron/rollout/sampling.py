@@ -1,4 +1,4 @@
-"""Choosing the next token: pure tensor functions, reproducible from a seed string alone."""
+"""The choice of the next token: pure tensor functions. A seed string alone decides the random numbers."""
 
 import hashlib
 
@@ -68,6 +68,6 @@ def inverse_cumulative(probabilities: torch.Tensor, u: torch.Tensor) -> torch.Te
 
 
 def _first_above(sums: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Index [b] of the first of the running ``sums`` [b, n] above ``wanted``; rounding can leave none: then where they end."""
+    """Index [b] of the first of the running ``sums`` [b, n] above ``wanted``. If there is none (rounding): of the largest."""
     found = torch.searchsorted(sums, wanted.unsqueeze(1), right=True).squeeze(1)
     return torch.minimum(found, (sums < sums[:, -1:]).sum(-1))

@@ -1,7 +1,7 @@
-"""Thoughts of a policy: where its thought ends and its answer begins, and what the tokens of a thought learn.
+"""Thoughts of a policy: where its thought ends and its answer begins, and which advantage the tokens of a thought get.
 
-The judge and the report see the answer. A thought's tokens get the advantage of the whole sequence: nothing says which
-of them earned it. ``rollout.think_end`` chooses what ends a thought.
+The judge and the report see the answer. A thought's tokens get the advantage of the whole sequence, because no credit is
+known for single ones. ``rollout.think_end`` chooses the mark that ends a thought.
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ class ThoughtEnd:
         return end, True
 
     def _end(self, tokenizer: PreTrainedTokenizerFast, body: Sequence[int]) -> int | None:
-        """How many tokens there are up to the end of the first mark, also if it ends inside one; None without a mark."""
+        """How many tokens there are up to the end of the first mark, also if it ends inside a token. None without a mark."""
         token = tokenizer.get_added_vocab().get(self.text)
         if token is not None and token in body:
             return list(body).index(token) + 1

@@ -1,4 +1,4 @@
-"""The interface of a rollout engine: what it is asked for, and what it returns."""
+"""The interface of a rollout engine: its requests and its results."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ class Response:
 
     prompt_ids: list[int]
     token_ids: list[int]
-    finished: bool  # ended with a stop token, not cut at max_response_tokens
+    finished: bool  # whether it ended with a stop token; if not, it was cut at max_response_tokens
     text: str  # the answer, decoded
     thought: int = 0  # tokens
     closed: bool = True  # no thought, or one with its closing mark
@@ -70,11 +70,11 @@ class RolloutEngine(Protocol):
     """Samples responses with the policy's weights as of the last ``take_weights``."""
 
     def rest(self) -> None:
-        """Give back the memory of weights and caches until the next ``take_weights``: nothing is sampled before it."""
+        """Free the memory of weights and caches until the next ``take_weights``. Nothing is sampled until then."""
         ...
 
     def take_weights(self) -> None:
-        """Use the policy's weights as they are now: called at the start and after every update (collective)."""
+        """Use the policy's weights as they are now (collective). It is called at the start and after every update."""
         ...
 
     def generate(

@@ -3,14 +3,13 @@
 Real runs of ``g2r train`` of two steps, equal bit for bit in fp32: the exported weights, metrics (times left out) and the
 samples with their verdicts, alphas, token rewards and advantages. Then: resuming, errors on either side reaching the other,
 the judge at work while the policy samples, and weights off the device while it does. Leaves out NCCL and page-locked
-memory (there is no GPU), several nodes, and which layouts agree with which to rounding (test_train_loop.py).
+memory (there is no GPU), several nodes, torchrun (test_alarms_in_training.py), and which layouts agree with which to rounding
+(test_train_loop.py).
 """
 
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -314,16 +313,6 @@ def test_a_policy_that_fails_lets_the_judge_end(worlds, task, tmp_path):
     arguments = [*task, "--policy.model", str(policy), "--judge.model", str(TASK / "model"), "--judge.ranks", "1"]
     first, second, judge = worlds[3, 1].run(train_here, [*arguments, "--output_dir", str(tmp_path / "run")])
     assert "model.safetensors" in first and first == second and judge == ""
-
-
-def test_under_torchrun(task, tmp_path):
-    """Where the launcher keeps the store; one judge rank, one of the policy."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "g2r_megatron.cli", "train", *task, "--judge.ranks", "1", "--steps", "1"]
-    command += ["--rollout.prompts_per_step", "2", "--output_dir", str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=TASK.parents[1], capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step 1/1") == 1 and (tmp_path / "run" / "hf" / "model.safetensors").exists()
 
 
 def test_offloaded_weights(worlds, task, shared_tp2, tmp_path):

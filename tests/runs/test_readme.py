@@ -7,12 +7,10 @@ leads somewhere, commands in docs/ have options that exist, and the pictures are
 """
 
 import json
-import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +18,7 @@ import pytest
 import yaml
 from tokenizers import Tokenizer
 
+from distributed import PROCESSES, start_server
 from g2r_megatron.config import parsing
 from g2r_megatron.config.checks import check_eval_config, check_train_config
 from g2r_megatron.config.command_options import EvalConfig, OfflineJudgeConfig, ProbeConfig
@@ -28,6 +27,7 @@ from g2r_megatron.config.serve_checks import check_serve_config
 from g2r_megatron.config.serve_options import ServeConfig
 from g2r_megatron.plan.config import PlanConfig
 from real_runs import PATIENCE, Forked
+from scripts import run_main
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -264,9 +264,11 @@ def texts_of(picture: Path) -> list[str]:
 def test_pictures_are_what_their_scripts_draw(name, tmp_path):
     """Their words and numbers; shades may differ by a rounding."""
     script, drawn = ROOT / f"docs/images/draw_{name}.py", tmp_path / "drawn.svg"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), "--output", str(drawn)]
-    subprocess.run(command, check=True, timeout=800, env=environment, stdout=subprocess.DEVNULL)
+    start_server()
+    drawing = PROCESSES.Process(target=run_main, args=(str(script.relative_to(ROOT)), ["--output", str(drawn)]))
+    drawing.start()
+    drawing.join(PATIENCE)
+    assert drawing.exitcode == 0
     assert texts_of(drawn) == texts_of(script.with_name(f"{name}.svg"))
 
 

@@ -27,6 +27,7 @@ from g2r_megatron.config.serve_options import ServeConfig
 from g2r_megatron.credit.advantages import GroupScores, group_advantages
 from g2r_megatron.data.tokenizer import encode_text
 from g2r_megatron.data.tokenizer_files import load_tokenizer
+from real_runs import forked
 from scripts import load
 from service import QUICKSTART, ROOT, Service
 from test_alignment import byte_bpe
@@ -66,12 +67,8 @@ def offline(tmp_path_factory):
     """What ``g2r judge`` writes of the same rows with the same options."""
     path = tmp_path_factory.mktemp("offline") / "judged.jsonl"
     config = QUICKSTART.with_name("judge.yaml")
-    done = subprocess.run(
-        [sys.executable, "-m", "g2r_megatron.cli", "judge", "--config", config, "--output", path],
-        capture_output=True, text=True, cwd=ROOT, timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    code, said = forked(["judge", "--config", str(config), "--output", str(path)], path.with_suffix(".log"))
+    assert code == 0, said
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 

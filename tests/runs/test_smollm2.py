@@ -27,6 +27,7 @@ TINY = [
     *("--steps", "2", "--eval.every", "0", "--rollout.prompts_per_step", "1", "--rollout.responses_per_prompt", "2"),
     *("--rollout.max_response_tokens", "6", "--checkpoint.export_hf", "false", "--log.tensorboard", "false"),
     *("--grpo.kl_coef", "0", "--log.samples_every", "1", "--eval.data", "[]", "--alarms.queries", "1"),
+    *("--policy.micro_batch_tokens", "128"),  # a row is padded to an eighth of it at least
 ]
 
 

@@ -1,4 +1,4 @@
-"""Does every weight reach the engine? Asked before the first step, with changes that show.
+"""A check, before the first step, that every weight reaches the engine. It changes the weights visibly.
 
 vLLM can report a successful update whose weights never reach its kernels, and an update of training moves log-probs by less
 than bf16 rounds them. So here every tensor is changed visibly, synchronised, and the engine's log-probs are compared with the
@@ -18,7 +18,7 @@ from g2r_megatron.errors import RunError
 from g2r_megatron.model.build import MegatronModel
 from g2r_megatron.model.weights import mapping_of, parameter_names
 
-# Mean |log p engine - log p trainer| above this means other weights; two implementations of bf16 differ by about 0.01.
+# A mean |log p engine - log p trainer| above this means other weights. Two implementations of bf16 differ by about 0.01.
 BOUND = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 CHANGE = 0.3  # of a tensor's root mean square
 SEQUENCES, LONGEST = 16, 64  # what log-probs are compared on: random tokens
@@ -26,7 +26,7 @@ LogProbs = Callable[[list[list[int]]], list[torch.Tensor]]
 
 
 class WeightsTaker(Protocol):
-    """A vLLM engine, or several, in other programs or not."""
+    """One vLLM engine or several, in this program or in others."""
 
     model: MegatronModel  # the policy
     config: RolloutConfig

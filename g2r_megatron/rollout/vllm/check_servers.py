@@ -1,4 +1,4 @@
-"""Are the servers of ``rollout.vllm.urls`` there, and can the policy sample on them? Asked before any work."""
+"""A check, before any work, that the servers of ``rollout.vllm.urls`` answer and that the policy can sample on them."""
 
 import os
 from typing import Any
@@ -25,7 +25,7 @@ SAME = (
 def check_servers(policy: HFModel, rollout: RolloutConfig, dtype: str, judge_ranks: int = 0) -> None:
     """Raise ``UserError`` naming a server that this rank will speak to and that is not there, or cannot sample for ``policy``.
 
-    The job's last ``judge_ranks`` speak to none. Nothing to do for another engine or mode, or a replay.
+    The job's last ``judge_ranks`` use no server. Nothing to do for another engine or mode, or a replay.
     """
     if rollout.engine != "vllm" or rollout.vllm.mode != "servers" or rollout.replay:
         return
@@ -55,7 +55,7 @@ def _post(http: httpx.Client, url: str, path: str, body: dict) -> httpx.Response
 
 
 def _description(http: httpx.Client, url: str) -> dict[str, Any]:
-    """What the server's workers say of themselves."""
+    """The answer of the server's workers to ``g2r_describe``."""
     response = _post(http, url, "/collective_rpc", {"method": "g2r_describe"})
     if response.status_code == httpx.codes.NOT_FOUND:
         raise UserError(OPTION, f"{url} has no /collective_rpc", f"{START}: VLLM_SERVER_DEV_MODE=1")

@@ -1,4 +1,4 @@
-"""A vLLM engine in every rank of the policy, with the policy's weights, which it gets after every update."""
+"""A vLLM engine in every rank of the policy. It gets the policy's weights after every update."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,7 +14,7 @@ from g2r_megatron.rollout.vllm.environment import alone, engine_options, set_env
 from g2r_megatron.rollout.vllm.requests import SCORING, sampling_fields
 from g2r_megatron.rollout.vllm.weights import all_buckets
 
-# With an engine that is deleted vLLM ends torch.distributed for the whole process: engines rest until the process ends.
+# When an engine is deleted, vLLM ends torch.distributed for the whole process. So engines are kept until the process ends.
 STARTED: list = []
 RECEIVER = "g2r_megatron.rollout.vllm.receiver.WeightReceiver"
 
@@ -23,7 +23,7 @@ class VLLMRolloutEngine:
     """Samples responses with vLLM: each rank those of its share of the prompts (collective over the world).
 
     The engine is not parallel itself: every rank holds the whole model a second time. It runs in the rank's own process, so
-    it ends with it, whatever ends it.
+    it always ends with the rank.
     """
 
     def __init__(self, model: MegatronModel, config: RolloutConfig, stop_ids: set[int], dtype: str):
@@ -39,7 +39,7 @@ class VLLMRolloutEngine:
         STARTED.append(self._llm)
 
     def rest(self) -> None:
-        """Drop weights and cache; ``take_weights`` brings both back. On a CPU vLLM keeps what it has allocated."""
+        """Free weights and cache; ``take_weights`` loads them again. On a CPU vLLM keeps the memory that it has allocated."""
         self._llm.sleep(level=2)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What must be so before vLLM is imported and started inside a rank of the policy, and what vLLM can run at all."""
+"""Settings for vLLM inside a rank of the policy, made before its import and start; and a check of what vLLM can run."""
 
 import os
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ OURS = (
     ),
 )
 ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process: nothing that could outlive it
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process, so it cannot outlive it
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }

@@ -1,4 +1,4 @@
-"""What a worker of vLLM can do for us: take weights, check them as they arrive, load them, and make them effective.
+"""Methods for a worker of vLLM: receive weights, check them as they arrive, load them, and make the kernels use them.
 
 vLLM makes ``WeightReceiver`` a base of its worker class (option ``worker_extension_cls``), in an engine of ours and in a server,
 which needs torch and vLLM for it, but not Megatron-Core. On a CPU vLLM packs weights after it has loaded them; its reload
@@ -45,7 +45,7 @@ class WeightReceiver:
             finalize_layerwise_reload(self.get_model(), self.model_config)
             if self.device.type == "cpu":
                 pack_what_reload_leaves(self.get_model())
-            else:  # copies to the device may still be on their way
+            else:  # copies to the device may not be complete
                 torch.accelerator.synchronize()
 
     def g2r_receive(self: Any, host: str, port: int, token: str, timeout: float) -> None:
@@ -58,7 +58,7 @@ class WeightReceiver:
             for bucket in _on_all_workers(_buckets(host, port, token, timeout)):
                 self.g2r_load(bucket)
         except BaseException:
-            with set_current_vllm_config(self.vllm_config):  # else vLLM adds the next update to what came of this one
+            with set_current_vllm_config(self.vllm_config):  # else vLLM adds the next update to this one's result
                 finalize_layerwise_reload(self.get_model(), self.model_config)
             raise
         self.g2r_finish()

@@ -1,4 +1,4 @@
-"""What vLLM is asked for, by an engine in the process or over HTTP: the fields of its ``SamplingParams``."""
+"""The requests to vLLM, in the process or over HTTP: the fields of its ``SamplingParams``."""
 
 import hashlib
 from typing import Any
@@ -11,7 +11,7 @@ SCORING = dict(n=1, max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize
 
 
 def sampling_fields(config: RolloutConfig, stop_ids: set[int], key: str, temperature: float) -> dict[str, Any]:
-    """Every field that decides a token, so that no default of vLLM's or the model's does."""
+    """Every field that decides a token, so that no default of vLLM or the model is used."""
     return dict(
         n=1,
         max_tokens=config.max_response_tokens,

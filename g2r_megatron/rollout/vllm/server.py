@@ -1,4 +1,4 @@
-"""One vLLM server: what it is asked over HTTP, and an update of its weights. vLLM itself is not imported here."""
+"""One vLLM server: requests over HTTP, and an update of its weights. This file does not import vLLM."""
 
 import secrets
 import socket
@@ -109,7 +109,7 @@ class WeightUpdate:
             connection.settimeout(self.server.timeout)
             if secrets.compare_digest(connection.recv(len(self._token), socket.MSG_WAITALL), self._token.encode()):
                 return connection
-            connection.close()  # somebody else
+            connection.close()  # it is not the server's worker
         raise ConnectionError("the server did not come for the weights")
 
 

@@ -1,4 +1,4 @@
-"""Buckets of weights, and how they travel over a TCP connection. Imported by vLLM servers too: it needs torch alone."""
+"""Buckets of weights, and their form on a TCP connection. vLLM servers import this file too, so it needs torch alone."""
 
 import json
 import socket

@@ -1,4 +1,4 @@
-"""The policy's weights on every rank under Hugging Face names, in buckets: what its engines are given."""
+"""The policy's weights on every rank under Hugging Face names, in buckets. Engines get their weights from here."""
 
 from collections.abc import Iterable, Iterator
 
