@@ -38,6 +38,11 @@ class Runs:
         back = real.flatten().nonzero().squeeze(1)
         return Runs(start, lengths, rows.to(device), real.to(device), back.to(device))
 
+    @property
+    def span(self) -> slice:
+        """Where they are in the row."""
+        return slice(self.start, self.start + sum(self.lengths))
+
     def batch(self, x: torch.Tensor) -> torch.Tensor:
         """[1, heads, S, ...] of the whole row -> [runs, heads, longest, ...], one copy of whole rows."""
         heads, tokens = x.shape[1:3]

@@ -1,7 +1,6 @@
 """Attention of a suffix row (model/suffix_rows.py), with a backward that also sums the scores' gradients by key.
 
-On the CPU the forward of a block without a mask of its own is torch's fused kernel, and where there are no gates the backward
-too. All else is plain matrix products over
+On the CPU the forward of a block without a mask of its own is torch's fused kernel. All else is plain matrix products over
 chunks of queries, with scores and sums in fp32. The results of a tree's blocks are merged by their log-sum-exps. In the
 backward, with P = exp(score - merged log-sum-exp), the gradient of the scores is dS = P (dO V^T - delta), delta = the sum of
 dO O: dQ, dK, dV follow from it as usual, and its column sums over the gated queries are the gates' gradients: the same
@@ -9,16 +8,19 @@ code, and the same bits every time, on CPU and GPU. Kept keys and values get no 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import accumulate, pairwise
 
 import torch
 
-from g2r_megatron.model.branch_attention import Runs, attend, attend_backward
-from g2r_megatron.model.suffix_rows import Block, SuffixRow, row_blocks
+from g2r_megatron.model.branch_attention import attend, attend_backward
+from g2r_megatron.model.short_trees import ShortTrees, is_short, short_trees
+from g2r_megatron.model.suffix_rows import Block, SuffixRow, tree_blocks
 
+KEPT_PLANS = 8  # rows (of each window) whose masks are kept: those that a pipeline stage has in flight
 LOWEST = torch.finfo(torch.float32).min  # log of a sum over nothing
 CPU_SCORES, GPU_SCORES = 2**19, 2**24  # of a chunk: as many as the CPU's cache holds; enough to fill a GPU
-CPU_JOINED, GPU_JOINED = 2**14, 2**22  # numbers of queries that take as long to copy as the calls for them
 
 
 def scores_at_once(on_cpu: bool) -> int:
@@ -41,10 +43,21 @@ def suffix_attention(
     ``share`` (r, C): the queries are the row's positions r, r + C, .... Padding comes out as 0.
     """
     kept = row.kept.take(layer) if row.kept is not None else (key[0, :, :0], value[0, :, :0])
-    short = (GPU_JOINED if query.is_cuda else CPU_JOINED) // (query.size(1) * query.size(3))
-    blocks = row_blocks(row, window, share, short, query.device)
+    short, blocks = _planned(row, window, share, query.size(1), query.device)
     scale = query.size(-1) ** -0.5 if scale is None else scale
-    return SuffixAttention.apply(query, key, value, *kept, blocks, scale)
+    return SuffixAttention.apply(query, key, value, *kept, short, blocks, scale)
+
+
+@lru_cache(maxsize=KEPT_PLANS)
+def _planned(
+    row: SuffixRow, window: int | None, share: tuple[int, int], heads: int, device: torch.device
+) -> tuple[list[ShortTrees], list[Block]]:
+    """The row's short trees, if its attention is whole and on a CPU, and the blocks of the others."""
+    trees, short = row.placed_trees, []
+    if share[1] == 1 and device.type == "cpu":
+        short = [placed for placed in trees if is_short(placed[1], heads, window)]
+    others = [placed for placed in trees if placed not in short]
+    return short_trees(short), tree_blocks(others, window, share, device)
 
 
 class Scratch:
@@ -62,13 +75,19 @@ class Scratch:
 
 
 class SuffixAttention(torch.autograd.Function):
-    """``apply(query, key, value, kept keys [groups, P, d], kept values, blocks, scale)`` -> like query."""
+    """``apply(query, key, value, kept keys [groups, P, d], kept values, short trees, blocks, scale)`` -> like query."""
 
     @staticmethod
-    def forward(ctx, query, key, value, kept_key, kept_value, blocks: Sequence[Block], scale: float):
+    def forward(
+        ctx, query, key, value, kept_key, kept_value, short: list[ShortTrees], blocks: list[Block], scale: float
+    ):
         q, own, kept = _grouped(query, key), (key[0], value[0]), (kept_key, kept_value)
         out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
         sums = torch.full(q.shape[:3], LOWEST, device=q.device)
+        for trees in short:
+            found, found_sums = trees.attend(query, key, value, kept_key, kept_value, scale)
+            out.view(query.shape)[:, :, trees.tokens.span] = found
+            sums.view(query.shape[:3])[:, :, trees.tokens.span] = found_sums
         scratch = Scratch(q.device)
         for block in blocks:
             found, found_sums = _look(block, q, *(kept if block.kept else own), scale, scratch)
@@ -77,12 +96,11 @@ class SuffixAttention(torch.autograd.Function):
             here.mul_((here_sums - merged).exp().unsqueeze(-1))
             here.add_(found.mul_((found_sums - merged).exp().unsqueeze(-1)))
             here_sums.copy_(merged)
-        for block in blocks:
-            if block.of_attention:
-                _add_attention(block, q, kept_key, sums, scale, scratch)
+        for block in (block for block in blocks if block.of_attention):
+            _add_attention(block, q, kept_key, sums, scale, scratch)
         out = out.to(query.dtype).view_as(query)
         ctx.save_for_backward(query, key, value, kept_key, kept_value, out, sums)
-        ctx.blocks, ctx.scale = blocks, scale
+        ctx.short, ctx.blocks, ctx.scale = short, blocks, scale
         return out
 
     @staticmethod
@@ -91,16 +109,20 @@ class SuffixAttention(torch.autograd.Function):
         q, g = _grouped(query, key), _grouped(gradient, key)
         delta = (g.float() * out.view_as(q)).sum(-1)
         dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q, key[0], value[0]))
+        for trees in ctx.short:
+            rows = query, key, value, *kept, out, sums.view(query.shape[:3])
+            for whole, found in zip((dq, dk, dv), trees.attend_backward(gradient, *rows, ctx.scale), strict=True):
+                whole.flatten(0, -3)[:, trees.tokens.span] = found[0]
         scratch = Scratch(q.device), Scratch(q.device)
         for block in ctx.blocks:
-            if block.plain and not block.kept and block.columns is None and not q.is_cuda:
+            if block.plain and not block.kept and block.table is None and not q.is_cuda:
                 _look_back_at_once(block, q, key[0], value[0], g, out.view_as(q), sums, (dq, dk, dv), ctx.scale)
                 continue
             of_keys = None if block.kept else (dk, dv)
             keys, values = kept if block.kept else (key[0], value[0])
             _look_back(block, q, keys, values, g, sums, delta, dq, of_keys, ctx.scale, scratch)
         dq = dq.to(query.dtype).view_as(query)
-        return dq, dk.to(key.dtype).unsqueeze(0), dv.to(value.dtype).unsqueeze(0), None, None, None, None
+        return dq, dk.to(key.dtype).unsqueeze(0), dv.to(value.dtype).unsqueeze(0), *[None] * 5
 
 
 def _grouped(x: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -110,12 +132,14 @@ def _grouped(x: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 def _look(block: Block, q, key, value, scale: float, scratch: Scratch) -> tuple[torch.Tensor, torch.Tensor]:
     """fp32 (result [groups, r, n, d], log-sum-exp [groups, r, n]) of the block's n queries over its keys alone."""
-    q, k, v = _queries(block, q), _keys(block, key), _keys(block, value)
     if block.plain and not q.is_cuda:
-        padding = None if block.padding is None else _of_batch(block.padding, q)
-        found = attend(q, k[:, None], v[:, None], 0.0, block.causal, attn_mask=padding, scale=scale)
-        out, sums = (_unbatched(block, x) for x in found)
+        pieces = [
+            attend(q[:, :, queries], key[:, None, keys], value[:, None, keys], 0.0, block.causal, scale=scale)
+            for queries, keys in _pieces(block)
+        ]
+        out, sums = (torch.cat(found, dim=2) for found in zip(*pieces, strict=True))
         return out.float(), sums
+    q, k, v = _batched(block, q[:, :, block.queries]), _keys(block, key), _keys(block, value)
     out, sums = (torch.empty(shape, dtype=torch.float32, device=q.device) for shape in (q.shape, q.shape[:3]))
     for batch, rows, keys in _chunks(block, q, k):
         scores = _scores(block, q, k, batch, rows, keys, scale, scratch)
@@ -130,24 +154,20 @@ def _look(block: Block, q, key, value, scale: float, scratch: Scratch) -> tuple[
 
 
 def _add_attention(block: Block, q, key, sums, scale: float, scratch: Scratch) -> None:
-    """Add to the tables the probabilities that the block's queries, by their shares, give its columns, summed over heads."""
-    q, sums, k = _queries(block, q), _queries(block, sums), _keys(block, key)
-    found = _GateSums(block, q)
+    """Add to the table the probabilities that the block's queries, by their shares, give its columns, summed over heads."""
+    q, sums, k = q[:, :, block.queries], sums[:, :, block.queries], _keys(block, key)
     for batch, rows, keys in _chunks(block, q, k):
-        found.add(
-            _scores(block, q, k, batch, rows, keys, scale, scratch).sub_(sums[batch, :, rows].unsqueeze(-1)).exp_(),
-            batch,
-            rows,
-        )
-    found.finish()
+        p = _scores(block, q, k, batch, rows, keys, scale, scratch).sub_(sums[batch, :, rows].unsqueeze(-1)).exp_()
+        block.table.add_(block.shares[:, rows] @ p[..., block.columns].sum((0, 1)))
 
 
 def _look_back(block: Block, q, key, value, g, sums, delta, dq, of_keys, scale: float, scratch) -> None:
-    """Add the block's part to ``dq`` (fp32, like ``q``), to ``of_keys`` (dk, dv) unless None, and to the gates' tables."""
-    q, g, sums, delta = (_queries(block, x) for x in (q, g, sums, delta))
+    """Add the block's part to ``dq`` (fp32, like ``q``), to ``of_keys`` (dk, dv) unless None, and to the gates' table."""
+    queries = block.queries
+    q, g, sums, delta = (_batched(block, x[:, :, queries]) for x in (q, g, sums, delta))
     k, v = _keys(block, key), _keys(block, value)
-    if block.runs is not None:
-        real = _of_batch(block.runs.real, q)[:, None]
+    if block.branches is not None:
+        real = block.branches.real.repeat_interleave(key.size(0), 0)[:, None]
         g, delta = g * real.unsqueeze(-1), delta * real  # padding is no query
     block_dq = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     if of_keys is not None:
@@ -165,60 +185,63 @@ def _look_back(block: Block, q, key, value, g, sums, delta, dq, of_keys, scale: 
             block_dk[batch, keys] += fp32_product(flat.mT, q[batch, :, rows].flatten(1, 2)).mul_(scale)
             block_dv[batch, keys] += fp32_product(p.flatten(1, 2).to(g.dtype).mT, g_rows)
         gates.add(ds, batch, rows)
-    dq[:, :, block.queries] += _unbatched(block, block_dq)
+    dq[:, :, queries] += _unbatched(block, block_dq)
     if of_keys is not None:
-        _add_to_keys(block, of_keys, (block_dk, block_dv))
+        for whole, part in zip(of_keys, (block_dk, block_dv), strict=True):
+            whole[:, block.keys] += _unbatched(block, part.unsqueeze(1)).squeeze(1)
     gates.finish()
 
 
 def _look_back_at_once(block: Block, q, key, value, g, out, sums, gradients, scale: float) -> None:
     """``_look_back`` of branches over themselves without gates, by torch's fused kernel for the CPU."""
-    q, g, out, sums = (_queries(block, x) for x in (q, g, out, sums))
-    if block.runs is not None:
-        g = g * _of_batch(block.runs.real, q)[:, None, :, None]  # padding is no query
-    k, v = (_keys(block, x)[:, None] for x in (key, value))
-    block_dq, *of_keys = attend_backward(g, q, k, v, out, sums, 0.0, block.causal, scale=scale)
-    gradients[0][:, :, block.queries] += _unbatched(block, block_dq)
-    _add_to_keys(block, gradients[1:], [x.squeeze(1) for x in of_keys])
+    dq, dk, dv = gradients
+    for at, _ in _pieces(block):
+        tensors = g[:, :, at], q[:, :, at], key[:, None, at], value[:, None, at], out[:, :, at], sums[:, :, at]
+        found_q, found_k, found_v = attend_backward(*tensors, 0.0, block.causal, scale=scale)
+        dq[:, :, at] += found_q
+        dk[:, at] += found_k.squeeze(1)
+        dv[:, at] += found_v.squeeze(1)
 
 
-def _add_to_keys(block: Block, gradients, found) -> None:
-    """Add ``found`` [batch, keys, d] of the block's keys and values to the whole row's ``gradients`` [groups, S, d]."""
-    for whole, part in zip(gradients, found, strict=True):
-        whole[:, block.keys] += _unbatched(block, part.unsqueeze(1)).squeeze(1)
+def _pieces(block: Block) -> list[tuple[slice, slice]]:
+    """(queries, keys) in their rows, of each branch over itself or of the whole block."""
+    if block.branches is None:
+        return [(block.queries, block.keys)]
+    ends = [block.queries.start, *(block.queries.start + end for end in accumulate(block.branches.lengths))]
+    return [(slice(low, high), slice(low, high)) for low, high in pairwise(ends)]
 
 
 class _GateSums:
-    """The column sums of a block's dS over its gated queries, by their shares, added to the tables when the block is done."""
+    """The column sums of a block's dS over its gated queries, added to the table when the block is done."""
 
     def __init__(self, block: Block, q: torch.Tensor):
-        self.block = block
-        if block.columns is not None:
-            self._shares = _of_batch(block.shares, q)
-            shape = q.size(0), block.shares.size(1), block.columns.stop - block.columns.start
-            self._sums = torch.zeros(shape, dtype=torch.float32, device=q.device)
+        self.block, (batch, _, n) = block, q.shape[:3]
+        if block.table is not None:
+            rows = n if block.branches is None else batch
+            self._sums = torch.zeros(rows, block.table.size(1), dtype=torch.float32, device=q.device)
 
     def add(self, ds: torch.Tensor, batch: slice, rows: slice) -> None:
         """``ds`` fp32 [batch, r, rows, keys]; keys after the last of the chunk have no part in it."""
         block = self.block
-        if block.columns is None:
+        if block.table is None:
             return
         ds = ds[..., block.columns]
         columns = slice(0, ds.size(-1))
-        ds = ds.sum(1)
         if block.gated is not None:
-            ds *= block.gated[rows, columns]
-        shares = self._shares[batch if len(self._shares) > 1 else slice(None), :, rows]
-        self._sums[batch, :, columns] += shares @ ds
+            ds = ds * block.gated[rows, columns]
+        if block.branches is None:
+            self._sums[rows, columns] += ds.sum((0, 1))
+        else:
+            self._sums[batch, columns] += ds.sum((1, 2))
 
     def finish(self) -> None:
         block = self.block
-        if block.columns is None:
+        if block.table is None:
             return
-        sums = self._sums.unflatten(0, (block.shares.size(0), -1)).sum(1)
-        first = block.columns.start
-        for (table, columns), found in zip(block.tables, sums, strict=True):
-            table += found[: len(table), columns.start - first : columns.stop - first]
+        sums = self._sums
+        if block.branches is not None:
+            sums = sums.unflatten(0, (block.shares.size(1), -1)).sum(1)
+        block.table.add_(block.shares @ sums)
 
 
 def _chunks(block: Block, q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[slice, slice, slice]]:
@@ -241,14 +264,12 @@ def _scores(block: Block, q, k, batch: slice, rows: slice, keys: slice, scale: f
     scores = fp32_product(some.flatten(1, 2), k[batch, keys].mT, scratch).view(*some.shape[:3], -1).mul_(scale)
     if block.mask is not None:
         scores.add_(block.mask[rows, keys])
-    elif block.causal:
-        at = torch.arange(keys.stop, device=q.device)
-        scores.masked_fill_(at[rows, None] < at, float("-inf"))
-    if block.padding is not None:
-        scores.add_(_of_batch(block.padding, q)[batch])
     if block.log_level is not None:
         columns = scores[..., block.columns]
-        level = block.log_level[:, :, rows] if block.runs is None else _of_batch(block.log_level, q)[batch]
+        if block.branches is None:
+            level = block.log_level[:, :, rows]
+        else:
+            level = block.log_level.repeat_interleave(q.size(0) // block.log_level.size(0), 0)[batch]
         columns.add_(level if block.gated is None else level * block.gated[rows, : columns.size(-1)])
     return scores
 
@@ -262,30 +283,20 @@ def fp32_product(a: torch.Tensor, b: torch.Tensor, scratch: Scratch | None = Non
 
 
 def _keys(block: Block, x: torch.Tensor) -> torch.Tensor:
-    """The block's keys (or values) of [groups, S, d]: [batch, keys, d]."""
-    return _batched(block.key_runs, block.keys, x[:, None]).squeeze(1)
+    """The block's keys (or values) of [groups, S, d]: [batch, n, d]."""
+    return _batched(block, x[:, None, block.keys]).squeeze(1)
 
 
-def _queries(block: Block, x: torch.Tensor) -> torch.Tensor:
-    """The block's queries, or what belongs to them, of [groups, r, S, ...]: [batch, r, queries, ...]."""
-    return _batched(block.runs, block.queries, x)
-
-
-def _batched(runs: Runs | None, at: slice, x: torch.Tensor) -> torch.Tensor:
-    """The part ``at`` of [groups, r, S, ...] as it is, or taken apart into [runs * groups, r, longest, ...]."""
-    if runs is None:
-        return x[:, :, at]
-    return runs.batch(x.flatten(0, 1).unsqueeze(0)).unflatten(1, x.shape[:2]).flatten(0, 1)
+def _batched(block: Block, x: torch.Tensor) -> torch.Tensor:
+    """[groups, r, n, ...] as it is, or taken apart into [branches * groups, r, longest, ...]."""
+    if block.branches is None:
+        return x
+    return block.branches.batch(x.flatten(0, 1).unsqueeze(0)).unflatten(1, x.shape[:2]).flatten(0, 1)
 
 
 def _unbatched(block: Block, x: torch.Tensor) -> torch.Tensor:
-    """[batch, r, n, ...] of queries, or of keys where these are the same -> [groups, r, tokens, ...]."""
-    if block.runs is None:
+    """The inverse of ``_batched``."""
+    if block.branches is None:
         return x
-    apart = x.unflatten(0, (len(block.runs.lengths), -1))  # [runs, groups, r, longest, ...]
-    return block.runs.flat(apart.flatten(1, 2))[0].unflatten(0, apart.shape[1:3])
-
-
-def _of_batch(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """[runs, ...] -> [runs * groups, ...] of the batch ``q``; [1, ...] as it is."""
-    return x if len(x) == 1 else x.repeat_interleave(len(q) // len(x), 0)
+    apart = x.unflatten(0, (block.branches.rows.size(0), -1))  # [branches, groups, r, longest, ...]
+    return block.branches.flat(apart.flatten(1, 2))[0].unflatten(0, apart.shape[1:3])

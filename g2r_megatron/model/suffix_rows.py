@@ -13,15 +13,13 @@ adds its part to the tree's ``table`` (model/suffix_attention.py). A token's att
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from itertools import count
+from itertools import accumulate, count
 from weakref import WeakValueDictionary
 
 import torch
 
 from g2r_megatron.model.branch_attention import Runs
 
-KEPT_PLANS = 8  # rows (of each window) whose masks are kept: those that a pipeline stage has in flight
 _numbers = count(1)
 _rows: WeakValueDictionary = WeakValueDictionary()  # number -> KeptKeys or SuffixRow
 
@@ -110,107 +108,46 @@ class SuffixRow:
         """Of every token, as rotary embedding counts them."""
         return [at for tree in self.trees for part in tree.parts for at in range(part.first, part.first + part.length)]
 
+    @property
+    def placed_trees(self) -> list[tuple[int, SuffixTree]]:
+        """The trees, each with where it begins."""
+        lengths = [sum(part.length for part in tree.parts) for tree in self.trees]
+        return list(zip(accumulate(lengths, initial=0), self.trees))
+
 
 @dataclass(frozen=True)
 class Block:
     """Queries of a tree and keys that they look at: one matrix of scores a head.
 
     ``queries``: local positions of the suffix row; ``keys``: positions of the kept row (``kept``) or of the suffix row. With
-    ``runs`` and ``key_runs`` they are taken apart into batches of as many runs, each of which looks at its own; ``padding`` fp32
-    [runs, 1, 1, keys] is then added to the scores. ``mask`` fp32 [queries, keys] (of each run) is added to the scores;
-    ``causal``: query i sees no key after the i-th; ``plain``: nothing but that and padding changes the scores.
+    ``branches`` both are the same run of tokens, taken apart into a batch of branches. ``mask`` fp32 [queries, keys] is
+    added to the scores; ``causal``: query i sees no key after the i-th; ``plain``: nothing but that changes the scores.
 
-    Gates: ``tables`` has for each run (or for all queries) a view [slots, n] of its tree's table and which of the keys
-    ``columns`` (None: none) are its n response tokens. ``shares`` fp32 [runs or 1, slots, queries]; ``gated`` fp32 [queries,
-    columns] is 0 where a token is its own key, None: nowhere; ``log_level`` fp32 [1, 1, queries, 1], or [runs, 1, 1, 1],
-    None where all are 0. ``of_attention``: as of ``SuffixTree``.
+    Gates: keys ``columns`` (None: none) are the response tokens of ``table`` [slots, columns]; ``gated`` fp32 [queries, columns] is 0
+    where a token is its own key, None: nowhere; ``log_level`` fp32 [1, 1, queries, 1], or [branches, 1, 1, 1], None where
+    all are 0; ``shares`` fp32 [slots, queries], or [slots, branches]. ``of_attention``: as of ``SuffixTree``.
     """
 
     kept: bool
     queries: slice
     keys: slice
-    mask: torch.Tensor | None = None
+    mask: torch.Tensor | None
     causal: bool = False
     plain: bool = False
-    runs: Runs | None = None
-    key_runs: Runs | None = None
-    padding: torch.Tensor | None = None
+    branches: Runs | None = None
     columns: slice | None = None
     gated: torch.Tensor | None = None
     log_level: torch.Tensor | None = None
     shares: torch.Tensor | None = None
-    tables: Sequence[tuple[torch.Tensor, slice]] = ()
+    table: torch.Tensor | None = None
     of_attention: bool = False
 
 
-@lru_cache(maxsize=KEPT_PLANS)
-def row_blocks(
-    row: SuffixRow, window: int | None, share: tuple[int, int], short: int, device: torch.device
+def tree_blocks(
+    trees: Sequence[tuple[int, SuffixTree]], window: int | None, share: tuple[int, int], device: torch.device
 ) -> list[Block]:
-    """The blocks of all trees. ``share`` (r, C): the queries here are the row's positions r, r + C, ...
-
-    Plain neighbours of at most ``short`` queries and keys are one block: of small ones each call costs more than the padding.
-    """
-    blocks, start = [], 0
-    for tree in row.trees:
-        blocks += _Planner(tree, start, window, share, device).blocks()
-        start += sum(part.length for part in tree.parts)
-    groups: list[list[Block]] = []
-    for block in sorted(blocks, key=lambda block: block.kept):
-        if groups and _fits(groups[-1][-1], block, short):
-            groups[-1].append(block)
-        else:
-            groups.append([block])
-    return [_joined(group, device) for group in groups]
-
-
-def _fits(before: Block, block: Block, short: int) -> bool:
-    """Whether the two can be in one batch, of which less than half is padding."""
-    return (
-        all(one.plain and one.runs is None for one in (before, block))
-        and (before.kept, before.columns is None) == (block.kept, block.columns is None)
-        and all(
-            a.stop == b.start and max(_length(a), _length(b)) <= short and _size(a) == _size(b)
-            for a, b in ((before.queries, block.queries), (before.keys, block.keys))
-        )
-    )
-
-
-def _length(run: slice) -> int:
-    return run.stop - run.start
-
-
-def _size(run: slice) -> int:
-    """Runs of the same size have lengths that differ by less than a factor of 2, or of at most 32 tokens."""
-    return max(31, _length(run) - 1).bit_length()
-
-
-def _joined(blocks: list[Block], device: torch.device) -> Block:
-    """Plain neighbours as one block of as many runs."""
-    first, last = blocks[0], blocks[-1]
-    if first is last:
-        return first
-    queries, keys = (slice(getattr(first, x).start, getattr(last, x).stop) for x in ("queries", "keys"))
-    runs = key_runs = Runs.of(queries.start, [_length(block.queries) for block in blocks], device)
-    padding = None  # of causal blocks it is behind all that real queries see
-    if not first.causal:
-        key_runs = Runs.of(keys.start, [_length(block.keys) for block in blocks], device)
-        padding = _added(key_runs.real[:, None, None])
-    block = replace(first, queries=queries, keys=keys, runs=runs, key_runs=key_runs, padding=padding)
-    if first.columns is None:
-        return block
-    shares = torch.zeros(len(blocks), max(len(one.shares[0]) for one in blocks), runs.rows.size(1), device=device)
-    for row, one in zip(shares, blocks, strict=True):
-        row[: one.shares.size(1), : one.shares.size(2)] = one.shares[0]
-    columns = slice(min(one.columns.start for one in blocks), max(one.columns.stop for one in blocks))
-    return replace(block, columns=columns, shares=shares, tables=[table for one in blocks for table in one.tables])
-
-
-def _added(seen: torch.Tensor) -> torch.Tensor | None:
-    """What is added to the scores so that only ``seen`` is; None where all is."""
-    if bool(seen.all()):
-        return None
-    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float("-inf"))
+    """The blocks of ``trees``, each with where it begins. ``share`` (r, C): the queries here are the row's positions r, r + C, ..."""
+    return [block for start, tree in trees for block in _Planner(tree, start, window, share, device).blocks()]
 
 
 class _Planner:
@@ -232,7 +169,7 @@ class _Planner:
         if tree.trunk:
             found += self._over_own(*everything, 0)
         if self.share[1] == 1 and len(tree.branches) > 1:
-            return found + self._apart(first)
+            return [*found, self._apart(first)]
         for number in range(first, len(tree.parts)):
             if (mine := self._local(*self.offsets[number : number + 2])) is not None:
                 found += self._over_own(*mine, number)
@@ -255,21 +192,18 @@ class _Planner:
 
     def _over_prefix(self, queries: slice, offsets: torch.Tensor) -> list[Block]:
         """All queries look at the kept prefix, as far as it is visible and in the window."""
-        parts = self.tree.parts
-        lengths, mask = [part.visible for part in parts], None
-        low, high = 0, max(lengths)
-        if self.window is not None or min(lengths) < high:
-            at, visible = self._positions(offsets), self._of_queries(offsets, lengths)
-            low = 0 if self.window is None else max(0, int(at.min()) - self.window)
-            high = int(visible.max())
-            if low >= high:
-                return []
-            keys = torch.arange(low, high)
-            seen = keys < visible[:, None]
-            if self.window is not None:
-                seen &= at[:, None] - keys <= self.window
-            mask = _added(seen.to(self.device))
+        at, parts = self._positions(offsets), self.tree.parts
+        visible = self._of_queries(offsets, [part.visible for part in parts])
+        low = 0 if self.window is None else max(0, int(at.min()) - self.window)
+        high = int(visible.max())
+        if low >= high:
+            return []
+        keys = torch.arange(low, high)
+        seen = keys < visible[:, None]
+        if self.window is not None:
+            seen &= at[:, None] - keys <= self.window
         begin, end = (min(max(edge, low), high) for edge in self.tree.response)
+        mask = self._added(seen)
         block = Block(
             kept=True,
             queries=queries,
@@ -293,7 +227,7 @@ class _Planner:
             kept=False,
             queries=queries,
             keys=slice(self.start + self.offsets[number], self.start + self.offsets[number + 1]),
-            mask=_added(seen.to(self.device)),
+            mask=self._added(seen),
             causal=self.share[1] == 1 and queries.start == self.start + self.offsets[number],
             columns=slice(begin - part.first, end - part.first),
         )
@@ -305,47 +239,36 @@ class _Planner:
         begin, end = (min(max(edge, part.first), part.first + part.length) for edge in self.tree.response)
         return begin, end
 
-    def _apart(self, first: int) -> list[Block]:
-        """Each branch looks at itself. All of them have the response at the same offset, or none has."""
+    def _apart(self, first: int) -> Block:
+        """Each branch looks at itself, as a row of a batch. All of them have the response at the same offset, or none has."""
         parts = self.tree.branches
-        begin, end = self._columns(parts[0])
-        ends = [self.start + offset for offset in self.offsets[first:]]
-        longest = max(part.length for part in parts)
-        plain = self.window is None or self.window >= longest - 1
-        gates = self.tree.table is not None and begin < end
-        if plain and not gates:
-            return [
-                Block(kept=False, queries=at, keys=at, causal=True, plain=True) for at in map(slice, ends, ends[1:])
-            ]
-        at = torch.arange(longest)
-        distance = at[:, None] - at
+        behind = self.start + self.offsets[first]
+        batch = Runs.of(0, [part.length for part in parts], self.device)
+        longest = torch.arange(batch.rows.size(1))
+        distance = longest[:, None] - longest
         seen = (distance >= 0) if self.window is None else (distance >= 0) & (distance <= self.window)
-        whole = slice(ends[0], ends[-1])
-        runs = Runs.of(whole.start, [part.length for part in parts], self.device)
+        begin, end = self._columns(parts[0])
         block = Block(
             kept=False,
-            queries=whole,
-            keys=whole,
-            mask=None if plain else _added(seen.to(self.device)),
+            queries=slice(behind, self.start + self.offsets[-1]),
+            keys=slice(behind, self.start + self.offsets[-1]),
+            mask=self._added(seen),
             causal=True,
-            plain=plain,
-            runs=runs,
-            key_runs=runs,
+            plain=self.window is None or self.window >= batch.rows.size(1) - 1,
+            branches=batch,
+            columns=slice(begin - parts[0].first, end - parts[0].first),
         )
-        if not gates:
-            return [block]
+        if self.tree.table is None or begin == end:
+            return replace(block, columns=None)
         log_level = self._log_levels([part.level for part in parts], (-1, 1, 1, 1))
-        columns = slice(begin - parts[0].first, end - parts[0].first)
-        gated = replace(
+        return replace(
             block,
-            plain=plain and log_level is None,
-            gated=(distance != 0).float().to(self.device)[:, columns],
+            plain=block.plain and log_level is None,
+            gated=(distance != 0).float().to(self.device)[:, block.columns],
             log_level=log_level,
-            columns=columns,
-            shares=self._shares(torch.arange(len(parts)), parts).T.unsqueeze(-1).expand(-1, -1, longest),
-            tables=[self._table(begin, columns)] * len(parts),
+            shares=self._shares(torch.arange(len(parts)), parts),
+            table=self.tree.table[:, begin - self.tree.response[0] : end - self.tree.response[0]],
         )
-        return [gated]
 
     def _with_gates(self, block: Block, begin: int, offsets: torch.Tensor, gated: torch.Tensor | None) -> Block:
         """``begin``: the response position of the block's first column; ``gated`` bool [queries, keys], None: all."""
@@ -356,7 +279,7 @@ class _Planner:
             gated = gated[:, columns]
             gated = None if bool(gated.all()) else gated.float().to(self.device)
         numbers = self._of_queries(offsets, list(range(len(parts))))
-        shares = self._shares(numbers, parts)
+        first, shares = begin - self.tree.response[0], self._shares(numbers, parts)
         if self.tree.of_attention:  # of the queries only each part's last counts
             shares *= torch.isin(offsets + 1, torch.tensor(self.offsets[1:])).to(shares)
         log_level = self._log_levels([parts[k].level for k in numbers.tolist()], (1, 1, -1, 1))
@@ -366,14 +289,9 @@ class _Planner:
             of_attention=self.tree.of_attention,
             gated=gated,
             log_level=log_level,
-            shares=shares.unsqueeze(0),
-            tables=[self._table(begin, columns)],
+            shares=shares,
+            table=self.tree.table[:, first : first + columns.stop - columns.start],
         )
-
-    def _table(self, begin: int, columns: slice) -> tuple[torch.Tensor, slice]:
-        """The part of the table that ``columns`` fill, whose first is the response position ``begin``."""
-        first = begin - self.tree.response[0]
-        return self.tree.table[:, first : first + _length(columns)], columns
 
     def _log_levels(self, levels: list[float], shape: tuple[int, ...]) -> torch.Tensor | None:
         if all(level == 1 for level in levels):
@@ -386,3 +304,9 @@ class _Planner:
         table = torch.zeros(self.tree.table.size(0), len(numbers))
         table[slots[numbers], torch.arange(len(numbers))] = shares[numbers].float()
         return table.to(self.device)
+
+    def _added(self, seen: torch.Tensor) -> torch.Tensor | None:
+        """What is added to the scores so that only ``seen`` is; None where all is."""
+        if bool(seen.all()):
+            return None
+        return torch.zeros(seen.shape).masked_fill_(~seen, float("-inf")).to(self.device)
