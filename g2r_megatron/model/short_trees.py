@@ -18,7 +18,7 @@ from g2r_megatron.model.suffix_rows import SuffixTree
 from g2r_megatron.parallel.microbatches import padded
 
 SHORT_SCORES = 2**16  # of a short tree: computing as many takes as long as the calls for its blocks
-VECTOR = 16  # numbers of a row that the kernel reads at once
+VECTOR = 4  # numbers of a row that the kernel reads at once
 
 
 @dataclass(frozen=True, eq=False)

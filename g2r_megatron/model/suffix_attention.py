@@ -8,9 +8,9 @@ code, and the same bits every time, on CPU and GPU. Kept keys and values get no 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, compress, pairwise
 
 import torch
 
@@ -53,11 +53,10 @@ def _planned(
     row: SuffixRow, window: int | None, share: tuple[int, int], heads: int, device: torch.device
 ) -> tuple[list[ShortTrees], list[Block]]:
     """The row's short trees, if its attention is whole and on a CPU, and the blocks of the others."""
-    trees, short = row.placed_trees, []
-    if share[1] == 1 and device.type == "cpu":
-        short = [placed for placed in trees if is_short(placed[1], heads, window)]
-    others = [placed for placed in trees if placed not in short]
-    return short_trees(short), tree_blocks(others, window, share, device)
+    whole, trees = share[1] == 1 and device.type == "cpu", row.placed_trees
+    short = [whole and is_short(tree, heads, window) for _, tree in trees]
+    others = [placed for placed, is_one in zip(trees, short, strict=True) if not is_one]
+    return short_trees(list(compress(trees, short))), tree_blocks(others, window, share, device)
 
 
 class Scratch:
@@ -78,51 +77,66 @@ class SuffixAttention(torch.autograd.Function):
     """``apply(query, key, value, kept keys [groups, P, d], kept values, short trees, blocks, scale)`` -> like query."""
 
     @staticmethod
-    def forward(
-        ctx, query, key, value, kept_key, kept_value, short: list[ShortTrees], blocks: list[Block], scale: float
-    ):
-        q, own, kept = _grouped(query, key), (key[0], value[0]), (kept_key, kept_value)
-        out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-        sums = torch.full(q.shape[:3], LOWEST, device=q.device)
+    def forward(ctx, query, key, value, kept_key, kept_value, short: list[ShortTrees], blocks: list[Block], scale):
+        out = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
+        sums = torch.full(query.shape[:3], LOWEST, device=query.device)
+        rows = query, key, value, kept_key, kept_value
         for trees in short:
-            found, found_sums = trees.attend(query, key, value, kept_key, kept_value, scale)
-            out.view(query.shape)[:, :, trees.tokens.span] = found
-            sums.view(query.shape[:3])[:, :, trees.tokens.span] = found_sums
-        scratch = Scratch(q.device)
-        for block in blocks:
-            found, found_sums = _look(block, q, *(kept if block.kept else own), scale, scratch)
-            here, here_sums = out[:, :, block.queries], sums[:, :, block.queries]
-            merged = torch.logaddexp(here_sums, found_sums)
-            here.mul_((here_sums - merged).exp().unsqueeze(-1))
-            here.add_(found.mul_((found_sums - merged).exp().unsqueeze(-1)))
-            here_sums.copy_(merged)
-        for block in (block for block in blocks if block.of_attention):
-            _add_attention(block, q, kept_key, sums, scale, scratch)
-        out = out.to(query.dtype).view_as(query)
-        ctx.save_for_backward(query, key, value, kept_key, kept_value, out, sums)
+            here = trees.tokens.span
+            out[:, :, here], sums[:, :, here] = trees.attend(*rows, scale)
+        if blocks:
+            _attend_by_blocks(blocks, *rows, out, sums, scale)
+        out = out.to(query.dtype)
+        ctx.save_for_backward(*rows, out, sums)
         ctx.short, ctx.blocks, ctx.scale = short, blocks, scale
         return out
 
     @staticmethod
     def backward(ctx, gradient):
-        query, key, value, *kept, out, sums = ctx.saved_tensors
-        q, g = _grouped(query, key), _grouped(gradient, key)
-        delta = (g.float() * out.view_as(q)).sum(-1)
-        dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q, key[0], value[0]))
+        rows = ctx.saved_tensors
+        gradients = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in rows[:3]]
         for trees in ctx.short:
-            rows = query, key, value, *kept, out, sums.view(query.shape[:3])
-            for whole, found in zip((dq, dk, dv), trees.attend_backward(gradient, *rows, ctx.scale), strict=True):
-                whole.flatten(0, -3)[:, trees.tokens.span] = found[0]
-        scratch = Scratch(q.device), Scratch(q.device)
-        for block in ctx.blocks:
-            if block.plain and not block.kept and block.table is None and not q.is_cuda:
-                _look_back_at_once(block, q, key[0], value[0], g, out.view_as(q), sums, (dq, dk, dv), ctx.scale)
-                continue
-            of_keys = None if block.kept else (dk, dv)
-            keys, values = kept if block.kept else (key[0], value[0])
-            _look_back(block, q, keys, values, g, sums, delta, dq, of_keys, ctx.scale, scratch)
-        dq = dq.to(query.dtype).view_as(query)
-        return dq, dk.to(key.dtype).unsqueeze(0), dv.to(value.dtype).unsqueeze(0), *[None] * 5
+            for whole, found in zip(gradients, trees.attend_backward(gradient, *rows, ctx.scale), strict=True):
+                whole[:, :, trees.tokens.span] = found
+        if ctx.blocks:
+            _look_back_by_blocks(ctx.blocks, gradient, rows, gradients, ctx.scale)
+        return *(x.to(gradient.dtype) for x in gradients), *[None] * 5
+
+
+def _attend_by_blocks(blocks: list[Block], query, key, value, kept_key, kept_value, out, sums, scale: float) -> None:
+    """Write the result and the log-sum-exps of the blocks' queries to ``out`` (0 before) and ``sums`` (``LOWEST`` before)."""
+    q, own, kept = _grouped(query, key), (key[0], value[0]), (kept_key, kept_value)
+    out, sums = (x[0].unflatten(0, q.shape[:2]) for x in (out, sums))
+    scratch = Scratch(q.device)
+    for block in blocks:
+        found, found_sums = _look(block, q, *(kept if block.kept else own), scale, scratch)
+        here, here_sums = out[:, :, block.queries], sums[:, :, block.queries]
+        merged = torch.logaddexp(here_sums, found_sums)
+        here.mul_((here_sums - merged).exp().unsqueeze(-1))
+        here.add_(found.mul_((found_sums - merged).exp().unsqueeze(-1)))
+        here_sums.copy_(merged)
+    for block in (block for block in blocks if block.of_attention):
+        _add_attention(block, q, kept_key, sums, scale, scratch)
+
+
+def _look_back_by_blocks(blocks: list[Block], gradient, rows: Sequence, gradients, scale: float) -> None:
+    """Add the blocks' parts to ``gradients`` (fp32, like query, key and value), and to the gates' tables.
+
+    ``rows``: what the forward saved.
+    """
+    query, key, value, kept_key, kept_value, out, sums = rows
+    q, g, o = (_grouped(x, key) for x in (query, gradient, out))
+    sums, dq = (x[0].unflatten(0, q.shape[:2]) for x in (sums, gradients[0]))
+    dk, dv = (x[0] for x in gradients[1:])
+    delta = (g.float() * o).sum(-1)
+    scratch = Scratch(q.device), Scratch(q.device)
+    for block in blocks:
+        if block.plain and not block.kept and block.table is None and not q.is_cuda:
+            _look_back_at_once(block, q, key[0], value[0], g, o, sums, (dq, dk, dv), scale)
+        elif block.kept:
+            _look_back(block, q, kept_key, kept_value, g, sums, delta, dq, None, scale, scratch)
+        else:
+            _look_back(block, q, key[0], value[0], g, sums, delta, dq, (dk, dv), scale, scratch)
 
 
 def _grouped(x: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
