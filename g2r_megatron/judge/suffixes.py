@@ -6,7 +6,8 @@ of prefixes and a row of their suffixes (model/suffix_rows.py). One call of the 
 through a stage, one after the other, and passes on both results as one tensor. Each row is padded and divided over
 ranks separately.
 
-A unit that is longer than ``judge.micro_batch_tokens`` has its suffixes in several micro-batches over the same kept keys.
+Each of the two rows has at most ``judge.micro_batch_tokens`` tokens: they run one after the other. A unit with more tokens behind
+its prefix has its suffixes in several micro-batches over the same kept keys.
 """
 
 from collections.abc import Callable, Sequence
@@ -116,10 +117,11 @@ def plan_suffixes(
 ) -> list[SuffixPlan]:
     """This data-parallel replica's micro-batches. All replicas have as many: they may share experts (``replica_plan``)."""
     plans = []
-    for share in balanced_shards([_tokens(unit, inputs) for unit in units], model.groups.dp_size):
+    for share in balanced_shards([unit.prefix + _own_tokens(unit, inputs) for unit in units], model.groups.dp_size):
         mine = [units[i] for i in share]
         plan = []
-        for row in pack_rows([_tokens(unit, inputs) for unit in mine], budget, model.length_multiple):
+        longer = [max(unit.prefix, _own_tokens(unit, inputs)) for unit in mine]
+        for row in pack_rows(longer, budget, model.length_multiple):
             plan += _cut([mine[i] for i in row], inputs, budget)
         plans.append(plan)
     multiple = model.groups.pgs.pp.size() if len(model.chunks) > 1 else 1
@@ -130,12 +132,12 @@ def plan_suffixes(
 
 def planned_tokens(plan: SuffixPlan, inputs: Sequence[JudgeInput]) -> tuple[int, int]:
     """(of the prefixes that a micro-batch runs over, of its trunks and suffixes) without padding."""
-    prefixes = sum(unit.prefix for unit in plan.units)
-    return prefixes, sum(_tokens(unit, inputs) for unit in plan.units) - prefixes
+    return sum(unit.prefix for unit in plan.units), sum(_own_tokens(unit, inputs) for unit in plan.units)
 
 
-def _tokens(unit: SuffixUnit, inputs: Sequence[JudgeInput]) -> int:
-    return unit.prefix + unit.trunk + sum(_length(suffix, inputs) for suffix in unit.suffixes)
+def _own_tokens(unit: SuffixUnit, inputs: Sequence[JudgeInput]) -> int:
+    """Of its trunk and suffixes."""
+    return unit.trunk + sum(_length(suffix, inputs) for suffix in unit.suffixes)
 
 
 def _length(suffix: Suffix, inputs: Sequence[JudgeInput]) -> int:
@@ -144,7 +146,7 @@ def _length(suffix: Suffix, inputs: Sequence[JudgeInput]) -> int:
 
 def _cut(units: list[SuffixUnit], inputs: Sequence[JudgeInput], budget: int) -> list[SuffixPlan]:
     """A row as one micro-batch; a unit that is too long alone in several, each with whole groups."""
-    if len(units) > 1 or units[0].trunk or _tokens(units[0], inputs) <= budget:
+    if len(units) > 1 or units[0].trunk or _own_tokens(units[0], inputs) <= budget:
         return [SuffixPlan(1, units)]
     parts: list[list[list[Suffix]]] = []
     tokens = 0

@@ -8,14 +8,17 @@ code, and the same bits every time, on CPU and GPU. Kept keys and values get no 
 """
 
 import math
-from collections.abc import Iterator
-from itertools import accumulate, pairwise
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import accumulate, compress, pairwise
 
 import torch
 
 from g2r_megatron.model.branch_attention import attend, attend_backward
-from g2r_megatron.model.suffix_rows import Block, SuffixRow, row_blocks
+from g2r_megatron.model.short_trees import ShortTrees, is_short, short_trees
+from g2r_megatron.model.suffix_rows import Block, SuffixRow, tree_blocks
 
+KEPT_PLANS = 8  # rows (of each window) whose masks are kept: those that a pipeline stage has in flight
 LOWEST = torch.finfo(torch.float32).min  # log of a sum over nothing
 CPU_SCORES, GPU_SCORES = 2**19, 2**24  # of a chunk: as many as the CPU's cache holds; enough to fill a GPU
 
@@ -40,9 +43,20 @@ def suffix_attention(
     ``share`` (r, C): the queries are the row's positions r, r + C, .... Padding comes out as 0.
     """
     kept = row.kept.take(layer) if row.kept is not None else (key[0, :, :0], value[0, :, :0])
-    blocks = row_blocks(row, window, share, query.device)
+    short, blocks = _planned(row, window, share, query.size(1), query.device)
     scale = query.size(-1) ** -0.5 if scale is None else scale
-    return SuffixAttention.apply(query, key, value, *kept, blocks, scale)
+    return SuffixAttention.apply(query, key, value, *kept, short, blocks, scale)
+
+
+@lru_cache(maxsize=KEPT_PLANS)
+def _planned(
+    row: SuffixRow, window: int | None, share: tuple[int, int], heads: int, device: torch.device
+) -> tuple[list[ShortTrees], list[Block]]:
+    """The row's short trees, if its attention is whole and on a CPU, and the blocks of the others."""
+    whole, trees = share[1] == 1 and device.type == "cpu", row.placed_trees
+    short = [whole and is_short(tree, heads, window) for _, tree in trees]
+    others = [placed for placed, is_one in zip(trees, short, strict=True) if not is_one]
+    return short_trees(list(compress(trees, short))), tree_blocks(others, window, share, device)
 
 
 class Scratch:
@@ -60,44 +74,69 @@ class Scratch:
 
 
 class SuffixAttention(torch.autograd.Function):
-    """``apply(query, key, value, kept keys [groups, P, d], kept values, blocks of each tree, scale)`` -> like query."""
+    """``apply(query, key, value, kept keys [groups, P, d], kept values, short trees, blocks, scale)`` -> like query."""
 
     @staticmethod
-    def forward(ctx, query, key, value, kept_key, kept_value, trees: tuple[list[Block], ...], scale: float):
-        q, own, kept = _grouped(query, key), (key[0], value[0]), (kept_key, kept_value)
-        out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-        sums = torch.full(q.shape[:3], LOWEST, device=q.device)
-        scratch = Scratch(q.device)
-        for block in (block for blocks in trees for block in blocks):
-            found, found_sums = _look(block, q, *(kept if block.kept else own), scale, scratch)
-            here, here_sums = out[:, :, block.queries], sums[:, :, block.queries]
-            merged = torch.logaddexp(here_sums, found_sums)
-            here.mul_((here_sums - merged).exp().unsqueeze(-1))
-            here.add_(found.mul_((found_sums - merged).exp().unsqueeze(-1)))
-            here_sums.copy_(merged)
-        for block in (block for blocks in trees for block in blocks if block.of_attention):
-            _add_attention(block, q, kept_key, sums, scale, scratch)
-        out = out.to(query.dtype).view_as(query)
-        ctx.save_for_backward(query, key, value, kept_key, kept_value, out, sums)
-        ctx.trees, ctx.scale = trees, scale
+    def forward(ctx, query, key, value, kept_key, kept_value, short: list[ShortTrees], blocks: list[Block], scale):
+        out = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
+        sums = torch.full(query.shape[:3], LOWEST, device=query.device)
+        rows = query, key, value, kept_key, kept_value
+        for trees in short:
+            here = trees.tokens.span
+            out[:, :, here], sums[:, :, here] = trees.attend(*rows, scale)
+        if blocks:
+            _attend_by_blocks(blocks, *rows, out, sums, scale)
+        out = out.to(query.dtype)
+        ctx.save_for_backward(*rows, out, sums)
+        ctx.short, ctx.blocks, ctx.scale = short, blocks, scale
         return out
 
     @staticmethod
     def backward(ctx, gradient):
-        query, key, value, *kept, out, sums = ctx.saved_tensors
-        q, g = _grouped(query, key), _grouped(gradient, key)
-        delta = (g.float() * out.view_as(q)).sum(-1)
-        dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q, key[0], value[0]))
-        scratch = Scratch(q.device), Scratch(q.device)
-        for block in (block for blocks in ctx.trees for block in blocks):
-            if block.plain and not block.kept and block.table is None and not q.is_cuda:
-                _look_back_at_once(block, q, key[0], value[0], g, out.view_as(q), sums, (dq, dk, dv), ctx.scale)
-                continue
-            of_keys = None if block.kept else (dk, dv)
-            keys, values = kept if block.kept else (key[0], value[0])
-            _look_back(block, q, keys, values, g, sums, delta, dq, of_keys, ctx.scale, scratch)
-        dq = dq.to(query.dtype).view_as(query)
-        return dq, dk.to(key.dtype).unsqueeze(0), dv.to(value.dtype).unsqueeze(0), None, None, None, None
+        rows = ctx.saved_tensors
+        gradients = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in rows[:3]]
+        for trees in ctx.short:
+            for whole, found in zip(gradients, trees.attend_backward(gradient, *rows, ctx.scale), strict=True):
+                whole[:, :, trees.tokens.span] = found
+        if ctx.blocks:
+            _look_back_by_blocks(ctx.blocks, gradient, rows, gradients, ctx.scale)
+        return *(x.to(gradient.dtype) for x in gradients), *[None] * 5
+
+
+def _attend_by_blocks(blocks: list[Block], query, key, value, kept_key, kept_value, out, sums, scale: float) -> None:
+    """Write the result and the log-sum-exps of the blocks' queries to ``out`` (0 before) and ``sums`` (``LOWEST`` before)."""
+    q, own, kept = _grouped(query, key), (key[0], value[0]), (kept_key, kept_value)
+    out, sums = (x[0].unflatten(0, q.shape[:2]) for x in (out, sums))
+    scratch = Scratch(q.device)
+    for block in blocks:
+        found, found_sums = _look(block, q, *(kept if block.kept else own), scale, scratch)
+        here, here_sums = out[:, :, block.queries], sums[:, :, block.queries]
+        merged = torch.logaddexp(here_sums, found_sums)
+        here.mul_((here_sums - merged).exp().unsqueeze(-1))
+        here.add_(found.mul_((found_sums - merged).exp().unsqueeze(-1)))
+        here_sums.copy_(merged)
+    for block in (block for block in blocks if block.of_attention):
+        _add_attention(block, q, kept_key, sums, scale, scratch)
+
+
+def _look_back_by_blocks(blocks: list[Block], gradient, rows: Sequence, gradients, scale: float) -> None:
+    """Add the blocks' parts to ``gradients`` (fp32, like query, key and value), and to the gates' tables.
+
+    ``rows``: what the forward saved.
+    """
+    query, key, value, kept_key, kept_value, out, sums = rows
+    q, g, o = (_grouped(x, key) for x in (query, gradient, out))
+    sums, dq = (x[0].unflatten(0, q.shape[:2]) for x in (sums, gradients[0]))
+    dk, dv = (x[0] for x in gradients[1:])
+    delta = (g.float() * o).sum(-1)
+    scratch = Scratch(q.device), Scratch(q.device)
+    for block in blocks:
+        if block.plain and not block.kept and block.table is None and not q.is_cuda:
+            _look_back_at_once(block, q, key[0], value[0], g, o, sums, (dq, dk, dv), scale)
+        elif block.kept:
+            _look_back(block, q, kept_key, kept_value, g, sums, delta, dq, None, scale, scratch)
+        else:
+            _look_back(block, q, key[0], value[0], g, sums, delta, dq, (dk, dv), scale, scratch)
 
 
 def _grouped(x: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

@@ -11,16 +11,15 @@ adds its part to the tree's ``table`` (model/suffix_attention.py). A token's att
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from itertools import count
+from itertools import accumulate, count
 from weakref import WeakValueDictionary
 
 import torch
 
-from g2r_megatron.model.branch_attention import Branches
+from g2r_megatron.model.branch_attention import Runs
 
-KEPT_PLANS = 8  # rows (of each window) whose masks are kept: those that a pipeline stage has in flight
 _numbers = count(1)
 _rows: WeakValueDictionary = WeakValueDictionary()  # number -> KeptKeys or SuffixRow
 
@@ -109,6 +108,12 @@ class SuffixRow:
         """Of every token, as rotary embedding counts them."""
         return [at for tree in self.trees for part in tree.parts for at in range(part.first, part.first + part.length)]
 
+    @property
+    def placed_trees(self) -> list[tuple[int, SuffixTree]]:
+        """The trees, each with where it begins."""
+        lengths = [sum(part.length for part in tree.parts) for tree in self.trees]
+        return list(zip(accumulate(lengths, initial=0), self.trees))
+
 
 @dataclass(frozen=True)
 class Block:
@@ -129,7 +134,7 @@ class Block:
     mask: torch.Tensor | None
     causal: bool = False
     plain: bool = False
-    branches: Branches | None = None
+    branches: Runs | None = None
     columns: slice | None = None
     gated: torch.Tensor | None = None
     log_level: torch.Tensor | None = None
@@ -138,16 +143,11 @@ class Block:
     of_attention: bool = False
 
 
-@lru_cache(maxsize=KEPT_PLANS)
-def row_blocks(
-    row: SuffixRow, window: int | None, share: tuple[int, int], device: torch.device
-) -> tuple[list[Block], ...]:
-    """The blocks of each tree. ``share`` (r, C): the queries here are the row's positions r, r + C, ..."""
-    plans, start = [], 0
-    for tree in row.trees:
-        plans.append(_Planner(tree, start, window, share, device).blocks())
-        start += sum(part.length for part in tree.parts)
-    return tuple(plans)
+def tree_blocks(
+    trees: Sequence[tuple[int, SuffixTree]], window: int | None, share: tuple[int, int], device: torch.device
+) -> list[Block]:
+    """The blocks of ``trees``, each with where it begins. ``share`` (r, C): the queries here are the row's positions r, r + C, ..."""
+    return [block for start, tree in trees for block in _Planner(tree, start, window, share, device).blocks()]
 
 
 class _Planner:
@@ -243,7 +243,7 @@ class _Planner:
         """Each branch looks at itself, as a row of a batch. All of them have the response at the same offset, or none has."""
         parts = self.tree.branches
         behind = self.start + self.offsets[first]
-        batch = Branches.of(0, [part.length for part in parts])
+        batch = Runs.of(0, [part.length for part in parts], self.device)
         longest = torch.arange(batch.rows.size(1))
         distance = longest[:, None] - longest
         seen = (distance >= 0) if self.window is None else (distance >= 0) & (distance <= self.window)
@@ -255,9 +255,7 @@ class _Planner:
             mask=self._added(seen),
             causal=True,
             plain=self.window is None or self.window >= batch.rows.size(1) - 1,
-            branches=replace(
-                batch, **{name: getattr(batch, name).to(self.device) for name in ("rows", "real", "back")}
-            ),
+            branches=batch,
             columns=slice(begin - parts[0].first, end - parts[0].first),
         )
         if self.tree.table is None or begin == end:

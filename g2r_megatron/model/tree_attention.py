@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from g2r_megatron.model.branch_attention import Branches, TreeAttention
+from g2r_megatron.model.branch_attention import Runs, TreeAttention
 from g2r_megatron.model.suffix_attention import suffix_attention
 from g2r_megatron.model.suffix_rows import find_row
 
@@ -159,7 +159,7 @@ class TreeMask:
     queries: tuple[int, int]  # in the prefix, in the branches
     prefix_mask: torch.Tensor | None
     branch_mask: torch.Tensor | None
-    apart: Branches | None = None
+    apart: Runs | None = None
 
 
 @lru_cache(maxsize=KEPT_ROWS)
@@ -184,7 +184,7 @@ def _tree_masks(
         if step == 1 and prefix < length and (window is None or int(tree[2].max()) <= window):
             lengths = torch.unique_consecutive(tree[1, prefix:], return_counts=True)[1].tolist()
             sizes = prefix, length - prefix
-            masks.append(TreeMask(*sizes, sizes, None, None, Branches.of(prefix, lengths)))
+            masks.append(TreeMask(*sizes, sizes, None, None, Runs.of(prefix, lengths)))
             continue
 
         def added(queries: torch.Tensor, keys: torch.Tensor, tree: torch.Tensor = tree) -> torch.Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from g2r_megatron.model import short_trees
 from g2r_megatron.model import suffix_attention as attention_module
 from g2r_megatron.model.suffix_attention import suffix_attention
 from g2r_megatron.model.suffix_rows import KeptKeys, Part, SuffixRow, SuffixTree
@@ -142,23 +143,44 @@ def found(case: Case, ranks: int = 1, dtype=torch.float32):
     return *results, tables[0]
 
 
+@pytest.mark.parametrize("short", [True, False])
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", CASES)
-def test_suffix_attention_equals_a_float_mask_under_autograd(name, ranks):
-    """Results, gradients and the gates' table; alone and as two context parallel ranks."""
+def test_suffix_attention_equals_a_float_mask_under_autograd(monkeypatch, name, ranks, short):
+    """Results, gradients and the gates' table; alone and as two context parallel ranks; short trees together or by blocks."""
+    if not short:
+        monkeypatch.setattr(short_trees, "SHORT_SCORES", 0)
     for a, b in zip(found(CASES[name], ranks), expected(CASES[name]), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["levels", "response in the branches", "trunk", "window"])
+@pytest.mark.parametrize("name", ["branches", "levels", "response in the branches", "trunk", "window"])
 def test_chunks_change_nothing_and_repeat_their_bits(monkeypatch, name):
     """One query at a time gives what all at once give; the same call gives the same bits."""
     whole = found(CASES[name])
     for a, b in zip(whole, found(CASES[name]), strict=True):
         assert torch.equal(a, b)
     monkeypatch.setattr(attention_module, "CPU_SCORES", 1)
+    monkeypatch.setattr(short_trees, "SHORT_SCORES", 0)
     for a, b in zip(whole, found(CASES[name]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def tree_of(case: Case, prefix: int) -> SuffixTree:
+    return SuffixTree(prefix, case.trunk, case.branches, case.response)
+
+
+def test_which_trees_are_short():
+    """Neighbours of nearly the same lengths are one batch. Trees with levels, a trunk, narrow windows or many scores are none."""
+    short = [name for name, case in CASES.items() if short_trees.is_short(tree_of(case, 0), HEADS, case.window)]
+    assert short == ["branches", "one branch"]
+    assert not short_trees.is_short(tree_of(Case(400, [branch(300, 400)], (0, 400)), 0), HEADS, None)
+    small, larger = CASES["branches"], Case(40, [branch(9, 40)], (30, 40))
+    row = [(0, tree_of(small, 0)), (9, tree_of(small, 9)), (18, tree_of(larger, 18)), (27, tree_of(larger, 58))]
+    row.append((40, tree_of(larger, 98)))  # something else is between it and the one before
+    batches = short_trees.short_trees(row)
+    assert [batch.tokens.lengths for batch in batches] == [[9, 9], [9, 9], [9]]
+    assert [batch.prefixes.lengths for batch in batches] == [[9, 9], [40, 40], [40]]
 
 
 def test_bf16_sums_are_taken_in_fp32():
