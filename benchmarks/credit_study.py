@@ -66,18 +66,12 @@ def task_options(task: str) -> list[str]:
     if task == "quickstart":
         return [*options, "--log.samples_every", "25"]
     sys.path.append(str(ROOT / "examples" / task))
+    from make_judge import make_judge
     from make_model import make
 
     # a saved state of this model is 1.6 GB: one at the end of each start, without a copy in memory
-    return [
-        *options,
-        "--policy.model",
-        str(make()),
-        "--checkpoint.save_every",
-        "0",
-        "--checkpoint.asynchronous",
-        "false",
-    ]
+    options += ["--policy.model", str(make()), "--judge.model", str(make_judge(make()))]
+    return [*options, "--checkpoint.save_every", "0", "--checkpoint.asynchronous", "false"]
 
 
 def steps_done(directory: Path) -> int:

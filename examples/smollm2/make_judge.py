@@ -1,6 +1,6 @@
 """Makes the judge of the task: SmolLM2-135M-Instruct, tuned for some minutes to answer the judge prompt.
 
-    python examples/smollm2/make_judge.py [--output DIR] [--steps 150]
+    python examples/smollm2/make_judge.py [--output DIR] [--steps 120]
 
 As it is, the model hardly tells stories apart (docs/probe.md says how to see that of a judge). It writes stories on the training
 topics, the rubric's checks say what is true of each, and the model learns to say so: cross-entropy of its verdicts, in which
@@ -29,8 +29,8 @@ DATA = Path(__file__).parent / "data" / "train.jsonl"
 DIRECTORY = CACHE / "SmolLM2-135M-story-judge"
 STORIES, HELD_OUT = 12, 2  # of a topic, and how many of them only measure the judge
 TOKENS = 48  # of a story, as in config.yaml
-BATCH = 8  # stories, each with all its criteria
-LEARNING_RATE, WARM_UP = 1e-4, 10
+BATCH = 12  # stories, each with all its criteria
+LEARNING_RATE, WARM_UP = 5e-5, 10
 FROZEN_LAYERS = 10  # of 30, the lowest, and the embedding: less to compute
 
 
@@ -129,7 +129,7 @@ def agreement(model, prompt: JudgePrompt, stories: list[Story], criteria: list[s
         print(f"judge: {criterion}: met by {met[:, k].float().mean():.2f}, right {right:.2f}, AUC {above:.2f}")
 
 
-def make_judge(base: Path, output: Path = DIRECTORY, steps: int = 150, seed: int = 1) -> Path:
+def make_judge(base: Path, output: Path = DIRECTORY, steps: int = 120, seed: int = 1) -> Path:
     """``output``, made from the model ``base`` if it is not there."""
     if output.is_dir():
         return output
@@ -159,6 +159,6 @@ def make_judge(base: Path, output: Path = DIRECTORY, steps: int = 150, seed: int
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=DIRECTORY, help="directory to make (%(default)s)")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=120)
     args = parser.parse_args()
     print(make_judge(make(), args.output, args.steps))

@@ -1,8 +1,8 @@
-"""A real pretrained model, end to end on a CPU: make, convert, verify, judge, probe, train with two presets, report.
+"""A real pretrained model, end to end on a CPU: make, convert, verify, judge, probe, tune a judge, train with two presets, report.
 
     python examples/smollm2/run.py [--output DIR] [--steps 2] [options of g2r train]
 
-The same command goes on after an interruption: what is made, converted, judged, probed or trained already is not done again.
+The same command goes on after an interruption: what is made, converted, judged, probed, tuned or trained already is not done again.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from make_judge import make_judge
 from make_model import make
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,11 +59,12 @@ def probe(model: Path, output: Path) -> None:
         g2r("probe", "--judge.model", str(model), "--input", rows, "--output", str(probed), *options)
 
 
-def train(model: Path, output: Path, options: list[str], ranks: int) -> None:
-    """Both presets from the same start, then the report."""
+def train(model: Path, tuned: Path, output: Path, options: list[str], ranks: int) -> None:
+    """Both presets from the same start with the judge ``tuned``, then the report."""
+    models = ["--policy.model", str(model), "--judge.model", str(tuned)]
     for preset in PRESETS:
         print(f"\npreset {preset}", flush=True)
-        own = ["--policy.model", str(model), "--grpo.preset", preset, "--output_dir", str(output / preset)]
+        own = [*models, "--grpo.preset", preset, "--output_dir", str(output / preset)]
         g2r("train", "--config", str(HERE / "config.yaml"), *own, *options, ranks=ranks)
     g2r("report", *(str(output / preset) for preset in PRESETS), "--output", str(output / "report.html"))
 
@@ -77,7 +79,7 @@ def main() -> None:
     convert_and_verify(model, output)
     judge(model, output)
     probe(model, output)
-    train(model, output, options, args.ranks)
+    train(model, make_judge(model), output, options, args.ranks)
 
 
 if __name__ == "__main__":
