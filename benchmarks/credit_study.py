@@ -2,7 +2,7 @@
 
     python benchmarks/credit_study.py                              # 50 steps, seeds 1 2 3; an hour on 2 cores
     python benchmarks/credit_study.py --steps 150 --seeds 1 --variants grpo "gate branch" "gate branch, shuffled"
-    python benchmarks/credit_study.py --task smollm2 --steps 12 --every 2 --at_once 1   # hours; can be stopped at any time
+    python benchmarks/credit_study.py --task smollm2 --steps 20 --every 10               # half an hour to an hour; goes on where it stopped
 
 A variant is the preset `grpo`, `paper` or `robust` with some options of its own. The task is that of examples/quickstart, or
 of examples/smollm2 with a pretrained model. With --every N all runs take N steps before any takes more, so that an unfinished
@@ -71,6 +71,7 @@ def task_options(task: str) -> list[str]:
 
     # a saved state of this model is 1.6 GB: one at the end of each start, without a copy in memory
     options += ["--policy.model", str(make()), "--judge.model", str(make_judge(make()))]
+    options += ["--policy.precision.dtype", "bf16", "--judge.precision.dtype", "bf16"]  # three times as fast with AMX
     return [*options, "--checkpoint.save_every", "0", "--checkpoint.asynchronous", "false"]
 
 

@@ -29,8 +29,8 @@ DATA = Path(__file__).parent / "data" / "train.jsonl"
 DIRECTORY = CACHE / "SmolLM2-135M-story-judge"
 STORIES, HELD_OUT = 12, 2  # of a topic, and how many of them only measure the judge
 TOKENS = 48  # of a story, as in config.yaml
-BATCH = 12  # stories, each with all its criteria
-LEARNING_RATE, WARM_UP = 5e-5, 10
+BATCH = 8  # stories, each with all its criteria
+LEARNING_RATE, WARM_UP = 1e-4, 10
 FROZEN_LAYERS = 10  # of 30, the lowest, and the embedding: less to compute
 
 
