@@ -26,12 +26,12 @@ class CacheContext(StaticInferenceContext):
         super().__init__(sequences, padded(length, block))
         self.block = block
         self._rows = self._positions = torch.empty(0, dtype=torch.int64)
-        self._angles: torch.Tensor | None = None
+        self._turn: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def begin_prompts(self, rows: Sequence[int], device: torch.device) -> None:
         """The next pass is over prompts from position 0; the first ``len(rows)`` of its batch are stored in ``rows``."""
         self.enable_prefill_mode()
-        self._angles = None
+        self._turn = None
         self._rows = torch.tensor(rows, dtype=torch.int64, device=device)
 
     def begin_step(self, positions: Sequence[int], device: torch.device) -> torch.Tensor:
@@ -40,17 +40,22 @@ class CacheContext(StaticInferenceContext):
         This is int64 [rows, 1, positions read]: how far each is behind the row's own. Those below 0 hold nothing yet.
         """
         self.enable_decode_mode()
-        self._angles = None
+        self._turn = None
         self._positions = torch.tensor(positions, device=device)
         self._rows = torch.arange(len(positions), device=device)
         read = padded(max(positions) + 1, self.block)
         return (self._positions.unsqueeze(1) - torch.arange(read, device=device)).unsqueeze(1)
 
-    def angles(self, rotary: torch.Tensor, length: int) -> torch.Tensor:
-        """Of all positions [n, 1, 1, d]: those of this pass, [length, 1, 1, d], or [1, rows, 1, d] in a step."""
-        if self._angles is None:  # the same in every layer
-            self._angles = rotary[self._positions].transpose(0, 1) if self.is_decode_only() else rotary[:length]
-        return self._angles
+    def turn(self, rotary: torch.Tensor, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of this pass's angles: [length, 1, 1, d / 2], or [1, rows, 1, d / 2] in a step.
+
+        ``rotary``: the angles of all positions, fp32 [n, 1, 1, d].
+        """
+        if self._turn is None:  # the same in every layer
+            half = rotary[..., : rotary.size(-1) // 2]
+            angles = half[self._positions].transpose(0, 1) if self.is_decode_only() else half[:length]
+            self._turn = angles.cos().to(dtype), angles.sin().to(dtype)
+        return self._turn
 
     def update(
         self, layer: int, key: torch.Tensor, value: torch.Tensor, allocate: Callable[[int, int], torch.Tensor]

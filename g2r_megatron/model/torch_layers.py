@@ -15,6 +15,7 @@ from megatron.core.transformer.utils import is_layer_window_attention, make_shar
 
 from g2r_megatron.device import local_device
 from g2r_megatron.model.decode_attention import decode_attention, is_cache
+from g2r_megatron.model.elementwise import rms_norm, swiglu
 from g2r_megatron.model.tree_attention import row_attention
 
 
@@ -31,12 +32,6 @@ def _norm_weight(size: int, config) -> torch.nn.Parameter:
     return weight
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 inside, returned in x's dtype."""
-    x32 = x.float()
-    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
-
-
 class RMSNorm(torch.nn.Module):
     """Counterpart of ``TENorm`` with ``normalization="RMSNorm"``; accepts sequence parallelism."""
 
@@ -50,7 +45,33 @@ class RMSNorm(torch.nn.Module):
         return rms_norm(x.contiguous(), self.weight, self.eps)
 
 
-class LayerNormColumnParallelLinear(ColumnParallelLinear):
+class ColumnLinear(ColumnParallelLinear):
+    """Megatron-Core's column-parallel product; a weight that is whole on this rank is multiplied by torch directly."""
+
+    def forward(self, x: torch.Tensor, weight=None, runtime_gather_output=None):
+        if self.tp_group.size() > 1:
+            return super().forward(x, weight, runtime_gather_output)
+        return whole_product(self, x, self.weight if weight is None else weight)
+
+
+class RowLinear(RowParallelLinear):
+    """Megatron-Core's row-parallel product; a weight that is whole on this rank is multiplied by torch directly."""
+
+    def forward(self, x: torch.Tensor):
+        return whole_product(self, x, self.weight) if self.tp_group.size() == 1 else super().forward(x)
+
+
+def whole_product(module: torch.nn.Module, x: torch.Tensor, weight: torch.Tensor):
+    """(x times ``weight``, None), or without the bias, and the bias where ``module`` leaves its addition to others.
+
+    On one rank this is all that Megatron-Core's autograd function does, at a fraction of its cost a call.
+    """
+    if module.skip_bias_add:
+        return F.linear(x, weight), module.bias
+    return F.linear(x, weight, module.bias), None
+
+
+class LayerNormColumnParallelLinear(ColumnLinear):
     """Counterpart of ``TELayerNormColumnParallelLinear``: RMSNorm, then the column-parallel product."""
 
     def __init__(self, input_size: int, output_size: int, *, config, **kwargs):
@@ -74,25 +95,6 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
         )
 
 
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up of x = [gate, up]. Keeps x alone for the backward, half of what autograd would keep."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate) * up
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        x = ctx.saved_tensors[0]
-        out = torch.empty_like(x)
-        (gate, up), (d_gate, d_up) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
-        torch.mul(gradient, F.silu(gate), out=d_up)
-        torch.ops.aten.silu_backward(gradient * up, gate, grad_input=d_gate)
-        return out
-
-
 class SwiGLU:
     """Counterpart of Transformer Engine's activation modules: [..., 2 f] -> [..., f]. Has no weights."""
 
@@ -100,7 +102,7 @@ class SwiGLU:
         pass
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return _SwiGLU.apply(x)
+        return swiglu(x)
 
 
 class SDPACoreAttention(torch.nn.Module):
@@ -166,10 +168,10 @@ class TorchSpecProvider(BackendSpecProvider):
     """The plain torch backend; mirrors Megatron-Core's ``TESpecProvider``."""
 
     def column_parallel_linear(self) -> type:
-        return ColumnParallelLinear
+        return ColumnLinear
 
     def row_parallel_linear(self) -> type:
-        return RowParallelLinear
+        return RowLinear
 
     def fuse_layernorm_and_linear(self) -> bool:
         return True
@@ -184,7 +186,7 @@ class TorchSpecProvider(BackendSpecProvider):
         return SDPACoreAttention
 
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool):
-        return SequentialMLP, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        return SequentialMLP, MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
 
     def activation_func(self) -> type:
         return SwiGLU
