@@ -58,13 +58,18 @@ class CacheContext(StaticInferenceContext):
         return self._turn
 
     def update(
-        self, layer: int, key: torch.Tensor, value: torch.Tensor, allocate: Callable[[int, int], torch.Tensor]
+        self,
+        layer: int,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        allocate: Callable[[int, int], torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store a pass's rotated keys and its values [s, b, ng, hn]; what its queries look at.
 
-        ``allocate(length, sequences)`` makes an empty cache of keys or values.
+        ``allocate(length, sequences)`` makes an empty cache of keys or values; a step needs none.
         """
         if layer not in self.key_value_memory_dict:
+            assert allocate is not None, "prompts come before steps"
             # A block can end after the stored positions. The values there are multiplied by 0, so they must be finite.
             caches = [allocate(self.max_sequence_length, self.max_batch_size).zero_() for _ in range(2)]
             self.key_value_memory_dict[layer] = caches

@@ -27,6 +27,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from g2r_megatron.model.decode_layer import DenseStep
 from g2r_megatron.model.elementwise import rotate, rotate_by
 
 
@@ -89,9 +90,20 @@ def _attention_spec(config, backend: BackendSpecProvider) -> ModuleSpec:
 
 
 class PrefixLayer(TransformerLayer):
-    """A layer that can skip everything after its attention, if only keys and values are needed (``prefix_only``)."""
+    """A layer that can skip everything after its attention, if only keys and values are needed (``prefix_only``).
+
+    Its step over a cache is a ``DenseStep``, if that can be.
+    """
 
     prefix_only = False
+    _step: DenseStep | None = None
+
+    def forward(self, hidden_states, attention_mask=None, *, inference_context=None, rotary_pos_emb=None, **kwargs):
+        if inference_context is None or not inference_context.is_decode_only() or not DenseStep.takes(self):
+            options = dict(inference_context=inference_context, rotary_pos_emb=rotary_pos_emb)
+            return super().forward(hidden_states, attention_mask, **options, **kwargs)
+        self._step = self._step or DenseStep(self)
+        return self._step(hidden_states, attention_mask, rotary_pos_emb, inference_context), None
 
     def _forward_mlp(self, hidden_states, *args, **kwargs):
         return hidden_states if self.prefix_only else super()._forward_mlp(hidden_states, *args, **kwargs)
