@@ -11,7 +11,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from g2r_megatron.model.decode_attention import CacheContext, decode_attention
+from g2r_megatron.model.decode_attention import CacheContext
 from g2r_megatron.model.elementwise import rotate_by, swiglu
 from g2r_megatron.model.torch_layers import LayerNormColumnParallelLinear
 
@@ -47,9 +47,7 @@ class DenseStep:
             query, key = (self._norm(x, weight) for x, weight in zip((query, key), self.head_norms, strict=True))
         turn = cache.turn(rotary, 1, x.dtype)
         keys, values = cache.update(self.attention.layer_number, rotate_by(key, *turn), value)
-        found = decode_attention(
-            rotate_by(query, *turn), keys, values, distances, self.core.window, self.core.softmax_scale
-        )
+        found = self.core(rotate_by(query, *turn), keys, values, distances)
         x = F.linear(found, projection).add_(x)
         return F.linear(swiglu(F.linear(self._norm(x, self.norms[1]), up)), down).add_(x)
 

@@ -57,13 +57,8 @@ class GroupAwareSelfAttention(SelfAttention):
         if context is None:
             query, key = rotate(query, rotary_pos_emb[0]), rotate(key, rotary_pos_emb[1])
             return query, key, value, None, self.attn_mask_type, None
-        turn, dtype = context.turn(rotary_pos_emb[1], key.size(0), key.dtype), key.dtype
-        key, value = context.update(
-            self.layer_number,
-            rotate_by(key, *turn),
-            value,
-            lambda n, b: self._allocate_memory(n, b, self.key_hidden_size, dtype),
-        )
+        turn = context.turn(rotary_pos_emb[1], key.size(0), key.dtype)
+        key, value = context.update(self.layer_number, rotate_by(key, *turn), value)
         mask_type = AttnMaskType.no_mask if context.is_decode_only() else AttnMaskType.causal
         return rotate_by(query, *turn), key, value, None, mask_type, None
 

@@ -123,16 +123,16 @@ class SDPACoreAttention(torch.nn.Module):
     def forward(
         self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None
     ):
-        """``query`` [sq, b, np, hn], ``key``/``value`` [sk, b, ng, hn] -> [sq, b, np * hn].
+        """``query`` [sq, b, np, hn], ``key``/``value`` [sk, b, ng, hn] or caches of them -> [sq, b, np * hn].
 
         ``attention_mask``: None, the structure of a packed row, or distances in a cache (model/decode_attention.py). With
         None attention is causal over whole sequences; a bias or Megatron's packing is refused rather than ignored.
         """
         if attention_bias is not None or packed_seq_params is not None:
             raise ValueError("SDPACoreAttention takes no attention_bias or packed_seq_params")
-        value = value.contiguous()  # a view of the whole QKV projection, which the backward would keep for it
         if attention_mask is not None and is_cache(attention_mask):
             return decode_attention(query, key, value, attention_mask, self.window, self.softmax_scale)
+        value = value.contiguous()  # a view of the whole QKV projection, which the backward would keep for it
         if attention_mask is not None:
             options = self.window, self.softmax_scale, self.cp_group, self.layer_number
             return row_attention(query, key, value, attention_mask, *options)
