@@ -79,9 +79,9 @@ class LayerNormColumnParallelLinear(ColumnLinear):
         self.eps = config.layernorm_epsilon
         self.layer_norm_weight = _norm_weight(input_size, config)
 
-    def forward(self, x: torch.Tensor):
+    def forward(self, x: torch.Tensor, weight=None, runtime_gather_output=None):
         # Under sequence parallelism x is this rank's slice: the norm comes before the gather.
-        return super().forward(rms_norm(x, self.layer_norm_weight, self.eps))
+        return super().forward(rms_norm(x, self.layer_norm_weight, self.eps), weight, runtime_gather_output)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """weight and bias sharded over axis 0, the norm weight replicated."""
