@@ -61,7 +61,7 @@ class RowLinear(RowParallelLinear):
         return whole_product(self, x, self.weight) if self.tp_group.size() == 1 else super().forward(x)
 
 
-def whole_product(module: torch.nn.Module, x: torch.Tensor, weight: torch.Tensor):
+def whole_product(module: ColumnParallelLinear | RowParallelLinear, x: torch.Tensor, weight: torch.Tensor):
     """(x times ``weight``, None), or without the bias, and the bias where ``module`` leaves its addition to others.
 
     On one rank this is all that Megatron-Core's autograd function does, at a fraction of its cost a call.
