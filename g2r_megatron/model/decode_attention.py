@@ -5,7 +5,7 @@ step has a new number. Products and a softmax need no plan, and most of their ti
 read in blocks (``CacheContext``), so that a run has few shapes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
@@ -25,14 +25,15 @@ class CacheContext(StaticInferenceContext):
     def __init__(self, sequences: int, length: int, block: int):
         super().__init__(sequences, padded(length, block))
         self.block = block
-        self._rows = self._positions = torch.empty(0, dtype=torch.int64)
-        self._angles: torch.Tensor | None = None
+        self._rows = self._sources = self._positions = torch.empty(0, dtype=torch.int64)
+        self._turn: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def begin_prompts(self, rows: Sequence[int], device: torch.device) -> None:
-        """The next pass is over prompts from position 0; the first ``len(rows)`` of its batch are stored in ``rows``."""
+    def begin_prompts(self, rows: Sequence[int], sources: Sequence[int], device: torch.device) -> None:
+        """The next pass is over prompts from position 0; its prompt ``sources[i]`` is stored in ``rows[i]``."""
         self.enable_prefill_mode()
-        self._angles = None
+        self._turn = None
         self._rows = torch.tensor(rows, dtype=torch.int64, device=device)
+        self._sources = torch.tensor(sources, dtype=torch.int64, device=device)
 
     def begin_step(self, positions: Sequence[int], device: torch.device) -> torch.Tensor:
         """The next pass is over one token a row, at ``positions``. Returns its ``attention_mask``.
@@ -40,43 +41,45 @@ class CacheContext(StaticInferenceContext):
         This is int64 [rows, 1, positions read]: how far each is behind the row's own. Those below 0 hold nothing yet.
         """
         self.enable_decode_mode()
-        self._angles = None
+        self._turn = None
         self._positions = torch.tensor(positions, device=device)
         self._rows = torch.arange(len(positions), device=device)
         read = padded(max(positions) + 1, self.block)
         return (self._positions.unsqueeze(1) - torch.arange(read, device=device)).unsqueeze(1)
 
-    def angles(self, rotary: torch.Tensor, length: int) -> torch.Tensor:
-        """Of all positions [n, 1, 1, d]: those of this pass, [length, 1, 1, d], or [1, rows, 1, d] in a step."""
-        if self._angles is None:  # the same in every layer
-            self._angles = rotary[self._positions].transpose(0, 1) if self.is_decode_only() else rotary[:length]
-        return self._angles
+    def turn(self, rotary: torch.Tensor, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of this pass's angles: [length, 1, 1, d / 2], or [1, rows, 1, d / 2] in a step.
 
-    def update(
-        self, layer: int, key: torch.Tensor, value: torch.Tensor, allocate: Callable[[int, int], torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ``rotary``: the angles of all positions, fp32 [n, 1, 1, d].
+        """
+        if self._turn is None:  # the same in every layer
+            half = rotary[..., : rotary.size(-1) // 2]
+            angles = half[self._positions].transpose(0, 1) if self.is_decode_only() else half[:length]
+            self._turn = angles.cos().to(dtype), angles.sin().to(dtype)
+        return self._turn
+
+    def update(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store a pass's rotated keys and its values [s, b, ng, hn]; what its queries look at.
 
-        ``allocate(length, sequences)`` makes an empty cache of keys or values.
+        This is what was given, or in a step the caches [rows, ng, length, hn].
         """
         if layer not in self.key_value_memory_dict:
             # A block can end after the stored positions. The values there are multiplied by 0, so they must be finite.
-            caches = [allocate(self.max_sequence_length, self.max_batch_size).zero_() for _ in range(2)]
-            self.key_value_memory_dict[layer] = caches
+            shape = self.max_batch_size, key.size(2), self.max_sequence_length, key.size(3)
+            self.key_value_memory_dict[layer] = [key.new_zeros(shape) for _ in range(2)]
         caches = self.key_value_memory_dict[layer]
-        if not self.is_decode_only():
-            for cache, new in zip(caches, (key, value), strict=True):
-                cache[: new.size(0)].index_copy_(1, self._rows, new[:, : len(self._rows)])
-            return key, value
         for cache, new in zip(caches, (key, value), strict=True):
-            cache[self._positions, self._rows] = new[0]
-        return caches[0], caches[1]
+            if self.is_decode_only():
+                cache[self._rows, :, self._positions] = new[0]
+            else:
+                cache[:, :, : new.size(0)].index_copy_(0, self._rows, new.permute(1, 2, 0, 3)[self._sources])
+        return (caches[0], caches[1]) if self.is_decode_only() else (key, value)
 
     def keep(self, rows: Sequence[int], device: torch.device) -> None:
         """Go on with these rows alone."""
         chosen = torch.tensor(rows, device=device)
         for layer, caches in self.key_value_memory_dict.items():
-            self.key_value_memory_dict[layer] = [cache.index_select(1, chosen) for cache in caches]
+            self.key_value_memory_dict[layer] = [cache.index_select(0, chosen) for cache in caches]
         self.max_batch_size = len(rows)
 
 
@@ -93,17 +96,17 @@ def decode_attention(
     window: int | None,
     scale: float | None,
 ) -> torch.Tensor:
-    """``query`` [1, b, np, hn], caches ``key``/``value`` [>= keys, b, ng, hn] -> [1, b, np * hn].
+    """``query`` [1, b, np, hn], caches ``key``/``value`` [b, ng, >= keys, hn] -> [1, b, np * hn].
 
     ``distances`` [b, 1, keys]: of ``CacheContext.begin_step``; as many keys are read. ``window``: at most so many positions
     back are seen. Scores and their softmax are fp32.
     """
-    keys, (length, b, ng, hn) = distances.size(2), key.shape
+    keys, (b, ng, length, hn) = distances.size(2), key.shape
     if query.size(0) != 1 or query.size(1) != b or distances.size(0) != b or keys > length:
         shapes = f"{tuple(query.shape)} over {tuple(key.shape)}"
         raise ValueError(f"{shapes} is not one position a sequence over {tuple(distances.shape)} keys")
     q = query.reshape(b * ng, -1, hn)  # heads of a group together
-    k, v = (x[:keys].flatten(1, 2).transpose(0, 1) for x in (key, value))  # [b * ng, keys, hn], not copied
+    k, v = (x.flatten(0, 1)[:, :keys] for x in (key, value))  # [b * ng, keys, hn], not copied
     hidden = distances < 0
     if window is not None:
         hidden = hidden | (distances > window)

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.tensor_parallel import (
@@ -28,6 +27,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from g2r_megatron.model.decode_layer import DenseStep
+from g2r_megatron.model.elementwise import rotate, rotate_by
+
 
 @contextmanager
 def _global_tensor_parallel_group(group):
@@ -41,7 +43,9 @@ def _global_tensor_parallel_group(group):
 
 
 class GroupAwareSelfAttention(SelfAttention):
-    """SelfAttention with two changes.
+    """SelfAttention with three changes.
+
+    Queries and keys are rotated in fewer passes over memory (model/elementwise.py).
 
     Its QKV split also works with fewer key-value heads than TP ranks in a model with own groups: Megatron-Core 0.16
     gathers the QKV projection over the *global* TP group in that case. Its cache holds keys as they are read, rotated
@@ -51,14 +55,12 @@ class GroupAwareSelfAttention(SelfAttention):
 
     def _adjust_key_value_for_inference(self, context, query, key, value, rotary_pos_emb, *args, **kwargs):
         if context is None:
-            return super()._adjust_key_value_for_inference(context, query, key, value, rotary_pos_emb, *args, **kwargs)
-        angles, dtype = context.angles(rotary_pos_emb[1], key.size(0)), key.dtype
-        key = apply_rotary_pos_emb(key, angles, config=self.config, cp_group=self.pg_collection.cp)
-        key, value = context.update(
-            self.layer_number, key, value, lambda n, b: self._allocate_memory(n, b, self.key_hidden_size, dtype)
-        )
+            query, key = rotate(query, rotary_pos_emb[0]), rotate(key, rotary_pos_emb[1])
+            return query, key, value, None, self.attn_mask_type, None
+        turn = context.turn(rotary_pos_emb[1], key.size(0), key.dtype)
+        key, value = context.update(self.layer_number, rotate_by(key, *turn), value)
         mask_type = AttnMaskType.no_mask if context.is_decode_only() else AttnMaskType.causal
-        return query, key, value, (angles, None), mask_type, None
+        return rotate_by(query, *turn), key, value, None, mask_type, None
 
     def get_query_key_value_tensors(self, *args, **kwargs):
         if self.config.num_query_groups >= self.world_size:
@@ -83,9 +85,20 @@ def _attention_spec(config, backend: BackendSpecProvider) -> ModuleSpec:
 
 
 class PrefixLayer(TransformerLayer):
-    """A layer that can skip everything after its attention, if only keys and values are needed (``prefix_only``)."""
+    """A layer that can skip everything after its attention, if only keys and values are needed (``prefix_only``).
+
+    Its step over a cache is a ``DenseStep``, if that can be.
+    """
 
     prefix_only = False
+    _step: DenseStep | None = None
+
+    def forward(self, hidden_states, attention_mask=None, *, inference_context=None, rotary_pos_emb=None, **kwargs):
+        if inference_context is None or not inference_context.is_decode_only() or not DenseStep.takes(self):
+            options = dict(inference_context=inference_context, rotary_pos_emb=rotary_pos_emb)
+            return super().forward(hidden_states, attention_mask, **options, **kwargs)
+        self._step = self._step or DenseStep(self)
+        return self._step(hidden_states, attention_mask, rotary_pos_emb, inference_context), None
 
     def _forward_mlp(self, hidden_states, *args, **kwargs):
         return hidden_states if self.prefix_only else super()._forward_mlp(hidden_states, *args, **kwargs)

@@ -11,7 +11,7 @@ then computes nearly the same number of scores. Queries stay where they are, key
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -151,7 +151,7 @@ class TreeMask:
 
     The masks are added to the scores: ``prefix_mask`` [prefix queries, prefix], None for a causal one; ``branch_mask``
     [branch queries, prefix + branches]. If all positions are queries and no window is narrower than the tree, the only
-    mask is ``apart``.
+    mask is ``apart``. ``count``: so many trees without branches, each like this one, follow one another.
     """
 
     prefix: int
@@ -160,6 +160,7 @@ class TreeMask:
     prefix_mask: torch.Tensor | None
     branch_mask: torch.Tensor | None
     apart: Runs | None = None
+    count: int = 1
 
 
 @lru_cache(maxsize=KEPT_ROWS)
@@ -169,7 +170,8 @@ def _tree_masks(
     """The row's trees in order, without the padding. Made once a row, not once a layer: autograd would keep each layer's copy."""
     first, step = share
     rows = torch.frombuffer(bytearray(structure), dtype=torch.int32).view(3, -1)
-    masks, start = [], 0
+    masks: list[TreeMask] = []
+    start = 0
     for number, length in zip(
         *(x.tolist() for x in torch.unique_consecutive(rows[0], return_counts=True)), strict=True
     ):
@@ -181,6 +183,9 @@ def _tree_masks(
         asking = at[(start + at) % step == first]
         in_prefix, in_branches = asking[asking < prefix], asking[asking >= prefix]
         start += length
+        if step == 1 and masks and prefix == length == masks[-1].prefix and not masks[-1].branches:
+            masks[-1] = replace(masks[-1], count=masks[-1].count + 1)
+            continue
         if step == 1 and prefix < length and (window is None or int(tree[2].max()) <= window):
             lengths = torch.unique_consecutive(tree[1, prefix:], return_counts=True)[1].tolist()
             sizes = prefix, length - prefix
@@ -206,14 +211,17 @@ def _tree_masks(
 
 def _tree_by_tree(query, key, value, trees: tuple[TreeMask, ...], scale: float | None) -> torch.Tensor:
     gqa = query.size(1) != key.size(1)
-    asking = [sum(tree.queries) for tree in trees]
-    lengths = [tree.prefix + tree.branches for tree in trees]
+    asking = [tree.count * sum(tree.queries) for tree in trees]
+    lengths = [tree.count * (tree.prefix + tree.branches) for tree in trees]
     out, padding = [], query.size(2) - sum(asking)
     some, seen = query[:, :, : sum(asking)], slice(0, sum(lengths))
     split = some.split(asking, dim=2), key[:, :, seen].split(lengths, dim=2), value[:, :, seen].split(lengths, dim=2)
     for tree, q, k, v in zip(trees, *split, strict=True):
         if tree.apart is not None:
             out.append(TreeAttention.apply(q, k, v, tree.apart, scale))
+            continue
+        if tree.count > 1:
+            out.append(_as_batch(q, k, v, tree, scale))
             continue
         q_prefix, q_branches = q.split(tree.queries, dim=2)
         k_prefix, v_prefix = (k, v) if not tree.branches else (k[:, :, : tree.prefix], v[:, :, : tree.prefix])
@@ -233,6 +241,14 @@ def _tree_by_tree(query, key, value, trees: tuple[TreeMask, ...], scale: float |
     if not trees:
         return query * 0.0  # padding alone; recompute needs a result that has a gradient
     return torch.cat([*out, torch.zeros_like(query[:, :, :padding])], dim=2)
+
+
+def _as_batch(query, key, value, tree: TreeMask, scale: float | None) -> torch.Tensor:
+    """Attention of ``tree.count`` sequences of one length in one call, [1, heads, count * length, d]."""
+    q, k, v = (x.unflatten(2, (tree.count, -1)).squeeze(0).transpose(0, 1) for x in (query, key, value))
+    mask, gqa = tree.prefix_mask, q.size(1) != k.size(1)
+    found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa)
+    return found.transpose(0, 1).flatten(1, 2).unsqueeze(0)
 
 
 # GPU: one FlexAttention call a row, which skips the blocks that no query sees.

@@ -4,6 +4,7 @@ The export at the end of a run uses it, and anything else that needs the current
 """
 
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,12 +28,18 @@ class _Assembly:
         self._open: dict[str, tuple[torch.Tensor, int]] = {}  # name -> (tensor, elements still missing)
 
     def add(self, name: str, tp: int, rank: int, shard: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """Put in the shard of parameter ``name`` that TP rank ``rank`` holds; yields (HF name, tensor) now whole."""
+        """Put in the shard of parameter ``name`` that TP rank ``rank`` holds; yields (HF name, tensor) now whole.
+
+        A tensor that lies in the shard as it is, is a part of its memory and not copied.
+        """
         offset = 0
         for piece in pieces(self._hf, name, tp, rank, shard.size(0)):
             rows = piece.rows[1] - piece.rows[0]
             part = shard.narrow(0, offset, rows)
             offset += rows
+            if piece.columns is None and part.numel() == math.prod(self._shapes[piece.hf]):
+                yield piece.hf, part.view(self._shapes[piece.hf])
+                continue
             if piece.hf not in self._open:
                 tensor = torch.empty(self._shapes[piece.hf], dtype=shard.dtype, device=shard.device)
                 self._open[piece.hf] = (tensor, tensor.numel())
@@ -70,6 +77,8 @@ def _shards(model: MegatronModel, name: str, parameter: torch.Tensor) -> list[tu
 def stage_tensors(model: MegatronModel) -> Iterator[tuple[str, torch.Tensor]]:
     """(HF name, tensor) of this pipeline stage, one at a time (collective over its TP and expert ranks).
 
+    A tensor can be a part of the model's own memory, and changes with it.
+
     The tied output copy of a last stage is left out: it is the embedding.
     """
     assembly = _Assembly(model.hf)
@@ -82,6 +91,8 @@ def stage_tensors(model: MegatronModel) -> Iterator[tuple[str, torch.Tensor]]:
 
 def iterate_hf_tensors(model: MegatronModel) -> Iterator[tuple[str, torch.Tensor]]:
     """(HF name, CPU tensor) of the whole model on global rank 0, one at a time; other ranks yield nothing.
+
+    On a CPU a tensor can be a part of the model's own memory, and changes with it.
 
     Collective: every rank must exhaust it. Stages send to the first stage over the pipeline group of replica 0.
     """

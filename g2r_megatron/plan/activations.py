@@ -45,10 +45,8 @@ def _shard(layout: Layout) -> float:
 
 
 def _norm_keeps(width: float, kind: Kind) -> float:
-    """RMSNorm and the product after it: the norm's input (in fp32 in plain torch), and what weight gradients need."""
-    if kind.te:
-        return kind.a * width * (2 if kind.trains else 1)
-    return (FP32 + (2 * kind.a if kind.trains else 0)) * width
+    """RMSNorm and the product after it: the norm's input and its scale, and what weight gradients need."""
+    return kind.a * width * (2 if kind.trains else 1) + FP32
 
 
 def _attention_keeps(g: Geometry, layout: Layout, kind: Kind) -> float:
@@ -57,7 +55,7 @@ def _attention_keeps(g: Geometry, layout: Layout, kind: Kind) -> float:
     values = q + 2 * k if kind.te else k
     # rotated queries and keys, the result, and its log-sum-exp
     kept = _norm_keeps(g.hidden * _shard(layout), kind) + a * (values + (q + k) + q) + FP32 * q / g.head_dim
-    return kept + 4 * a * g.head_dim  # cosines and sines, for queries and keys
+    return kept + 2 * a * g.head_dim  # cosines and sines of half as many angles, for queries and keys
 
 
 def qk_norm_keeps(g: Geometry, layout: Layout, kind: Kind) -> float:
@@ -65,7 +63,7 @@ def qk_norm_keeps(g: Geometry, layout: Layout, kind: Kind) -> float:
     q, k = g.heads * g.head_dim / layout.tp, g.kv_heads * g.head_dim / layout.tp
     if kind.te:
         return kind.a * q  # keys are a part of the QKV product
-    return (FP32 + (kind.a if kind.trains else 0)) * (q + k)
+    return kind.a * (q + k) + FP32 * (q + k) / g.head_dim
 
 
 def mlp_keeps(g: Geometry, layout: Layout, kind: Kind) -> float:
@@ -97,7 +95,8 @@ def layer_work(g: Geometry, topk: int, layout: Layout, kind: Kind, moe: bool, ba
     q, k = g.heads * g.head_dim / layout.tp, g.kv_heads * g.head_dim / layout.tp
     f = topk * share * (g.hidden + g.expert_ffn) if moe else g.ffn / layout.tp
     stream = 4 * g.hidden * share + (g.hidden if layout.sp else 0)  # residual, norm (and gathered)
-    return a * (stream + max(4 * f, 3 * q + 3 * k)) + (a * f if backward else 0)
+    products = (4 if moe else 3) * f  # gate, up and their product; copies of tokens for experts
+    return a * (stream + max(products, 3 * q + 3 * k)) + (a * f if backward else 0)
 
 
 def stage_keeps(g: Geometry, topk: int, qk_norm: bool, stage: Stage, layout: Layout, kind: Kind) -> float:

@@ -26,10 +26,10 @@ from g2r_megatron.plan.workload import (
 
 # Operations of a decoding step that are more than views, counted in plain torch layers (test_plan_memory.py).
 # Transformer Engine's operations do several of these at once, but its modules take as much host time.
-LAYER_OPERATIONS = 69
-QK_NORM_OPERATIONS = 16
-EXPERTS_OPERATIONS = 66
-STEP_OPERATIONS = 36
+LAYER_OPERATIONS = 51
+QK_NORM_OPERATIONS = 17
+EXPERTS_OPERATIONS = 67
+STEP_OPERATIONS = 41
 LATENCY = 20e-6  # seconds of one small collective
 ATTENTION_BACKWARD = 2.5  # products of attention's backward to those of its forward (it computes the scores again)
 
@@ -231,8 +231,8 @@ def rollout_phase(job: Job, sampling: Rollout, model: PlannedModel, is_replayed:
     layers are one captured graph, as vLLM's, which the host launches at once.
     """
     hardware = job.config.hardware
-    tokens, count = math.ceil(sampling.sequences * sampling.first), sampling.batches * sampling.steps
-    phase = run_phase(job, "rollout", model, Passes(sampling.batches, tokens, sampling.first / 2, 1), False)
+    tokens, count = math.ceil(sampling.prompts * sampling.read), sampling.batches * sampling.steps
+    phase = run_phase(job, "rollout", model, Passes(sampling.batches, tokens, sampling.read / 2, 1), False)
     memory = hardware.memory_gb_s * 1e9 * hardware.memory_use
     # logits in fp32 and fp64, written and read
     step = (

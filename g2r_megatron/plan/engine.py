@@ -42,6 +42,5 @@ def engine_rollout(work: Workload, config: PlanConfig, ranks: int) -> Rollout:
     share = math.ceil(math.ceil(work.responses / work.parts) / ranks)
     batches = math.ceil(share / config.rollout.batch_size)
     mean = work.prompt * (1 - config.prompt_spread / 2)
-    return Rollout(
-        work.parts * batches, min(share, config.rollout.batch_size), work.prompt, work.response, mean, work.response
-    )
+    sequences = min(share, config.rollout.batch_size)
+    return Rollout(work.parts * batches, sequences, sequences, work.prompt, work.response, mean)

@@ -94,7 +94,7 @@ def rollout_bytes(model: PlannedModel, stage: int, sampling: Rollout) -> dict[st
     """The KV cache, and the prompts' pass (without sequence parallelism) or the drawing of tokens."""
     g, layout = model.geometry, replace(model.layout, sp=False)
     cache = activations.kv_cache_bytes(g, model.stages[stage], layout, model.kind, sampling.sequences, sampling.length)
-    # prompts at the limit, all of one length
+    # prompts at the limit, each with one response, as in an evaluation
     prefill = sampling.sequences * sampling.prompt * model.works(stage, backward=False, layout=layout)
     drawing = sampling.sequences * g.vocab * (model.kind.a + SAMPLING) if model.logits_here(stage) else 0
     return {"KV cache": cache, "activations": max(prefill, drawing)}

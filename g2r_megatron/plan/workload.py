@@ -195,19 +195,23 @@ def _judge_passes(config: PlanConfig, ranks: int, count: int, length: int, conte
 
 @dataclass(frozen=True)
 class Rollout:
-    """Sampling on one replica as rollout/megatron.py does it: ``batches`` of ``sequences`` decoded together.
+    """Sampling on one replica as rollout/megatron.py does it, with all responses at the limit.
 
-    A batch begins with one pass over ``first`` tokens, as many as its shortest prompt has. It then takes ``steps``: the
-    further tokens of its longest prompt, and the response. ``prompt``, ``response``: the limits. ``first`` and
-    ``steps`` are means.
+    ``sequences`` are decoded together. As they end together, the waiting ones come in together: ``batches`` times.
+    A batch begins with passes over ``prompts`` different prompts, each padded to ``read`` tokens on average, and takes
+    ``steps``, one a token of the responses. ``prompt``, ``response``: the limits.
     """
 
     batches: int
     sequences: int
+    prompts: int
     prompt: int
     response: int
-    first: float
-    steps: float
+    read: float
+
+    @property
+    def steps(self) -> int:
+        return self.response
 
     @property
     def length(self) -> int:
@@ -220,16 +224,17 @@ class Rollout:
 
     @property
     def context(self) -> float:
-        """Positions of the cache that a step reads, on average; whole blocks."""
-        return min(self.first + self.steps / 2 + self.block / 2, self.length)
+        """Positions of the cache that a step reads, on average: up to the longest sequence of the batch, in whole blocks."""
+        return min(self.read + self.steps / 2 + self.block / 2, self.length)
 
 
 def rollout(work: Workload, config: PlanConfig, ranks: int) -> Rollout:
     """Prompts are sorted by length and dealt out, so that a batch has its share of their ``config.prompt_spread``."""
-    size = config.rollout.batch_size
-    share = math.ceil(math.ceil(work.responses / work.parts) / data_parallel_size(config.policy.layout, ranks))
+    size, dp = config.rollout.batch_size, data_parallel_size(config.policy.layout, ranks)
+    share = math.ceil(math.ceil(work.responses / work.parts) / dp)
     sequences = padded(min(share, size), FP8_TOKENS[config.policy.precision.fp8])
     batches = math.ceil(share / size)
-    uneven = config.prompt_spread * work.prompt / batches  # longest less shortest prompt of a batch
-    first = work.prompt - uneven * (batches + 1) / 2
-    return Rollout(work.parts * batches, sequences, work.prompt, work.response, first, uneven + work.response)
+    of_a_prompt = math.ceil(config.rollout.responses_per_prompt / dp)  # of its responses, on this replica
+    prompts = min(sequences, 1 << (math.ceil(min(share, size) / of_a_prompt) - 1).bit_length())
+    longest = work.prompt * (1 - config.prompt_spread * (batches - 1) / (2 * batches))  # of a batch, on average
+    return Rollout(work.parts * batches, sequences, prompts, work.prompt, work.response, longest)

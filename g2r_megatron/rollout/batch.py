@@ -68,21 +68,26 @@ class Batch:
     def begun_after_refill(self) -> int:
         return self.begun + self._coming * self.wants_refill
 
-    def refill(self) -> tuple[list[int], list[list[int]]]:
-        """Begin requests that wait, in rows that are done: (these rows, as many prompts or more, the rest as filling).
+    def refill(self) -> tuple[list[int], list[int], list[list[int]]]:
+        """Begin requests that wait, in rows that are done: (these rows, the prompt of each by its number, the prompts).
 
-        The number of prompts takes two values: the first time as many as there are rows, then ``refill_size``.
+        A prompt that several of the rows begin with is there once. The number of prompts, some of them filling, is a power
+        of two, or as many as there could be: all rows at first, then ``refill_size``.
         """
         size = self.refill_size if self.begun else len(self.rows)
         free = [i for i, row in enumerate(self.rows) if row.done][: self._coming]
+        numbers: dict[tuple[int, ...], int] = {}
+        sources = []
         for i in free:
             number = self.waiting.popleft()
             request = self.requests[number]
             u = uniforms(request.key, self.limit).tolist()
             self.rows[i] = Row(number, list(request.prompt_ids), len(request.prompt_ids), u, done=False)
+            sources.append(numbers.setdefault(tuple(request.prompt_ids), len(numbers)))
         self.begun += len(free)
-        prompts = [self.rows[i].ids for i in free] or [self.requests[0].prompt_ids]
-        return free, prompts + [prompts[-1]] * (size - len(prompts))
+        prompts = [list(prompt) for prompt in numbers] or [self.requests[0].prompt_ids]
+        count = min(padded(1 << (len(prompts) - 1).bit_length(), self.multiple), size)
+        return free, sources, prompts + [prompts[-1]] * (count - len(prompts))
 
     def shrink(self) -> list[int] | None:
         """The rows to go on with, half of them, when no request waits and no more are needed; else None."""

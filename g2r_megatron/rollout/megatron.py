@@ -123,9 +123,9 @@ class MegatronRolloutEngine:
         return largest.tolist()
 
     def _read_prompts(self, batch: Batch, context: CacheContext) -> None:
-        """A pass over the prompts that come into the batch: their keys and values go into the cache."""
-        rows, prompts = batch.refill()
-        context.begin_prompts(rows, local_device())
+        """A pass over the prompts that come into the batch, each of them once: their keys and values go into the cache."""
+        rows, sources, prompts = batch.refill()
+        context.begin_prompts(rows, sources, local_device())
         length = min(few_length(max(map(len, prompts))), context.max_sequence_length)
         self._forward([prompt + [0] * (length - len(prompt)) for prompt in prompts], None, context)
 

@@ -24,7 +24,7 @@ from tiny_models import build_tiny_hf
 QWEN7B = Geometry(28, 3584, 28, 4, 128, 18944, 152064, False)
 LONG = dict(layers=28, row_tokens=8126, verdicts=33, bytes_per_number=2)
 LAYERS, PREFIX, BRANCHES, BRANCH = (1, 3), 200, 4, 20
-FORMULA_EXCESS = 1.2  # it counts query and key norms, which a Llama does not have
+FORMULA_EXCESS = 1.3  # it counts query and key norms, which a Llama does not have, and cosines and sines twice
 
 
 @pytest.fixture(scope="module")

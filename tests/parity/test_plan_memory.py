@@ -131,6 +131,9 @@ def update_memory(directory: str, case: Case) -> dict[str, tuple[float, float]]:
     forward, update = LiveBytes(existing), LiveBytes(existing)
     with forward:
         old = trainer.log_probs(sequences, [rows])
+    model.config.finalize_model_grads_func = (
+        None  # one rank has no others' gradients to add; gloo copies the buffer for it
+    )
     with update:
         trainer.gradients(sequences, rows, [torch.randn(RESPONSE) for _ in rows], old, None)
     return {

@@ -104,12 +104,19 @@ def test_a_script_with_processes_of_its_own(tmp_path, monkeypatch, script):
 @pytest.mark.timeout(900)  # a start of Python with TRL
 def test_the_benchmark_beside_trl():
     """In a process of its own: transformers' Trainer would take the ranks of a test for its own."""
-    sizes = ["--prompts", "1", "--group", "2", "--tokens", "3", "--steps", "2"]
+    sizes = ["--prompts", "1", "--group", "2", "--tokens", "3", "--steps", "2", "--judge_items", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "benchmarks/grpo_step.py", *sizes]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800, check=False)
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()[-3:]] == ["sample", "step", "update"]
+    assert [line.split()[0] for line in done.stdout.splitlines()[-4:]] == ["sample", "judge", "step", "update"]
+
+
+def test_the_benchmark_of_engines_with_many_lengths(worlds):
+    """Both engines make responses of the lengths that were drawn: else the script ends with an error."""
+    sizes = ["--mixed", "--prompts", "5", "--slots", "2", "--tokens", "6", "--rounds", "1"]
+    (printed,) = worlds[1].run(run_main, "benchmarks/rollout.py", [*sizes, "--engines", "megatron", "transformers"])
+    assert "2 at a time" in printed and "Megatron engine" in printed and "of transformers" in printed
 
 
 def test_every_script_has_its_run():

@@ -54,13 +54,14 @@ def sequences_of(tree) -> list[list[int]]:
 
 
 def random_row(seed: int):
-    """(trees, structure of a padded row, row offset of each tree); some trees are single sequences."""
+    """(trees, structure of a padded row, row offset of each tree); some trees are single sequences, also of one length."""
     numbers = random.Random(seed)
     trees, items = [], 0
     for _ in range(numbers.randrange(1, 5)):
         inputs = criteria_last(numbers, numbers.choice([1, 1, 2, 5]))
-        trees += build_trees(inputs, LONG, items)
-        items += len(inputs)
+        for _ in range(numbers.choice([1, 3]) if len(inputs) == 1 else 1):
+            trees += build_trees(inputs, LONG, items)
+            items += len(inputs)
     tokens = sum(len(tree.ids) for tree in trees)
     offsets = [sum(len(tree.ids) for tree in trees[:k]) for k in range(len(trees))]
     return trees, row_structure([tree.shape for tree in trees], tokens + numbers.randrange(4)), offsets
