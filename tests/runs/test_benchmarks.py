@@ -66,6 +66,7 @@ ELSEWHERE = {  # script -> the test that runs it
     "examples/smollm2/run.py": "tests/runs/test_smollm2.py",
     "examples/smollm2/make_model.py": "tests/runs/test_smollm2.py",
     "examples/smollm2/make_data.py": "tests/unit/test_smollm2_data.py",
+    "examples/smollm2/make_judge.py": "tests/unit/test_smollm2_judge.py",
     "examples/quickstart/make_data.py": "tests/unit/test_quickstart_task.py",
     "examples/quickstart/task.py": "tests/unit/test_quickstart_task.py",
     "examples/toy_models.py": "tests/runs/test_benchmarks.py",
