@@ -46,7 +46,7 @@ def judge_activation_bytes(
     mlp = 2 * g.ffn / tp
     if g.experts:
         mlp = max(whole + 3 * g.experts_per_token * g.expert_ffn / etp, mlp if g.dense_layers else 0)
-    kept = 2 * whole + 3 * attention + 4 * g.head_dim + mlp  # of a layer, a token
+    kept = 2 * whole + 3 * attention + 2 * g.head_dim + mlp  # of a layer, a token
     if cp > 1:
         kept += 2 * max(g.kv_heads, tp) * g.head_dim / tp * cp  # keys and values of the whole row
     at_work = 4 * whole + 2 * attention + mlp
