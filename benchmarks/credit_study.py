@@ -2,7 +2,7 @@
 
     python benchmarks/credit_study.py                              # 50 steps, seeds 1 2 3; an hour on 2 cores
     python benchmarks/credit_study.py --steps 150 --seeds 1 --variants grpo "gate branch" "gate branch, shuffled"
-    python benchmarks/credit_study.py --task smollm2 --steps 20 --every 10               # half an hour to an hour; goes on where it stopped
+    python benchmarks/credit_study.py --task smollm2 --steps 12                          # half an hour; goes on where it stopped
 
 A variant is the preset `grpo`, `paper` or `robust` with some options of its own. The task is that of examples/quickstart, or
 of examples/smollm2 with a pretrained model. With --every N all runs take N steps before any takes more, so that an unfinished
