@@ -110,6 +110,10 @@ def test_every_command_is_a_target_or_is_tried(words):
         assert done.returncode == 0, done.stderr
     elif words[0] == "source":
         assert f"VENV := {words[1].removesuffix('/bin/activate')}\n" in (ROOT / "Makefile").read_text()
+    elif words[0] == "python":  # an hour: what it does, test_smollm2.py tries on a small scale
+        with pytest.raises(SystemExit) as ended:
+            run_main(words[1], [*words[2:], "--help"])
+        assert ended.value.code == 0
     else:
         assert any(words[: len(known)] == list(known) for known in TRIED_BELOW), "no test of this command"
 
