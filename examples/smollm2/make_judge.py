@@ -10,13 +10,12 @@ the stories that meet a criterion weigh as much as those that do not. What is th
 import argparse
 import random
 import re
-import tempfile
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from make_model import CACHE, make
+from make_model import CACHE, made_whole, make
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from g2r_megatron.config.options import JudgeConfig
@@ -150,12 +149,9 @@ def make_judge(base: Path, output: Path = DIRECTORY, steps: int = 150, seed: int
         held += stories[:HELD_OUT]
     tune(model, prompt, learned, steps, seed)
     agreement(model, prompt, held, [item.criterion for item in queries[0].rubric])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent) as directory:
-        whole = Path(directory, "model")
-        model.save_pretrained(whole)
-        tokenizer.save_pretrained(whole)
-        whole.rename(output)
+    with made_whole(output) as directory:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
     return output
 
 

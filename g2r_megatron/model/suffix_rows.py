@@ -91,6 +91,10 @@ class SuffixTree:
     def parts(self) -> list[Part]:
         return ([self.trunk] if self.trunk else []) + self.branches
 
+    @property
+    def tokens(self) -> int:
+        return sum(part.length for part in self.parts)
+
 
 @dataclass(frozen=True, eq=False)
 class SuffixRow:
@@ -111,8 +115,7 @@ class SuffixRow:
     @property
     def placed_trees(self) -> list[tuple[int, SuffixTree]]:
         """The trees, each with where it begins."""
-        lengths = [sum(part.length for part in tree.parts) for tree in self.trees]
-        return list(zip(accumulate(lengths, initial=0), self.trees))
+        return list(zip(accumulate((tree.tokens for tree in self.trees), initial=0), self.trees))
 
 
 @dataclass(frozen=True)

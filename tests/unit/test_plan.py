@@ -306,15 +306,7 @@ def test_vllm_is_planned_as_it_runs(plan):
     assert 0 < vllm["phases"][0]["seconds"] < megatron["phases"][0]["seconds"] and vllm["phases"][0]["tp_bytes"] == 0
     _, held = planned("--rollout.engine", "vllm", "--rollout.vllm.options", "{gpu_memory_utilization: 0.01}")
     assert held["vLLM engine"] == pytest.approx(2 * 8.19e9, rel=0.01)  # its weights alone are more
-    servers = [
-        "--rollout.engine",
-        "vllm",
-        "--rollout.vllm.mode",
-        "servers",
-        "--rollout.vllm.urls",
-        '["http://127.0.0.1:1"]',
-    ]
-    found, held = planned(*servers)
+    found, held = planned(*ON_SERVERS)
     assert held == {} and found["phases"][0]["seconds"] == 0 and any("servers" in note for note in found["notes"])
 
 
