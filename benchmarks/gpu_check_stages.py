@@ -172,12 +172,22 @@ def update(model: MegatronModel, sizes: Sizes) -> dict[str, torch.Tensor]:
     return {"gradient": gradient.cpu(), "change": (after - before).cpu(), "ratio": ratio}
 
 
-def computed(hf: HFModel, sizes: Sizes, dtype: str, spec: str) -> dict[str, torch.Tensor]:
-    """Everything that is compared, of one number format and kind of layers."""
-    found = {"logits": all_logits(built(hf, dtype, spec), sizes), "credit": credit(built(hf, dtype, spec), sizes)}
-    for queries in ("branch", "all"):
-        found[f"gate {queries}"] = gate_credit(built(hf, dtype, spec), sizes, queries)
-    return found | update(built(hf, dtype, spec), sizes)
+def computed(hf: HFModel, sizes: Sizes, dtype: str, spec: str, report: Report | None = None) -> dict[str, torch.Tensor]:
+    """Everything that is compared, of one number format and kind of layers; ``report`` takes the seconds of each part."""
+    parts: dict[str, Callable[[MegatronModel], dict[str, torch.Tensor]]] = {
+        "logits": lambda model: {"logits": all_logits(model, sizes)},
+        "credit": lambda model: {"credit": credit(model, sizes)},
+        "gate branch": lambda model: {"gate branch": gate_credit(model, sizes, "branch")},
+        "gate all": lambda model: {"gate all": gate_credit(model, sizes, "all")},
+        "update": lambda model: update(model, sizes),
+    }
+    found: dict[str, torch.Tensor] = {}
+    for name, part in parts.items():
+        start = time.perf_counter()
+        found |= part(built(hf, dtype, spec))
+        if report is not None:
+            report.figure(f"{dtype} {spec}: {name}, with compilation", time.perf_counter() - start, "s")
+    return found
 
 
 # ---- stages -----------------------------------------------------------------------------------------------------------
@@ -189,7 +199,7 @@ def parity(report: Report, sizes: Sizes, directory: Path) -> None:
     command = [sys.executable, __file__, "on_cpu", "--output", str(file), "--model", str(directory / "model")]
     command += ["--dry-run"] if sizes is DRY else []
     with subprocess.Popen(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}) as process:
-        found = computed(open_hf_model(str(directory / "model"), "policy.model"), sizes, "fp32", "torch")
+        found = computed(open_hf_model(str(directory / "model"), "policy.model"), sizes, "fp32", "torch", report)
         if process.wait():
             raise RuntimeError(f"the CPU's process ended with {process.returncode}")
     expected = load_file(file)
@@ -204,12 +214,12 @@ def parity(report: Report, sizes: Sizes, directory: Path) -> None:
 def formats(report: Report, sizes: Sizes, directory: Path) -> None:
     """bf16 in both kinds of layers against fp32 in plain torch."""
     hf = open_hf_model(str(directory / "model"), "policy.model")
-    exact = computed(hf, sizes, "fp32", "torch")
+    exact = computed(hf, sizes, "fp32", "torch", report)
     for spec in ("torch", "te"):
         if spec == "te" and (on_cpu() or find_spec("transformer_engine") is None):
             report.note("Transformer Engine is not installed, or there is no GPU: its layers are not checked")
             continue
-        found = computed(hf, sizes, "bf16", spec)
+        found = computed(hf, sizes, "bf16", spec, report)
         name = f"bf16 {spec}"
         report.figure(f"{name}: logits, relative error", relative(found["logits"], exact["logits"]), at_most=0.05)
         for kind in CREDIT:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks a machine with one GPU in at most 8 minutes, installing nothing: is it right, and how fast is it?
+# Checks a machine with one GPU in at most 12 minutes, installing nothing: is it right, and how fast is it?
 #
 #   tools/gpu_check.sh [--output DIR] [--only STAGE,...] [--dry-run]
 #

@@ -251,7 +251,9 @@ def _as_batch(query, key, value, tree: TreeMask, scale: float | None) -> torch.T
     return found.transpose(0, 1).flatten(1, 2).unsqueeze(0)
 
 
-# GPU: one FlexAttention call a row, which skips the blocks that no query sees.
+# GPU: one FlexAttention call a row, which skips the blocks that no query sees. Always by its general kernel: the one for
+# decoding, which torch takes for rows of fewer than 128 positions, refuses 65 of them with grouped queries.
+KERNEL = {"BACKEND": "TRITON"}
 
 
 @lru_cache(maxsize=KEPT_ROWS)
@@ -282,4 +284,5 @@ def _flex(query, key, value, structure: torch.Tensor, window: int | None, scale:
     """The same by FlexAttention; on the CPU (tests) its plain form, which builds all scores."""
     mask = _block_mask(structure.numpy().tobytes(), window, query.device, share)
     attend = _compiled_flex() if query.is_cuda else flex_attention
-    return attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=query.size(1) != key.size(1))
+    gqa = query.size(1) != key.size(1)
+    return attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=gqa, kernel_options=KERNEL)

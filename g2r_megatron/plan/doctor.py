@@ -44,7 +44,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Package:
-    """A package to import: ``needed`` "always", "gpu" (on a machine with GPUs) or "no"; ``purpose`` for its absence."""
+    """A package to import: ``needed`` "always", "gpu" (GPUs are slower without) or "no"; ``purpose`` for its absence."""
 
     module: str
     distribution: str
@@ -58,7 +58,10 @@ PACKAGES = (
     Package("safetensors.torch", "safetensors", "always", "weights of Hugging Face models"),
     Package("sentencepiece", "sentencepiece", "always", "tokenizer.model files"),
     Package(
-        "transformer_engine.pytorch", "transformer-engine", "gpu", "fused layers, FP8 and the fused optimizer on GPUs"
+        "transformer_engine.pytorch",
+        "transformer-engine",
+        "gpu",
+        "fused layers, FP8 and the fused optimizer on GPUs (without it bf16 asks for spec torch)",
     ),
     Package(
         "flash_attn", "flash-attn", "no", "a further attention kernel of Transformer Engine (cuDNN's is used without)"
@@ -209,7 +212,10 @@ def check_package(package: Package, has_gpu: bool) -> Finding:
         return Finding(package.distribution, "ok", version or found["version"] or "imported")
     absent = version is None and found.get("absent") in (package.module, package.module.partition(".")[0])
     if absent:
-        return Finding(package.distribution, "broken" if needed else "missing", f"not installed; for {package.purpose}")
+        text = f"not installed; for {package.purpose}"
+        if package.needed == "always":
+            return Finding(package.distribution, "broken", text)
+        return Finding(package.distribution, "note" if needed else "missing", text)
     problem = f"{version or 'there'}, but its import raises {one_line(found['error'])}; for {package.purpose}"
     # Megatron-Core imports Transformer Engine if it is installed: a broken one does harm also without a GPU
     harmful = needed or package.module.startswith("transformer_engine")

@@ -75,11 +75,14 @@ def forward_bytes(model: PlannedModel, stage: int, passes: Passes) -> dict[str, 
     return {"activations": max(logits, work)}
 
 
-def row_bytes(model: PlannedModel, layers: int, passes: Passes) -> dict[str, float]:
-    """A packed row's mask while it is built, and keys and values that CP ranks gather in ``layers``."""
+def row_bytes(model: PlannedModel, layers: int, passes: Passes, mask: bool = True) -> dict[str, float]:
+    """A packed row's mask while it is built, and keys and values that CP ranks gather in ``layers``.
+
+    ``mask`` False: of an update, where the mask is built before much is kept, and is gone at the peak.
+    """
     layout, g = model.layout, model.geometry
     gathered = 2 * model.kind.a * passes.tokens * g.kv_heads * g.head_dim / layout.tp * layers if layout.cp > 1 else 0
-    return {"row": FP32 * passes.tokens**2 / layout.cp + gathered}
+    return {"row": (FP32 * passes.tokens**2 / layout.cp if mask else 0) + gathered}
 
 
 def prefix_key_bytes(model: PlannedModel, stage: int, work: Workload, passes: Passes) -> float:
@@ -130,12 +133,13 @@ def _add_policy(group: RankMemory, job: Job, work) -> None:
         in_engine = engine_bytes(job) if in_ranks(config) else None
         group.phases["rollout"] = in_engine or rollout_bytes(model, stage, rollout(work, config, model.ranks))
     # in a run's first step at least
-    group.phases["old log-probs"] = forward_bytes(model, stage, passes)
-    group.phases["update"] = update_bytes(model, stage, passes)
+    group.phases["old log-probs"] = forward_bytes(model, stage, passes) | row_bytes(model, 1, passes)
+    layers = 1 if model.kind.recompute == "full" else model.stages[stage].layer_count
+    group.phases["update"] = update_bytes(model, stage, passes) | row_bytes(model, layers, passes, mask=False)
     if job.reference is not None:
         group.static["reference weights"] = job.reference.weight_bytes(stage)
         passes = reference_passes(work, config, model.ranks)
-        group.phases["reference"] = forward_bytes(job.reference, stage, passes)
+        group.phases["reference"] = forward_bytes(job.reference, stage, passes) | row_bytes(job.reference, 1, passes)
 
 
 def _add_judge(group: RankMemory, job: Job, work, offload: bool) -> None:
@@ -149,7 +153,8 @@ def _add_judge(group: RankMemory, job: Job, work, offload: bool) -> None:
         if work.gates:
             phases["attribution"]["prefix keys"] = prefix_key_bytes(model, stage, work, passes)
     if job.judge_is_reference:
-        phases["reference"] = forward_bytes(model, stage, reference_passes(work, config, model.ranks))
+        passes = reference_passes(work, config, model.ranks)
+        phases["reference"] = forward_bytes(model, stage, passes) | row_bytes(model, 1, passes)
     if offload:
         for parts in phases.values():
             parts["judge weights"] = model.weight_bytes(stage)

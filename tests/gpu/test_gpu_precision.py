@@ -251,10 +251,14 @@ def test_transformer_engine_in_fp32_is_tf32(gpu_hf, family):
     assert error <= 5e-3
 
 
-def test_auto_is_plain_torch_in_fp32():
+def test_auto_is_plain_torch_in_fp32_and_transformer_engine_in_bf16():
+    """Without Transformer Engine ``auto`` with bf16 is refused, in a line that says what to ask for."""
     from g2r_megatron.model.build import spec_backend
     from g2r_megatron.model.torch_layers import TorchSpecProvider
 
     assert isinstance(spec_backend("judge", "auto", "fp32"), TorchSpecProvider)
-    expected = find_spec("transformer_engine") is None
-    assert isinstance(spec_backend("judge", "auto", "bf16"), TorchSpecProvider) == expected
+    if find_spec("transformer_engine") is None:
+        with pytest.raises(UserError, match="judge.spec torch"):
+            spec_backend("judge", "auto", "bf16")
+    else:
+        assert not isinstance(spec_backend("judge", "auto", "bf16"), TorchSpecProvider)

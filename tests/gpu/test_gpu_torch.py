@@ -25,6 +25,7 @@ pytestmark = [
 judge_reference = judging.reference
 rollout_reference = rollouts.reference
 update_reference = updates.reference
+model_directory = rollouts.model_directory  # which rollout_reference asks for
 directory, sharing_gradients = sharing.directory, sharing.gradients
 
 

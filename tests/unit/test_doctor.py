@@ -41,7 +41,7 @@ def program(directory: Path, name: str, script: str, monkeypatch) -> None:
     ("source", "has_gpu", "state", "said"),
     [
         (None, False, "missing", "not installed; for speed"),
-        (None, True, "broken", "not installed; for speed"),
+        (None, True, "note", "not installed; for speed"),
         ("__version__ = '1.2'", True, "ok", "1.2"),
         ("raise OSError('libcudart.so.12: no such file\\nand more')", True, "broken", "OSError: libcudart.so.12"),
         ("raise OSError('libcudart.so.12')", False, "note", "reinstall or remove it"),
