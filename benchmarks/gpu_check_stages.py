@@ -291,6 +291,8 @@ def update_speed(report: Report, model: MegatronModel, sizes: Sizes, has_te: boo
     everything = list(range(len(sequences)))
     advantages = [torch.ones(len(s.response_ids)) for s in sequences]
     old = trainer.log_probs(sequences, [everything])
+    # a fused Adam makes its states in its first step
+    trainer.step(trainer.gradients(sequences, everything, advantages, old, None)["loss/policy"])
     seconds, gib, _ = timed(lambda: trainer.gradients(sequences, everything, advantages, old, None), 2)
     dtype = "fp32" if on_cpu() else "bf16"
     kind = Kind(dtype, te=has_te, trains=True)

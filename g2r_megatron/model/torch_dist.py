@@ -46,14 +46,19 @@ def sharded_weights(chunks: Sequence[torch.nn.Module], groups: ModelGroups) -> d
         state = chunk.sharded_state_dict(metadata=sharded_metadata(groups))
         # Layers' extra state is empty in plain torch. Transformer Engine's is for delayed FP8 scaling, which we do not
         # use.
-        states[name] = {key: shard for key, shard in state.items() if not key.endswith(EXTRA_STATE)}
+        states[name] = {key: shard for key, shard in state.items() if not is_extra_state(key)}
     return states
+
+
+def is_extra_state(key: str) -> bool:
+    """``..._extra_state``, and of the experts in one grouped product ``..._extra_state1`` and so on for all but the first."""
+    return key.rpartition(".")[2].startswith(EXTRA_STATE)
 
 
 def load_chunks(chunks: Sequence[torch.nn.Module], states: dict) -> None:
     """Put loaded ``sharded_weights`` into the chunks."""
     for chunk, state in zip(chunks, states.values(), strict=True):
-        extra = {name: None for name in chunk.state_dict() if name.endswith(EXTRA_STATE)}
+        extra = {name: None for name in chunk.state_dict() if is_extra_state(name)}
         chunk.load_state_dict(state | extra)
 
 

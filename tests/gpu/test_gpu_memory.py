@@ -48,7 +48,16 @@ def test_training_holds_what_was_planned(tmp_path, spec):
     config = TrainConfig()
     config.policy.micro_batch_tokens = ROWS * (PROMPT + RESPONSE)
     trainer = PolicyTrainer(model, config)
-    static = torch.cuda.memory_allocated() - before
+    rows, passes = list(range(ROWS)), Passes(1, ROWS * (PROMPT + RESPONSE), PROMPT, ROWS * RESPONSE)
+
+    def old_log_probs(response: int):
+        """Runs their pass; returns the update that comes after it."""
+        sequences = [TokenSequence(list(range(PROMPT)), list(range(response))) for _ in rows]
+        old = trainer.log_probs(sequences, [rows])
+        return lambda: trainer.gradients(sequences, rows, [torch.randn(response)] * ROWS, old, None)
+
+    trainer.step(old_log_probs(RESPONSE // 2)()["loss/policy"])
+    static = torch.cuda.memory_allocated() - before  # a fused Adam makes its states in its first step
     plan = PlannedModel(
         "policy",
         hf,
@@ -61,12 +70,9 @@ def test_training_holds_what_was_planned(tmp_path, spec):
     )
     state = sum(training_state(plan, 0, True).values()) + plan.weight_bytes(0)
     assert static == pytest.approx(state, rel=WITHIN)
-    sequences = [TokenSequence(list(range(PROMPT)), list(range(RESPONSE))) for _ in range(ROWS)]
-    rows, passes = list(range(ROWS)), Passes(1, ROWS * (PROMPT + RESPONSE), PROMPT, ROWS * RESPONSE)
-    old = []
-    forward = peak_of(lambda: old.extend(trainer.log_probs(sequences, [rows]))) - before
-    advantages = [torch.randn(RESPONSE) for _ in rows]
-    update = peak_of(lambda: trainer.gradients(sequences, rows, advantages, old, None)) - before
+    updates = []
+    forward = peak_of(lambda: updates.append(old_log_probs(RESPONSE))) - before
+    update = peak_of(updates[0]) - before
     planned = forward_bytes(plan, 0, passes) | row_bytes(plan, 1, passes)
     assert forward == pytest.approx(state + sum(planned.values()), rel=WITHIN)
     assert update == pytest.approx(state + update_bytes(plan, 0, passes)["activations"], rel=WITHIN)
