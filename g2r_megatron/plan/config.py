@@ -33,8 +33,8 @@ class Hardware:
     """bandwidth of a GPU to host memory, GB/s in one direction (judge.offload)"""
     link_use: float = 0.7
     """share of these three that transfers reach"""
-    launch_us: float = 10.0
-    """microseconds of the host for one operation; decoding, without CUDA graphs, takes at least that for each of a step's"""
+    launch_us: float = 18.0
+    """microseconds of the host for one operation (measured: 18); decoding, without CUDA graphs, takes at least that for each"""
 
 
 @dataclass
