@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 from make_model import CACHE, made_whole, make
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria
 
 from g2r_megatron.config.options import JudgeConfig
 from g2r_megatron.data.readers import read_queries
 from g2r_megatron.data.types import Query
 from g2r_megatron.judge.packing import shared_length
 from g2r_megatron.judge.prompt import JudgePrompt
+from g2r_megatron.records.progress_bar import CountProgress
 
 DATA = Path(__file__).parent / "data" / "train.jsonl"
 DIRECTORY = CACHE / "SmolLM2-135M-story-judge"
@@ -42,15 +43,29 @@ class Story:
     met: list[bool]
 
 
+class Watched(StoppingCriteria):
+    """Stops nothing; says how many tokens of each story there are."""
+
+    def __init__(self, progress: CountProgress, prompt_tokens: int):
+        self.progress, self.prompt_tokens = progress, prompt_tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        tokens = input_ids.size(1) - self.prompt_tokens
+        if tokens % 6 == 0:
+            self.progress.done(tokens)
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
 def sample(model, tokenizer, queries: list[Query]) -> list[list[list[int]]]:
     """``STORIES`` responses to each query, as token ids without the stop token."""
     texts = [tokenizer.apply_chat_template(q.messages, tokenize=False, add_generation_prompt=True) for q in queries]
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     options = dict(max_new_tokens=TOKENS, do_sample=True, top_k=0, top_p=1.0, temperature=1.0)
-    found = model.generate(**batch, **options, num_return_sequences=STORIES, pad_token_id=tokenizer.eos_token_id)
-    responses = [
-        [i for i in ids if i != tokenizer.eos_token_id] for ids in found[:, batch["input_ids"].shape[1] :].tolist()
-    ]
+    options |= dict(num_return_sequences=STORIES, pad_token_id=tokenizer.eos_token_id)
+    start = batch["input_ids"].shape[1]
+    with CountProgress("judge: sampled", "tokens of each story", TOKENS, 0, enabled=True) as progress:
+        found = model.generate(**batch, **options, stopping_criteria=[Watched(progress, start)])
+    responses = [[i for i in ids if i != tokenizer.eos_token_id] for ids in found[:, start:].tolist()]
     return [responses[i : i + STORIES] for i in range(0, len(responses), STORIES)]
 
 
@@ -102,19 +117,26 @@ def tune(model, prompt: JudgePrompt, stories: list[Story], steps: int, seed: int
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / WARM_UP) * (1 - s / steps))
     choice = random.Random(seed)
-    for step in range(steps):
-        batch = choice.sample(stories, BATCH)
-        met = torch.tensor([story.met for story in batch])
-        weight = torch.where(met, 0.5 / rate, 0.5 / (1 - rate))
-        true, false = verdicts(model, prompt, batch).unbind(2)
-        loss = -(weight * torch.where(met, true, false)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if (step + 1) % 10 == 0 or step + 1 == steps:
-            print(f"judge: step {step + 1}/{steps}, loss {loss.item():.3f}", flush=True)
+    with CountProgress("judge: tuned", "steps", steps, 0, enabled=True) as progress:
+        for step in range(steps):
+            loss = tuning_step(model, prompt, choice.sample(stories, BATCH), rate, optimizer)
+            schedule.step()
+            if (step + 1) % 10 == 0 or step + 1 == steps:
+                progress.done(step + 1)
+    print(f"judge: loss {loss:.3f} in the last step", flush=True)
+
+
+def tuning_step(model, prompt: JudgePrompt, batch: list[Story], rate: torch.Tensor, optimizer) -> float:
+    """One step on ``batch``; ``rate`` [criteria]: share of the stories that meet a criterion. Returns the loss."""
+    met = torch.tensor([story.met for story in batch])
+    weight = torch.where(met, 0.5 / rate, 0.5 / (1 - rate))
+    true, false = verdicts(model, prompt, batch).unbind(2)
+    loss = -(weight * torch.where(met, true, false)).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
 
 
 @torch.no_grad()
