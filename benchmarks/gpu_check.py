@@ -145,7 +145,12 @@ def main() -> int:
     arguments = parser.parse_args()
     wanted = [name for name in arguments.only.split(",") if name] or [stage.name for stage in STAGES]
     if unknown := set(wanted) - {stage.name for stage in STAGES}:
-        parser.error(f"--only: no stage {', '.join(sorted(unknown))}")
+        known = ", ".join(stage.name for stage in STAGES)
+        parser.error(f"--only: no stage {', '.join(sorted(unknown))}; there are {known}")
+    try:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output: {arguments.output} cannot be a directory ({error.strerror})")
     import torch
 
     if not torch.cuda.is_available() and not arguments.dry_run:

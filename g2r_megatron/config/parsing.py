@@ -192,10 +192,12 @@ def described(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     if get_origin(kind) is list:
+        (part,) = get_args(kind)
+        if get_origin(part) is Literal:
+            choices = [str(choice) for choice in get_args(part)]
+            return f"a list, such as [{', '.join(choices[:2])}], of {', '.join(choices)}"
         return (
-            """a list of quoted texts, such as '["a", "b"]'"""
-            if get_args(kind) == (str,)
-            else "a list, such as [0.5, 2]"
+            """a list of quoted texts, such as '["a", "b"]'""" if part is str else "a list of numbers, such as [0.5, 1]"
         )
     if get_origin(kind) is dict:
         return "a mapping, such as {enable_thinking: false}"

@@ -114,6 +114,8 @@ def verdict_line(attributions: dict[str, dict], judge: str = "judge") -> str:
     scores = {name: found["masked"]["spearman"] for name, found in attributions.items()}
     scores.pop("occlusion", None)  # it is the truth
     placebo, *_, ceiling = scores.pop(PLACEBO)
+    if not scores:
+        return "`occlusion` is masking itself, so there is nothing to compare: measure another attribution beside it"
     named = {name: f"`{name}` ({_short(score[0])})" for name, score in scores.items()}
     follow = sorted((n for n in scores if scores[n][1] > max(ceiling, 0)), key=lambda n: -scores[n][0])
     rest = [named[name] for name in scores if name not in follow]

@@ -23,12 +23,19 @@ class JobFile:
     def _read(self, key: str) -> list[dict]:
         if not self.path.exists():
             return []
+        try:
+            lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
+        except (OSError, UnicodeDecodeError) as error:
+            found = f"{self.path} is there and cannot be read ({type(error).__name__})"
+            raise UserError("output", found, "give another directory") from error
         records = []
-        for line in self.path.read_text(encoding="utf-8").split("\n")[:-1]:
+        for line in lines:
             try:
                 records.append(json.loads(line))
             except ValueError:  # blocks that never reached the disk: what follows is done again
                 break
+        if len(records) == 1 and isinstance(records[0], dict) and list(records[0]) == ["job"]:
+            return []  # another job's, which ended before it had anything
         if not records or records[0] != {"job": key}:
             remedy = "repeat that command, or give another directory"
             raise UserError("output", f"{self.path} was begun with other options, rows or models", remedy)

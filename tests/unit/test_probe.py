@@ -11,11 +11,13 @@ import pytest
 from g2r_megatron.config.options import JudgeConfig
 from g2r_megatron.credit.faithfulness import spearman
 from g2r_megatron.data.types import Query, RubricItem
+from g2r_megatron.errors import UserError
 from g2r_megatron.probe.measure import swapped_template
 from g2r_megatron.probe.page import probe_page
 from g2r_megatron.probe.pairs import Pair, Response, RowVerdicts, choose, rows_with
 from g2r_megatron.probe.statistics import interval, judge_summary, same_top, summary, verdict_line
 from g2r_megatron.probe.table import summary_table
+from g2r_megatron.records.job_file import JobFile
 
 METHODS = ["gate_branch", "contracted"]
 
@@ -101,6 +103,20 @@ def test_the_line_names_the_cheapest_of_the_best():
     assert verdict_line({**bad, **placebo}).startswith(
         "no credit follows what this judge uses: `contracted` (.02), shuffled"
     )
+    alone = verdict_line({"occlusion": scored(1, 1, 1), **placebo})
+    assert "masking itself" in alone and "train without" not in alone
+
+
+def test_a_ledger_that_holds_nothing_blocks_nobody(tmp_path):
+    """A job that failed before it had anything leaves its directory to the corrected command; one that has something does not."""
+    JobFile(tmp_path / "measured.jsonl", "wrong judge")
+    JobFile(tmp_path / "measured.jsonl", "right judge").append([{"row": 0}])
+    assert JobFile(tmp_path / "measured.jsonl", "right judge").records == [{"row": 0}]
+    with pytest.raises(UserError, match="begun with other options"):
+        JobFile(tmp_path / "measured.jsonl", "third judge")
+    (tmp_path / "directory").mkdir()
+    with pytest.raises(UserError, match="cannot be read"):
+        JobFile(tmp_path / "directory", "right judge")
 
 
 def pairs() -> list[Pair]:
