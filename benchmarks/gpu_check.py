@@ -129,7 +129,6 @@ def markdown(facts: dict, results: list[Result]) -> str:
 
 
 def write_report(directory: Path, facts: dict, results: list[Result]) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
     content = {"machine": facts, "stages": [asdict(result) for result in results]}
     (directory / "gpu_check.json").write_text(json.dumps(content, indent=1) + "\n")
     (directory / "gpu_check.md").write_text(markdown(facts, results))
@@ -145,16 +144,15 @@ def main() -> int:
     arguments = parser.parse_args()
     wanted = [name for name in arguments.only.split(",") if name] or [stage.name for stage in STAGES]
     if unknown := set(wanted) - {stage.name for stage in STAGES}:
-        known = ", ".join(stage.name for stage in STAGES)
-        parser.error(f"--only: no stage {', '.join(sorted(unknown))}; there are {known}")
-    try:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--output: {arguments.output} cannot be a directory ({error.strerror})")
+        parser.error(f"--only: no stage {', '.join(sorted(unknown))}; see --help")
     import torch
 
     if not torch.cuda.is_available() and not arguments.dry_run:
         parser.error("no CUDA device here; --dry-run tries the script without one")
+    try:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output: {arguments.output} cannot be a directory ({error.strerror})")
     facts = {"machine": machine(), "sizes": "dry run: tiny" if arguments.dry_run else "1B"}
     results: list[Result] = []
     with tempfile.TemporaryDirectory() as directory:

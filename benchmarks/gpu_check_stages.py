@@ -174,20 +174,17 @@ def update(model: MegatronModel, sizes: Sizes) -> dict[str, torch.Tensor]:
 
 def computed(hf: HFModel, sizes: Sizes, dtype: str, spec: str, report: Report | None = None) -> dict[str, torch.Tensor]:
     """Everything that is compared, of one number format and kind of layers; ``report`` takes the seconds of each part."""
-    parts: dict[str, Callable[[MegatronModel], dict[str, torch.Tensor]]] = {
-        "logits": lambda model: {"logits": all_logits(model, sizes)},
-        "credit": lambda model: {"credit": credit(model, sizes)},
-        "gate branch": lambda model: {"gate branch": gate_credit(model, sizes, "branch")},
-        "gate all": lambda model: {"gate all": gate_credit(model, sizes, "all")},
-        "update": lambda model: update(model, sizes),
-    }
-    found: dict[str, torch.Tensor] = {}
-    for name, part in parts.items():
+
+    def of_new_model(name: str, compute: Callable):
         start = time.perf_counter()
-        found |= part(built(hf, dtype, spec))
+        found = compute(built(hf, dtype, spec), sizes)
         if report is not None:
             report.figure(f"{dtype} {spec}: {name}, with compilation", time.perf_counter() - start, "s")
-    return found
+        return found
+
+    parts = {"logits": all_logits, "credit": credit}
+    parts |= {f"gate {queries}": partial(gate_credit, queries=queries) for queries in ("branch", "all")}
+    return {name: of_new_model(name, part) for name, part in parts.items()} | of_new_model("update", update)
 
 
 # ---- stages -----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ import torch
 from machine import machine
 
 from g2r_megatron.config import parsing
-from g2r_megatron.config.options import TrainConfig, resolve_preset
+from g2r_megatron.config.options import TrainConfig
+from g2r_megatron.config.presets import resolve_preset
 from g2r_megatron.credit.advantages import mix_at
 from g2r_megatron.credit.judgements import backward_passes
 from g2r_megatron.data.order import epoch_batch

@@ -20,7 +20,8 @@ from g2r_megatron.config.checks import (
     check_train_config,
 )
 from g2r_megatron.config.command_options import EvalConfig, OfflineJudgeConfig, ProbeConfig
-from g2r_megatron.config.options import PRESETS, TrainConfig, fill_from_preset, resolve_preset
+from g2r_megatron.config.options import TrainConfig
+from g2r_megatron.config.presets import PRESETS, fill_from_preset, resolve_preset
 from g2r_megatron.config.serve_checks import check_serve_config, fill_judge
 from g2r_megatron.config.serve_options import ServeConfig
 from g2r_megatron.errors import AlarmError, Preempted, RunError, UserError

@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from g2r_megatron.config.options import TrainConfig, resolve_preset
+from g2r_megatron.config.options import TrainConfig
+from g2r_megatron.config.presets import resolve_preset
 from g2r_megatron.errors import UserError
 from g2r_megatron.judge.own_ranks import own_ranks, serve
 from g2r_megatron.parallel.groups import initialize, make_deterministic

@@ -18,6 +18,7 @@ from g2r_megatron.config.options import (
     VerdictJudgeConfig,
     VerifierConfig,
 )
+from g2r_megatron.config.presets import without_credit
 from g2r_megatron.credit.judgements import JudgementRow
 from g2r_megatron.data.chat_template import check_system_prompt, check_template_options, with_system_prompt
 from g2r_megatron.data.order import epoch_batch
@@ -245,7 +246,7 @@ def judge_texts(stage: JudgeStage, queries: Sequence[Query], texts: Sequence[str
 def read_verdict_judge(section: VerdictJudgeConfig, option: str) -> VerdictJudge:
     """Read and check config and tokenizer of a judge that only scores. Raises ``UserError``."""
     assert section.model is not None
-    config, hf = section.without_credit(), open_hf_model(section.model, f"{option}.model")
+    config, hf = without_credit(section), open_hf_model(section.model, f"{option}.model")
     if hf.geometry.is_reward_model:
         raise UserError(f"{option}.model", "a reward model has no verdicts", "give a language model as the judge")
     check_model(option, hf, config.layout, config.precision, config.spec)

@@ -13,7 +13,6 @@ from g2r_megatron.config.alarm_checks import check_alarms
 from g2r_megatron.config.command_options import EvalConfig, OfflineJudgeConfig, ProbeConfig
 from g2r_megatron.config.layout import check_layout
 from g2r_megatron.config.options import (
-    PRESETS,
     GrpoConfig,
     JudgeConfig,
     LogConfig,
@@ -21,9 +20,8 @@ from g2r_megatron.config.options import (
     TrainConfig,
     VerdictJudgeConfig,
     VerifierConfig,
-    fill_from_preset,
-    resolve_preset,
 )
+from g2r_megatron.config.presets import PRESETS, fill_from_preset, resolve_preset
 from g2r_megatron.config.ranges import (
     EVAL_RANGES,
     OFFLINE_JUDGE_RANGES,

@@ -2,11 +2,11 @@
 
 ``g2r train --config FILE --policy.layout.tp 2`` fills ``TrainConfig``; the comment string under a field is
 its ``--help`` text. An option whose default is ``None`` "follows the preset" takes its value from
-``PRESETS[grpo.preset]``; ``resolve_preset`` fills it in, and the resolved file is saved with the run.
+``PRESETS[grpo.preset]`` (presets.py); ``resolve_preset`` fills it in, and the resolved file is saved with the run.
 """
 
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from g2r_megatron.config.alarm_options import AlarmsConfig
 
@@ -184,11 +184,6 @@ class VerdictJudgeConfig:
     """as judge.false_words"""
     max_length: int = 32768
     """as judge.max_length"""
-
-    def without_credit(self) -> JudgeConfig:
-        """As the judge's own code takes it, with no attribution."""
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
-        return fill_from_preset(JudgeConfig(**own, attribution="uniform"), PRESETS["grpo"]["judge"])
 
 
 def gated_queries(judge: JudgeConfig, is_reward_model: bool = False) -> str | None:
@@ -456,49 +451,3 @@ class TrainConfig:
     def needs_old_pass(self) -> bool:
         """Whether an update needs log-probs from before it, and so a pass for them; else its own forward gives them."""
         return self.grpo.mini_batches > 1 or self.rollout.correction != "none"
-
-
-OWN_RANKS_PARTS = 4  # default of judge.parts with judge.ranks
-
-# Each preset is a set of ordinary options: values for the fields above whose default is None.
-PRESETS = {
-    "grpo": {
-        "judge": dict(
-            target="log_prob", attribution="grad_x_embed", normalize="softmax", standardize=False, smoothing="none"
-        ),
-        "grpo": dict(advantage="sequence", return_to_go=False, mix=0.0, mix_anneal=0.0),
-    },
-    "paper": {
-        "judge": dict(
-            target="log_prob", attribution="grad_x_embed", normalize="softmax", standardize=False, smoothing="none"
-        ),
-        "grpo": dict(advantage="token_return", return_to_go=True, mix=1.0, mix_anneal=0.0),
-    },
-    "robust": {
-        "judge": dict(
-            target="logit_margin", attribution="gate", normalize="positive", standardize=False, smoothing="sentence"
-        ),
-        "grpo": dict(advantage="itemwise", return_to_go=False, mix=0.5, mix_anneal=0.0),
-    },
-}
-
-
-Section = TypeVar("Section", JudgeConfig, GrpoConfig)
-Config = TypeVar("Config", bound=TrainConfig)
-
-
-def fill_from_preset(section: Section, values: dict[str, Any]) -> Section:
-    """A copy of a config dataclass whose ``None`` options are taken from ``values``."""
-    names = {f.name for f in fields(section)}
-    return replace(section, **{k: v for k, v in values.items() if k in names and getattr(section, k) is None})
-
-
-def resolve_preset(config: Config) -> Config:
-    """The config with every option made concrete that follows the preset or others."""
-    preset = PRESETS[config.grpo.preset]
-    parts = min(OWN_RANKS_PARTS, config.rollout.prompts_per_step) if config.judge.ranks else 1
-    return replace(
-        config,
-        judge=fill_from_preset(config.judge, preset["judge"] | {"parts": parts}),
-        grpo=fill_from_preset(config.grpo, preset["grpo"]),
-    )

@@ -5,7 +5,8 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from g2r_megatron.config.checks import check_judge, check_judge_is_alone
-from g2r_megatron.config.options import PRESETS, JudgeConfig, fill_from_preset
+from g2r_megatron.config.options import JudgeConfig
+from g2r_megatron.config.presets import PRESETS, fill_from_preset
 from g2r_megatron.config.ranges import SERVE_RANGES, check_file_can_be_made, check_ranges, require_given
 from g2r_megatron.config.serve_options import API_KEY_VARIABLE, ServeConfig, ServiceConfig
 from g2r_megatron.config.unused import warn_of_unused

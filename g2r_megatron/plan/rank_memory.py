@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
+from g2r_megatron.config.presets import without_credit
 from g2r_megatron.plan import activations
 from g2r_megatron.plan.activations import FP32, LOGITS_BACKWARD, LOGITS_FORWARD, SAMPLING
 from g2r_megatron.plan.config import PlanConfig
@@ -69,10 +70,15 @@ def update_bytes(model: PlannedModel, stage: int, passes: Passes) -> dict[str, f
 
 
 def forward_bytes(model: PlannedModel, stage: int, passes: Passes) -> dict[str, float]:
-    """A pass without gradients: one layer at work, or the logits."""
+    """A pass without gradients: one layer at work, or the logits, and the row."""
     logits = passes.logit_rows * model.logits_here(stage) * LOGITS_FORWARD
     work = passes.tokens / model.layout.cp * model.works(stage, backward=False)
-    return {"activations": max(logits, work)}
+    return {"activations": max(logits, work)} | row_bytes(model, 1, passes)
+
+
+def kept_layers(model: PlannedModel, stage: int) -> int:
+    """Layers that keep what they gather until their backward."""
+    return 1 if model.kind.recompute == "full" else model.stages[stage].layer_count
 
 
 def row_bytes(model: PlannedModel, layers: int, passes: Passes, mask: bool = True) -> dict[str, float]:
@@ -133,28 +139,27 @@ def _add_policy(group: RankMemory, job: Job, work) -> None:
         in_engine = engine_bytes(job) if in_ranks(config) else None
         group.phases["rollout"] = in_engine or rollout_bytes(model, stage, rollout(work, config, model.ranks))
     # in a run's first step at least
-    group.phases["old log-probs"] = forward_bytes(model, stage, passes) | row_bytes(model, 1, passes)
-    layers = 1 if model.kind.recompute == "full" else model.stages[stage].layer_count
-    group.phases["update"] = update_bytes(model, stage, passes) | row_bytes(model, layers, passes, mask=False)
+    group.phases["old log-probs"] = forward_bytes(model, stage, passes)
+    row = row_bytes(model, kept_layers(model, stage), passes, mask=False)
+    group.phases["update"] = update_bytes(model, stage, passes) | row
     if job.reference is not None:
         group.static["reference weights"] = job.reference.weight_bytes(stage)
         passes = reference_passes(work, config, model.ranks)
-        group.phases["reference"] = forward_bytes(job.reference, stage, passes) | row_bytes(job.reference, 1, passes)
+        group.phases["reference"] = forward_bytes(job.reference, stage, passes)
 
 
 def _add_judge(group: RankMemory, job: Job, work, offload: bool) -> None:
     model, stage, config = job.judge, group.judge_stage, job.config
     passes = verdict_passes(work, config, model.ranks)
-    phases = {"verdicts": forward_bytes(model, stage, passes) | row_bytes(model, 1, passes)}
+    phases = {"verdicts": forward_bytes(model, stage, passes)}
     if work.attributed:
         passes = attribution_passes(work, config, model.ranks)
-        layers = 1 if model.kind.recompute == "full" else model.stages[stage].layer_count
-        phases["attribution"] = update_bytes(model, stage, passes) | row_bytes(model, layers, passes)
+        row = row_bytes(model, kept_layers(model, stage), passes)
+        phases["attribution"] = update_bytes(model, stage, passes) | row
         if work.gates:
             phases["attribution"]["prefix keys"] = prefix_key_bytes(model, stage, work, passes)
     if job.judge_is_reference:
-        passes = reference_passes(work, config, model.ranks)
-        phases["reference"] = forward_bytes(model, stage, passes) | row_bytes(model, 1, passes)
+        phases["reference"] = forward_bytes(model, stage, reference_passes(work, config, model.ranks))
     if offload:
         for parts in phases.values():
             parts["judge weights"] = model.weight_bytes(stage)
@@ -165,7 +170,6 @@ def _add_judge(group: RankMemory, job: Job, work, offload: bool) -> None:
 
 def _gold_bytes(model: PlannedModel, stage: int, config: PlanConfig) -> dict[str, float]:
     """Its weights, in host memory otherwise, and verdicts on responses at the limits."""
-    judge = replace(config, judge=replace(config.eval.judge.without_credit(), parts=1))
+    judge = replace(config, judge=replace(without_credit(config.eval.judge), parts=1))
     passes = verdict_passes(workload(judge), judge, model.ranks)
-    parts = forward_bytes(model, stage, passes) | row_bytes(model, 1, passes)
-    return {"judge weights": model.weight_bytes(stage)} | parts
+    return {"judge weights": model.weight_bytes(stage)} | forward_bytes(model, stage, passes)

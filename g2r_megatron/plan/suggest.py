@@ -4,7 +4,8 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from g2r_megatron.config.options import OWN_RANKS_PARTS, Dtype, Layout
+from g2r_megatron.config.options import Dtype, Layout
+from g2r_megatron.config.presets import OWN_RANKS_PARTS
 from g2r_megatron.errors import UserError
 from g2r_megatron.model.hf import HFModel
 from g2r_megatron.plan.checks import Problems

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from g2r_megatron.config.options import PRESETS, Attribution, GrpoConfig, JudgeConfig, fill_from_preset
+from g2r_megatron.config.options import Attribution, GrpoConfig, JudgeConfig
+from g2r_megatron.config.presets import PRESETS, fill_from_preset
 from g2r_megatron.config.serve_options import ServeConfig
 from g2r_megatron.credit.advantages import Scores, group_advantages
 from g2r_megatron.credit.judgements import JudgementRow, kind_of, plain_number, plain_numbers

@@ -15,7 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from g2r_megatron.config import parsing
-from g2r_megatron.config.options import TrainConfig, resolve_preset
+from g2r_megatron.config.options import TrainConfig
+from g2r_megatron.config.presets import resolve_preset
 from g2r_megatron.credit.advantages import GroupScores, group_advantages
 from g2r_megatron.data.readers import read_queries
 from g2r_megatron.data.tokenizer import load_tokenizer, neutral_ids, token_texts

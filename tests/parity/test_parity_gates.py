@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from distributed import ALL_LAYOUTS, fits
-from g2r_megatron.config.options import PRESETS, JudgeConfig, Layout, fill_from_preset
+from g2r_megatron.config.options import JudgeConfig, Layout
+from g2r_megatron.config.presets import PRESETS, fill_from_preset
 from g2r_megatron.credit.attribution import pooled_weights
 from g2r_megatron.data.tokenizer import encode_text, load_tokenizer
 from g2r_megatron.errors import UserError

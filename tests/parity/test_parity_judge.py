@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM
 
 from distributed import LAYOUTS, groups_of
 from g2r_megatron.config.options import (
-    PRESETS,
     GrpoConfig,
     JudgeConfig,
     Layout,
@@ -29,6 +28,7 @@ from g2r_megatron.config.options import (
     RolloutConfig,
     TrainConfig,
 )
+from g2r_megatron.config.presets import PRESETS
 from g2r_megatron.credit.attribution import token_rewards
 from g2r_megatron.credit.hazards import attribution_metrics
 from g2r_megatron.credit.sentences import sentence_ids

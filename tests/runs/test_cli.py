@@ -18,7 +18,8 @@ from g2r_megatron.config import parsing
 from g2r_megatron.config.checks import check_train_config
 from g2r_megatron.config.command_options import EvalConfig, OfflineJudgeConfig, ProbeConfig
 from g2r_megatron.config.help import GUIDES
-from g2r_megatron.config.options import TrainConfig, resolve_preset
+from g2r_megatron.config.options import TrainConfig
+from g2r_megatron.config.presets import resolve_preset
 from g2r_megatron.config.ranges import EVAL_RANGES, OFFLINE_JUDGE_RANGES, PROBE_RANGES, SERVE_RANGES, TRAIN_RANGES
 from g2r_megatron.config.serve_options import ServeConfig
 

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM
 
 from distributed import CaseFailed
 from g2r_megatron.config.command_options import OfflineJudgeConfig
-from g2r_megatron.config.options import PRESETS, JudgeConfig, Layout, fill_from_preset
+from g2r_megatron.config.options import JudgeConfig, Layout
+from g2r_megatron.config.presets import PRESETS, fill_from_preset
 from g2r_megatron.judge.offline import judge_file
 from tiny_models import DENSE_FAMILIES
 

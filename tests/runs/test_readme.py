@@ -22,7 +22,8 @@ from distributed import PROCESSES, start_server
 from g2r_megatron.config import parsing
 from g2r_megatron.config.checks import check_eval_config, check_train_config
 from g2r_megatron.config.command_options import EvalConfig, OfflineJudgeConfig, ProbeConfig
-from g2r_megatron.config.options import PRESETS, TrainConfig, fill_from_preset, resolve_preset
+from g2r_megatron.config.options import TrainConfig
+from g2r_megatron.config.presets import PRESETS, fill_from_preset, resolve_preset
 from g2r_megatron.config.serve_checks import check_serve_config
 from g2r_megatron.config.serve_options import ServeConfig
 from g2r_megatron.plan.config import PlanConfig
@@ -110,7 +111,7 @@ def test_every_command_is_a_target_or_is_tried(words):
         assert done.returncode == 0, done.stderr
     elif words[0] == "source":
         assert f"VENV := {words[1].removesuffix('/bin/activate')}\n" in (ROOT / "Makefile").read_text()
-    elif words[0] == "python":  # an hour: what it does, test_smollm2.py tries on a small scale
+    elif words[0] == "python":  # half an hour: what it does, test_smollm2.py tries on a small scale
         with pytest.raises(SystemExit) as ended:
             run_main(words[1], [*words[2:], "--help"])
         assert ended.value.code == 0

@@ -18,7 +18,8 @@ from transformers import AutoModelForSequenceClassification
 from g2r_megatron.cli import main
 from g2r_megatron.config import parsing
 from g2r_megatron.config.command_options import OfflineJudgeConfig
-from g2r_megatron.config.options import PRESETS, JudgeConfig, TrainConfig, fill_from_preset, resolve_preset
+from g2r_megatron.config.options import JudgeConfig, TrainConfig
+from g2r_megatron.config.presets import PRESETS, fill_from_preset, resolve_preset
 from g2r_megatron.data.tokenizer import encode_text, load_tokenizer, token_texts
 from g2r_megatron.data.types import Query
 from g2r_megatron.judge.offline import judge_file

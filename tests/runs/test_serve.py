@@ -22,7 +22,8 @@ import torch
 
 from g2r_megatron.client import AsyncJudge, Judge, JudgeError
 from g2r_megatron.config import parsing
-from g2r_megatron.config.options import PRESETS, GrpoConfig, fill_from_preset
+from g2r_megatron.config.options import GrpoConfig
+from g2r_megatron.config.presets import PRESETS, fill_from_preset
 from g2r_megatron.config.serve_options import ServeConfig
 from g2r_megatron.credit.advantages import GroupScores, group_advantages
 from g2r_megatron.data.tokenizer import encode_text

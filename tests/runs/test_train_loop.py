@@ -19,7 +19,8 @@ from transformers import AutoTokenizer
 
 from g2r_megatron.cli import main
 from g2r_megatron.config import parsing
-from g2r_megatron.config.options import Layout, TrainConfig, resolve_preset
+from g2r_megatron.config.options import Layout, TrainConfig
+from g2r_megatron.config.presets import resolve_preset
 from real_runs import records
 
 ROOT = Path(__file__).parents[2]

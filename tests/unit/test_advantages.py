@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from g2r_megatron.config.options import PRESETS, GrpoConfig
+from g2r_megatron.config.options import GrpoConfig
+from g2r_megatron.config.presets import PRESETS
 from g2r_megatron.credit.advantages import (
     GroupScores,
     RewardModelScores,

@@ -10,7 +10,7 @@ from itertools import pairwise
 import httpx
 import pytest
 
-from g2r_megatron.config.options import PRESETS, fill_from_preset
+from g2r_megatron.config.presets import PRESETS, fill_from_preset
 from g2r_megatron.config.serve_checks import api_key, check_serve_config
 from g2r_megatron.config.serve_options import ServeConfig, ServiceConfig
 from g2r_megatron.data.token_spans import encoded_bounds

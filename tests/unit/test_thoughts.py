@@ -9,7 +9,8 @@ import pytest
 import torch
 from tokenizers import AddedToken
 
-from g2r_megatron.config.options import GrpoConfig, RolloutConfig, TrainConfig, resolve_preset
+from g2r_megatron.config.options import GrpoConfig, RolloutConfig, TrainConfig
+from g2r_megatron.config.presets import resolve_preset
 from g2r_megatron.credit.judgements import ItemJudgement
 from g2r_megatron.data.thoughts import closed, is_thought_mark, open_thought, opening_mark, without_empty_thought
 from g2r_megatron.data.tokenizer import encode_text

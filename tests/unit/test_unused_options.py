@@ -7,7 +7,8 @@ import pytest
 
 from g2r_megatron.config import parsing
 from g2r_megatron.config.checks import check_train_config
-from g2r_megatron.config.options import GrpoConfig, TrainConfig, resolve_preset
+from g2r_megatron.config.options import GrpoConfig, TrainConfig
+from g2r_megatron.config.presets import resolve_preset
 from g2r_megatron.config.unused import warn_of_unused
 from g2r_megatron.errors import UserError
 
